@@ -1,0 +1,41 @@
+"""deft_kernels: DEFT adapters (arXiv 2509.22793) as cheap as they can be, on fused kernels, as drop-in torch modules."""
+
+from .adapters import (
+    adapter_parameters,
+    adapter_state_dict,
+    delete_adapter,
+    eject,
+    hotswap,
+    inject_adapter,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_adapters,
+    unmerge,
+)
+from .config import DeftConfig, LoraConfig
+from .nn import DeftConv2d, DeftLinear, deft_linear, deft_weight
+from .ops import backends
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeftConfig",
+    "DeftConv2d",
+    "DeftLinear",
+    "LoraConfig",
+    "adapter_parameters",
+    "adapter_state_dict",
+    "backends",
+    "deft_linear",
+    "deft_weight",
+    "delete_adapter",
+    "eject",
+    "hotswap",
+    "inject_adapter",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapters",
+    "unmerge",
+]

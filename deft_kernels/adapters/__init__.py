@@ -1,0 +1,19 @@
+"""Adapters of whole models: into a model and out of it, merged and swapped, in files and back."""
+
+from .files import adapter_state_dict, load_adapter, save_adapter
+from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, set_adapters
+from .merge import hotswap, merge, unmerge
+
+__all__ = [
+    "adapter_parameters",
+    "adapter_state_dict",
+    "delete_adapter",
+    "eject",
+    "hotswap",
+    "inject_adapter",
+    "load_adapter",
+    "merge",
+    "save_adapter",
+    "set_adapters",
+    "unmerge",
+]

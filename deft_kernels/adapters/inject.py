@@ -1,0 +1,260 @@
+"""Adapters into a model and out of it: which layers, which are active and how strongly, and the way back."""
+
+import difflib
+import math
+import re
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DEFAULT_TARGETS, DeftConfig
+from ..nn.bank import Bank
+from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
+
+
+def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "default") -> list[str]:
+    """Put a new adapter on the model's target layers, in place.
+
+    The model's own parameters are frozen; the new adapter becomes the active and the only trainable one. The first
+    adapter turns each target layer into a `DeftLinear` or `DeftConv2d`; further ones join it there. All layers are
+    prepared together at the start of every forward of `model` (see `nn.Bank`), so inject into the module that you call.
+
+    Args:
+        model: a diffusers UNet or transformer, a text encoder, any module with linear layers or 2-D convolutions.
+        config: `DeftConfig` (DEFT, PaRa) or `LoraConfig`.
+        adapter_name: without dots.
+
+    Returns the names of the adapted layers.
+
+    Raises:
+        ValueError: a target that matches nothing (the nearest names are told), no layer matched, a name in use, NaN in a
+            base weight. TypeError: a target that is no linear layer and no plain convolution. The model is then as it was.
+    """
+    return attach(model, config, adapter_name, match_targets(model, config))
+
+
+def attach(
+    model: nn.Module,
+    config: DeftConfig,
+    adapter_name: str,
+    names: list[str],
+    tensors: dict[str, dict] | None = None,
+    trainable: bool = True,
+    activate: bool = True,
+) -> list[str]:
+    """`inject_adapter` on the layers given by name, with given values for P, R and gate where they come from a file."""
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name {adapter_name!r}: expected a non-empty name without dots")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = adapted_layers(model)
+    if any(adapter_name in layer.configs for layer in layers.values()):
+        raise ValueError(f"the model has an adapter named {adapter_name!r} already: choose another name or delete it")
+    if activate and any(layer.merged for layer in layers.values()):
+        raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) before adding another")
+    if "" in names:
+        raise TypeError(f"the model itself is a {type(model).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
+
+    wrappers: dict[int, DeftLayer] = {}  # by identity, so that a module used in two places stays one
+    old, new = [], []
+    for name in names:
+        module = modules[name]
+        if isinstance(module, DeftLayer):
+            old.append((name, module))
+        elif id(module) not in wrappers:
+            try:
+                wrappers[id(module)] = DeftConv2d(module) if isinstance(module, nn.Conv2d) else DeftLinear(module)
+            except TypeError as error:
+                raise TypeError(f"{name}: {error}") from None
+            new.append((name, wrappers[id(module)]))
+    done: list[DeftLayer] = []
+    try:
+        for name, layer in old + new:
+            layer.train(modules[name].training)
+            layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name])
+            done.append(layer)
+            for p in layer.adapter_tensors(adapter_name).values():
+                if not torch.isfinite(p).all():
+                    raise ValueError(f"{name}: the adapter's first values are not finite; its base weight has NaN or inf")
+    except Exception:
+        for layer in done:
+            layer.delete_adapter(adapter_name)
+        raise
+
+    bank = model.__dict__.get("_deft_bank")
+    if bank is None:
+        bank = Bank(model)
+        bank.frozen = [name for name, p in model.named_parameters() if p.requires_grad]
+        model.__dict__["_deft_bank"] = bank
+    model.requires_grad_(False)
+    for name, module in list(modules.items()):
+        if id(module) in wrappers:
+            _replace(model, name, wrappers[id(module)])
+    bank.layers += [layer for _, layer in new]
+    if activate:
+        set_adapters(model, adapter_name)
+    for layer in done:
+        for p in layer.adapter_tensors(adapter_name).values():
+            p.requires_grad_(trainable)
+    return names
+
+
+def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
+    """Names of the layers that a config targets, matched as PEFT matches them: a list entry is a full name or the end of
+    one after a dot, a string is a regular expression for the full name, "all-linear" is every linear layer but a language
+    model's output layer."""
+    inner = tuple(f"{name}." for name in adapted_layers(model))
+    modules = {k: v for k, v in model.named_modules(remove_duplicate=False) if not k.startswith(inner)} if inner else {
+        **dict(model.named_modules(remove_duplicate=False))
+    }  # fmt: skip
+    targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    if targets == "all-linear":
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found = [k for k, v in modules.items() if isinstance(_base(v), nn.Linear) or is_conv1d(_base(v))]
+        found = [k for k in found if head is None or _base(modules[k]) is not head]
+    elif isinstance(targets, str):
+        found = [k for k, v in modules.items() if re.fullmatch(targets, k) and adaptable(v)]
+    else:
+        found = []
+        for target in targets:
+            matched = [k for k in modules if k == target or k.endswith(f".{target}")]
+            if not matched and config.target_modules is not None:
+                ends = {".".join(parts[-i:]) for parts in (k.split(".") for k in modules) for i in (1, 2)} | set(modules)
+                near = difflib.get_close_matches(target, sorted(e for e in ends if e), n=5, cutoff=0.4)
+                hint = f"; the nearest names are {', '.join(near)}" if near else ""
+                raise ValueError(f"target module {target!r} matches no layer of {type(model).__name__}{hint}")
+            wrong = [k for k in matched if not adaptable(modules[k]) and not _excluded(k, config)]
+            if wrong:
+                raise TypeError(
+                    f"target module {target!r} matches {wrong[0]}, a {type(modules[wrong[0]]).__name__}; only linear "
+                    "layers, Conv1D and ungrouped Conv2d can be adapted"
+                )
+            found += matched
+    chosen = set(found)
+    names = [k for k in modules if k in chosen and not _excluded(k, config)]
+    if not names:
+        linear = sorted({k.rpartition(".")[2] for k, v in modules.items() if adaptable(v)})
+        some = ", ".join(linear[:12]) + (", …" if len(linear) > 12 else "")
+        raise ValueError(
+            f"no layer of {type(model).__name__} matches target_modules={config.target_modules!r} "
+            f"(exclude_modules={config.exclude_modules!r}); its adaptable layers end in: {some or 'none'}"
+        )
+    return names
+
+
+def _base(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, DeftLayer) else module
+
+
+def adaptable(module: nn.Module) -> bool:
+    """Whether an adapter can be put on this module."""
+    base = _base(module)
+    return isinstance(base, nn.Linear) or is_conv1d(base) or (isinstance(base, nn.Conv2d) and base.groups == 1)
+
+
+def _excluded(name: str, config: DeftConfig) -> bool:
+    excludes = config.exclude_modules or []
+    if isinstance(excludes, str):
+        return re.fullmatch(excludes, name) is not None
+    return any(name == e or name.endswith(f".{e}") for e in excludes)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, DeftLayer]:
+    """The adapted layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DeftLayer)}
+
+
+def require_layers(model: nn.Module, adapter_names=()) -> dict[str, DeftLayer]:
+    """The adapted layers; ValueError where there are none, or where no layer has one of the named adapters."""
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no adapter: call deft_kernels.inject_adapter(model, config) first")
+    known = sorted({name for layer in layers.values() for name in layer.configs})
+    for name in adapter_names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(f"no adapter named {name!r}; the model has {', '.join(known) or 'none'}"
+                             + (f" (did you mean {near[0]!r}?)" if near else ""))  # fmt: skip
+    return layers
+
+
+def named_weights(names, weights) -> dict[str, float]:
+    """{adapter: strength} from the forms that a caller may give: a name or several, a number or several, or None."""
+    names = [names] if isinstance(names, str) else list(names)
+    if weights is None:
+        weights = [1.0] * len(names)
+    elif isinstance(weights, (int, float)):
+        weights = [weights] * len(names)
+    weights = [float(w) for w in weights]
+    if len(names) != len(weights):
+        raise ValueError(f"{len(names)} adapter names but {len(weights)} weights")
+    if len(set(names)) != len(names):
+        raise ValueError(f"an adapter is named twice in {names}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"weights {weights} are not all finite numbers")
+    return dict(zip(names, weights))
+
+
+def set_adapters(model: nn.Module, names: list[str] | str, weights: list[float] | float | None = None) -> None:
+    """Make exactly these adapters active, each at its strength: W' = W + sum_i w_i B_i A_i, every A_i from the pristine W.
+
+    Args:
+        names: one name, several, or an empty list for the base model.
+        weights: any real number for each adapter, or one for all; None: 1.
+
+    Raises ValueError for an unknown name or a weight that is not finite, RuntimeError while an adapter is merged.
+    """
+    chosen = named_weights(names, weights)
+    layers = require_layers(model, chosen)
+    if any(layer.merged for layer in layers.values()):
+        raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) first, or use deft_kernels.hotswap")
+    for layer in layers.values():
+        layer.set_adapters(chosen)
+        for name in layer.configs:
+            if name not in chosen:
+                for p in layer.adapter_tensors(name).values():
+                    p.requires_grad_(False)
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter from every layer. Raises ValueError for an unknown name, RuntimeError while it is merged."""
+    layers = require_layers(model, [name])
+    if any(name in layer.merged for layer in layers.values()):
+        raise RuntimeError(f"adapter {name!r} is merged: call deft_kernels.unmerge(model) first")
+    for layer in layers.values():
+        if name in layer.configs:
+            layer.delete_adapter(name)
+
+
+def eject(model: nn.Module) -> None:
+    """Take all adapters out: the very original modules are back, unmerged to the bit, trainable where they were."""
+    from .merge import unmerge
+
+    layers = require_layers(model)
+    if any(layer.merged for layer in layers.values()):
+        unmerge(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        if isinstance(module, DeftLayer):
+            _replace(model, name, module.base_layer)
+    for module in modules.values():
+        bank = module.__dict__.pop("_deft_bank", None)
+        if bank is not None:
+            bank.remove()
+            parameters = dict(module.named_parameters())
+            for name in bank.frozen:
+                parameters[name].requires_grad_(True)
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, list[Tensor]]:
+    """An adapter's parameters by role, `{"P": [...], "R": [...], "gate": [...]}`, for optimizer groups with learning rates
+    of their own (DEFT's authors train R at ten times P's). For LoRA, "P" holds its B and "R" its A."""
+    groups: dict[str, list[Tensor]] = {"P": [], "R": [], "gate": []}
+    for layer in require_layers(model, [adapter_name]).values():
+        for role, p in layer.adapter_tensors(adapter_name).items():
+            groups[role].append(p)
+    return groups

@@ -1,0 +1,194 @@
+"""merge, unmerge, hot-swap: adapters into the weights, in the storage that the weights have, from a pristine snapshot."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LoraConfig
+from ..nn.layers import DeftLayer
+from ..nn.prepare import decompose
+from .files import attach_adapter, read_adapter
+from .inject import named_weights, require_layers
+
+SNAPSHOTS = ("device", "host")
+
+
+def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device") -> None:
+    """Write W' = W + sum_i w_i B_i A_i into the base weights, in place: their storage, and so any compiled or captured
+    graph, stays valid, and sampling costs what the base model costs. Every A_i is taken from the pristine W.
+
+    Args:
+        names: adapters to merge, one or several; None: the active ones at their strengths.
+        weights: strengths, any real numbers; None: 1 (or the active strengths where `names` is None).
+        snapshot: where the pristine weights wait for `unmerge`: "device" (beside the weights) or "host" (main memory,
+            pinned where the weights are on a GPU).
+
+    Raises:
+        RuntimeError: something is merged already (use `hotswap`).
+        ValueError: unknown adapter, parameters with NaN, a layer without a dense weight, two layers that share a weight.
+        The model is then as it was.
+    """
+    if snapshot not in SNAPSHOTS:
+        raise ValueError(f"snapshot {snapshot!r}: expected one of {', '.join(SNAPSHOTS)}")
+    layers = require_layers(model)
+    if any(layer.merged for layer in layers.values()):
+        raise RuntimeError("adapters are merged already: call deft_kernels.unmerge(model), or hotswap to change them")
+    active = {name: w for layer in layers.values() for name, w in layer.active.items()}
+    if names is not None:
+        chosen = named_weights(names, weights)
+    else:
+        chosen = active if weights is None else named_weights(list(active), weights)
+    if not chosen:
+        raise ValueError("nothing to merge: no adapter is active and none was named")
+    require_layers(model, chosen)
+    _write(layers, chosen, snapshot)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put the pristine weights back, bit for bit.
+
+    Raises RuntimeError when nothing is merged, or when a weight was written to while an adapter was merged into it (which
+    the snapshot cannot know of).
+    """
+    layers = {name: layer for name, layer in require_layers(model).items() if layer.merged}
+    if not layers:
+        raise RuntimeError("nothing is merged: call deft_kernels.merge(model) first")
+    _check_untouched(layers)
+    for layer in layers.values():
+        _restore(layer)
+
+
+def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> None:
+    """Merge another adapter in place of what is merged now, from the pristine weights: no drift, no recompilation.
+
+    Args:
+        path_or_name: an adapter of the model by name, or a folder or file to load one from; it replaces the one that the
+            last hot-swap loaded, under the name "hotswap".
+        weight: its strength.
+
+    Raises as `merge` and `load_adapter` do; the model is then as it was.
+    """
+    layers = require_layers(model)
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    _check_untouched(merged)
+    on_host = any(layer._pristine.device != layer.weight.device for layer in merged.values())
+    name = str(path_or_name)
+    if not any(name in layer.configs for layer in layers.values()):
+        loaded = read_adapter(model, path_or_name)  # all that can be wrong with a file is found here
+        name = "hotswap"
+        for layer in layers.values():
+            if name in layer.configs:
+                layer.delete_adapter(name)
+        attach_adapter(model, loaded, name, activate=False)
+        layers = require_layers(model)
+    _write(layers, named_weights(name, weight), "host" if on_host else "device")
+
+
+@torch.no_grad()
+def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str) -> None:
+    """Merge `chosen` from the pristine weights, whatever is merged now; layers that it does not touch are restored."""
+    targets = {name: layer for name, layer in layers.items() if any(k in layer.configs for k in chosen)}
+    seen: dict[int, str] = {}
+    for name, layer in targets.items():
+        if layer.pristine_weight() is None:
+            raise ValueError(
+                f"{name}: cannot merge into this layer: its weight is quantised, sharded, offloaded, hooked or trainable"
+            )
+        other = seen.setdefault(id(layer.weight), name)
+        if other != name:
+            raise ValueError(f"{name} and {other} share one weight: merging would adapt it twice; exclude one of them")
+    _check_finite(targets, chosen)
+    B, K, R = _factors(targets.values(), chosen)
+    pristine = {name: layer._pristine for name, layer in targets.items()}
+    for name, layer in targets.items():
+        if pristine[name] is None:
+            pristine[name] = _snapshot(layer.weight, snapshot)
+
+    for name, layer in layers.items():
+        if layer.merged and name not in targets:
+            _restore(layer)
+    out, source = [], []
+    for name, layer in targets.items():
+        stored = layer.weight.detach()
+        if layer.merged and (pristine[name].device, pristine[name].dtype) != (stored.device, stored.dtype):
+            stored.copy_(pristine[name])  # back onto the device first
+            source.append(layer.matrix(stored))
+        else:
+            source.append(layer.matrix(pristine[name] if layer.merged else stored))
+        out.append(layer.matrix(stored))
+    torch.ops.deft_kernels.merge_into(out, source, B, K, R)
+    for (name, layer), written in zip(targets.items(), out):
+        stored = layer.weight.detach()
+        if written.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
+            stored.copy_(written.view(stored.shape))  # strides that (out, in*kh*kw) cannot be a view of
+        layer._pristine = pristine[name]
+        layer.merged = {k: w for k, w in chosen.items() if k in layer.configs}
+        layer._merged_version = _version(layer.weight)
+        layer._factors = None
+
+
+def _factors(layers: Iterable[DeftLayer], chosen: dict[str, float]):
+    """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
+    entries = [(layer, name) for layer in layers for name in chosen if name in layer.configs]
+    P = [layer.deft_P[name].detach() for layer, name in entries]
+    lora = [isinstance(layer.configs[name], LoraConfig) for layer, name in entries]
+    methods = ["lora" if lo else layer.configs[name].decomposition_method for lo, (layer, name) in zip(lora, entries)]
+    bases, removals, _ = decompose(P, methods)
+    side: dict[DeftLayer, list[tuple[Tensor, Tensor | None, Tensor | None]]] = {}
+    for (layer, name), b, k in zip(entries, bases, removals):
+        tensors, weight = layer.adapter_tensors(name), chosen[name]
+        r = tensors.get("R")
+        if r is not None:
+            r = r.detach() * (weight * layer.configs[name].scale(b.shape[1]))
+            if "gate" in tensors:
+                r = r * torch.sigmoid(tensors["gate"].detach())
+        side.setdefault(layer, []).append((b, None if k is None else k * weight, r))
+    B, K, R = [], [], []
+    for layer, parts in side.items():
+        n = layer.shape[1]
+        B.append(torch.cat([b for b, _, _ in parts], 1))
+        K.append(None if all(k is None for _, k, _ in parts)
+                 else torch.cat([torch.zeros_like(b) if k is None else k for b, k, _ in parts], 1))  # fmt: skip
+        R.append(None if all(r is None for _, _, r in parts)
+                 else torch.cat([b.new_zeros(b.shape[1], n) if r is None else r for b, _, r in parts], 0))  # fmt: skip
+    return B, K, R
+
+
+def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, float]) -> None:
+    named = [
+        (f"{name}.deft_{role}.{adapter}", p.detach())
+        for name, layer in layers.items() for adapter in chosen for role, p in layer.adapter_tensors(adapter).items()
+    ]  # fmt: skip
+    norms = torch.stack([n.float().cpu() for n in torch._foreach_norm([p for _, p in named], float("inf"))])
+    bad = [key for (key, _), finite in zip(named, norms.isfinite().tolist()) if not finite]
+    if bad:
+        raise ValueError(f"{bad[0]} has values that are not finite ({len(bad)} such tensors): not merged")
+
+
+def _snapshot(weight: Tensor, where: str) -> Tensor:
+    if where == "device" or weight.device.type == "cpu":
+        return weight.detach().clone()
+    host = torch.empty_like(weight, device="cpu", pin_memory=weight.device.type == "cuda", requires_grad=False)
+    return host.copy_(weight.detach())
+
+
+@torch.no_grad()
+def _restore(layer: DeftLayer) -> None:
+    layer.weight.detach().copy_(layer._pristine)
+    layer.merged, layer._pristine, layer._merged_version = {}, None, None
+
+
+def _version(tensor: Tensor) -> int | None:
+    """The count of in-place writes; None for tensors made under inference_mode, which keep none."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _check_untouched(layers: dict[str, DeftLayer]) -> None:
+    for name, layer in layers.items():
+        if layer._merged_version != _version(layer.weight):
+            raise RuntimeError(
+                f"{name}: the weight was written to while an adapter was merged into it, so the pristine one is unknown; "
+                "load the base model's weights again (eject is then not possible either)"
+            )

@@ -1,0 +1,457 @@
+"""Drop-in modules: a frozen layer with named adapters on it. DEFT, PaRa and LoRA are the same layer, since all are (B, A).
+
+The path of one tensor, top to bottom: `forward` -> `_own_factors` (or the bank's) -> `_adapted` ->
+`LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import DeftConfig, LoraConfig
+from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
+from .functional import ActivationLinear, LowRankConv2d
+from .prepare import Factors, Spec, decompose, prepare
+
+INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
+
+
+class MasterDict(nn.ParameterDict):
+    """Parameters that stay at least float32 through `.to(dtype)`, `.half()` and `.bfloat16()` of their model."""
+
+    def _apply(self, fn, recurse=True):
+        for param in self.parameters(recurse=False):
+            moved = fn(param.data)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                moved = param.data.to(moved.device)
+            param.data = moved
+            if param.grad is not None:
+                param.grad = param.grad.to(moved)
+        return self
+
+
+class DeftLayer(nn.Module):
+    """A frozen layer with named adapters. Base class of `DeftLinear` and `DeftConv2d`.
+
+    Parameters carry PEFT's names: `deft_P.<adapter>` (m, r), `deft_R.<adapter>` (r, n; absent for PaRa) and
+    `deft_gate.<adapter>` (scalar), float32. A LoRA adapter's B is its P and its A its R.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: DeftConfig | None = None, adapter_name: str = "default"):
+        super().__init__()
+        self.base_layer = base_layer
+        self.deft_P, self.deft_R, self.deft_gate = MasterDict(), MasterDict(), MasterDict()
+        self.configs: dict[str, DeftConfig] = {}
+        self.active: dict[str, float] = {}  # adapter -> strength, in the order in which factors are concatenated
+        self.merged: dict[str, float] = {}  # adapters that the base weight holds now
+        self._pristine: Tensor | None = None  # the base weight as it was before the merge
+        self._merged_version: int | None = None
+        self._bank = None
+        self._factors: list[Factors] | None = None
+        self._tokens: int | None = None  # rows of the last input: a hint for the bank's choice of form
+        self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
+        self.register_buffer("_scales", torch.empty(2, 0), persistent=False)
+        if config is not None:
+            self.add_adapter(adapter_name, config)
+            self.set_adapters({adapter_name: 1.0})
+
+    # The base layer --------------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight as it is stored (merged, where an adapter is merged)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base_layer.bias
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A tensor laid out as the base weight is stored, as W (m, n), out x in; a view wherever strides allow."""
+        raise NotImplementedError
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of W."""
+        raise NotImplementedError
+
+    def dense_weight(self) -> Tensor | None:
+        """W (m, n) where the base layer is a plain, local, frozen one; None where only its output can be relied on
+        (quantised, sharded, offloaded, hooked, trainable)."""
+        base = self.base_layer
+        weight = base._parameters.get("weight")
+        plain = (
+            weight is not None
+            and type(weight) is nn.Parameter
+            and weight.is_floating_point()
+            and not weight.requires_grad
+            and not weight.is_meta
+            and self.forward_is_plain(base)
+            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+        )
+        return self.matrix(weight.detach()) if plain else None
+
+    @staticmethod
+    def forward_is_plain(base: nn.Module) -> bool:
+        raise NotImplementedError
+
+    def pristine_weight(self) -> Tensor | None:
+        """W (m, n) without any merged adapter; None where `dense_weight` is."""
+        return self.dense_weight() if self._pristine is None else self.matrix(self._pristine)
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    def add_adapter(self, name: str, config: DeftConfig, tensors: dict[str, Tensor] | None = None) -> None:
+        """Add an adapter, inactive: at its start (`config.init_weights`), or with the given P, R and gate."""
+        if name in self.configs:
+            raise ValueError(f"adapter {name!r} exists already on this layer")
+        m, n = self.shape
+        r = config.r if isinstance(config, LoraConfig) else min(config.r, m)  # a projector's rank is at most m
+        device = self.base_layer.weight.device
+        if tensors is None:
+            tensors = self._start(r, config, device)
+        dtype = torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
+        for key, store in (("P", self.deft_P), ("R", self.deft_R), ("gate", self.deft_gate)):
+            if key in tensors:
+                store[name] = nn.Parameter(tensors[key].detach().to(device, dtype, copy=True))
+        self.configs[name] = config
+
+    @torch.no_grad()
+    def _start(self, r: int, config: DeftConfig, device) -> dict[str, Tensor]:
+        """The first values of an adapter's parameters."""
+        m, n = self.shape
+        dtype = torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
+        empty = {"device": device, "dtype": dtype}
+        if isinstance(config, LoraConfig):  # B = 0, A as a linear layer's weight: PEFT's start; False: B random too
+            B = torch.zeros(m, r, **empty) if config.init_weights else torch.randn(m, r, **empty) * INIT_STD
+            return {"P": B, "R": nn.init.kaiming_uniform_(torch.empty(r, n, **empty), a=5**0.5)}
+        tensors = {"P": torch.randn(m, r, **empty) * INIT_STD}
+        scale = config.scale(r)
+        if config.gate:
+            tensors["gate"] = torch.full((), 0.5, **empty)  # the reference code's start
+            scale = scale * torch.sigmoid(tensors["gate"])
+        if config.para:
+            return tensors
+        if config.init_weights:  # the identity: A = s R - K^T W = 0
+            _, (K,), _ = decompose([tensors["P"]], [config.decomposition_method])
+            tensors["R"] = self._removed(K) / scale
+        else:
+            tensors["R"] = torch.randn(r, n, **empty) * (INIT_STD * config.init_scale)
+        return tensors
+
+    def _removed(self, K: Tensor) -> Tensor:
+        """K^T W (r, n)."""
+        W = self.pristine_weight()
+        if W is None:
+            raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
+        one = torch.ones(1, device=K.device)
+        return -torch.ops.deft_kernels.project([K], [W], [None], one, one)[0]
+
+    def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """An adapter's parameters here: "P", "R" and "gate", those that it has; empty for an adapter not on this layer."""
+        stores = {"P": self.deft_P, "R": self.deft_R, "gate": self.deft_gate}
+        return {role: store[name] for role, store in stores.items() if name in store}
+
+    def delete_adapter(self, name: str) -> None:
+        """Forget an adapter."""
+        for store in (self.deft_P, self.deft_R, self.deft_gate):
+            if name in store:
+                del store[name]
+        self.configs.pop(name)
+        self.set_adapters({k: w for k, w in self.active.items() if k != name})
+
+    def set_adapters(self, weights: dict[str, float]) -> None:
+        """Make exactly these adapters active, each at its strength (any real number)."""
+        self.active = {name: float(w) for name, w in weights.items() if name in self.configs}
+        self._write_scales()
+
+    def _write_scales(self) -> None:
+        """Strength times alpha/r of the injection, and the strength of the removal, of every active adapter. Tensors,
+        written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
+        rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in self.active.items()], list(self.active.values())]
+        values = torch.tensor(rows, dtype=torch.float64).reshape(2, -1).to(self.base_layer.weight.device)
+        if self.base_layer.weight.dtype != torch.float64:
+            values = values.float()
+        if (self._scales.shape, self._scales.dtype, self._scales.device) == (values.shape, values.dtype, values.device):
+            self._scales.copy_(values)
+        else:
+            self._scales = values
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._write_scales()  # float32 whatever the model was cast to
+        return self
+
+    def rank(self, name: str) -> int:
+        """Rank of an adapter here: `config.r`, which DEFT and PaRa cap at m."""
+        return self.deft_P[name].shape[1]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether a forward has factors to apply: some adapter is active and none is merged."""
+        return bool(self.active) and not self.merged
+
+    def trains(self) -> bool:
+        """Whether a forward now would train an active adapter."""
+        return torch.is_grad_enabled() and any(
+            p.requires_grad for name in self.active for p in self.adapter_tensors(name).values()
+        )
+
+    # Forward ---------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if not self.adapts:
+            if self.merged and self.training and self.trains():
+                raise RuntimeError(
+                    f"this layer's adapter {', '.join(self.merged)} is merged into its weight and cannot be trained: "
+                    "call deft_kernels.unmerge(model) first"
+                )
+            return self.base_layer(x, *args, **kwargs)
+        rows = self._rows(x)
+        factors = self._shared_factors()
+        if factors is None:
+            (factors,) = prepare_layers([self], rows)
+        if not torch.compiler.is_compiling():
+            self._tokens = rows
+        return self._adapted(x, factors, args, kwargs)
+
+    def _shared_factors(self) -> list[Factors] | None:
+        """The bank's factors where they are valid now; see `Bank`."""
+        if self._bank is None:
+            return None
+        if self._bank.inside:
+            if not torch.compiler.is_compiling():
+                self._inner_no_grad = not torch.is_grad_enabled()
+            return self._factors
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or self._inner_no_grad:
+            return None
+        return self._factors
+
+    def _rows(self, x: Tensor) -> int:
+        """T: how many rows the low-rank products have."""
+        raise NotImplementedError
+
+    def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        raise NotImplementedError
+
+    def dropout(self, name: str) -> float:
+        """Dropout probability on an adapter's injection now."""
+        return self.configs[name].dropout if self.training else 0.0
+
+    # Pickling, copying: what belongs to one forward stays behind ------------------------------------------------------
+
+    def __getstate__(self):
+        return {**self.__dict__, "_factors": None, "_bank": None}
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}: r={self.rank(k)}" + (f" x {self.active[k]:g}" if k in self.active else " (inactive)")
+                         for k in self.configs)  # fmt: skip
+
+
+def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[list[Factors]]:
+    """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known."""
+    specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
+    for layer in layers:
+        weight = layer.dense_weight()
+        tokens = layer._tokens if rows is None else rows
+        if weight is not None and tokens is not None and isinstance(layer, DeftLinear):
+            if activation_is_cheaper(tokens, *layer.shape, sum(layer.rank(k) for k in layer.active)):
+                weight = None
+        fold = not any(layer.dropout(name) for name in layer.active)
+        dtype = compute_dtype(layer.base_layer.weight)
+        for name in layer.active:
+            config = layer.configs[name]
+            method = "lora" if isinstance(config, LoraConfig) else config.decomposition_method
+            specs.append(Spec(method, weight is not None, fold, dtype))
+            P.append(layer.deft_P[name])
+            R.append(layer.adapter_tensors(name).get("R"))
+            W.append(weight)
+            gates.append(layer.adapter_tensors(name).get("gate"))
+        scales.append(layer._scales)
+        counts.append(len(layer.active))
+    if not specs:
+        return []
+    injection, removal = torch.cat(scales, 1) if len(scales) > 1 else scales[0]
+    if any(gate is not None for gate in gates):
+        one = torch.ones((), device=injection.device, dtype=injection.dtype)
+        injection = injection * torch.stack([one if g is None else torch.sigmoid(g) for g in gates])
+    flat = iter(prepare(specs, injection, removal, P, R, W))
+    return [[next(flat) for _ in range(count)] for count in counts]
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Autocast's dtype where it is on for the weight's device, else the weight's own (float32 for integer storage)."""
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+class DeftLinear(DeftLayer):
+    """A frozen `nn.Linear` (or a quantised subclass of it, or transformers' `Conv1D`) with adapters.
+
+    y = x W'^T + b with W' = W - B K^T W + s B R (arXiv 2509.22793); x (..., n) -> y (..., m).
+
+    Args:
+        base_layer: the layer to adapt; kept, and frozen by `inject_adapter`, not by this class.
+        config: the adapter's; None for a layer without one yet.
+        adapter_name: its name.
+
+    Raises:
+        TypeError: a base layer that is no linear one.
+        ValueError: rank below 1, unknown decomposition, a name in use.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: DeftConfig | None = None, adapter_name: str = "default"):
+        if not isinstance(base_layer, nn.Linear) and not is_conv1d(base_layer):
+            raise TypeError(f"DeftLinear adapts nn.Linear and transformers' Conv1D, not {type(base_layer).__name__}")
+        super().__init__(base_layer, config, adapter_name)
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        if is_conv1d(self.base_layer):  # stored (in, out)
+            return self.base_layer.weight.shape[1], self.base_layer.weight.shape[0]
+        return self.base_layer.out_features, self.base_layer.in_features
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.t() if is_conv1d(self.base_layer) else stored
+
+    @staticmethod
+    def forward_is_plain(base: nn.Module) -> bool:
+        return is_conv1d(base) or type(base).forward is nn.Linear.forward
+
+    def _removed(self, K: Tensor) -> Tensor:
+        if self.pristine_weight() is not None:
+            return super()._removed(K)
+        # K^T W through the layer itself: the gradient of its output along K's columns
+        with torch.enable_grad():
+            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=compute_dtype(self.weight))
+            y = self.base_layer(x.requires_grad_())
+            return torch.autograd.grad(y, x, K.t().to(y.dtype))[0].to(K.dtype)
+
+    def _rows(self, x: Tensor) -> int:
+        return x.numel() // max(x.shape[-1], 1)
+
+    def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"input of shape {tuple(x.shape)} does not fit a linear layer of {self.shape[1]} features")
+        B = _cat([f.B for f in factors], 1)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        folded = not any(self.dropout(name) for name in self.active)
+        W = self.dense_weight()
+
+        if W is not None and any(f.A is not None for f in factors):
+            A = _cat([f.A if f.A is not None else x.new_zeros(f.B.shape[1], x.shape[-1]) for f in factors], 0)
+            y = LowRankLinear.apply(x, W, self.bias, B.to(x.dtype), A.to(x.dtype))
+        else:
+            y = self.base_layer(x, *args, **kwargs)
+            K = R = None
+            if any(f.K is not None for f in factors):
+                K = _cat([f.K if f.K is not None else torch.zeros_like(f.B) for f in factors], 1).to(y.dtype)
+            if folded and any(f.R is not None for f in factors):
+                R = _cat([f.R if f.R is not None else x.new_zeros(f.B.shape[1], x.shape[-1]) for f in factors], 0)
+                R = R.to(y.dtype)
+            if K is not None or R is not None:
+                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B.to(y.dtype), K, R)
+        if not folded:
+            for f, name in zip(factors, self.active):
+                if f.R is not None:
+                    h = F.linear(F.dropout(x, self.dropout(name)), f.R.to(x.dtype))
+                    y = y + F.linear(h, f.B.to(x.dtype)).to(y.dtype)
+        return y
+
+
+class DeftConv2d(DeftLayer):
+    """A frozen `nn.Conv2d` with adapters: y = conv(x, W) + b + conv1x1(conv(x, A), B).
+
+    W is taken as (out, in*kh*kw); any kernel, stride, padding, padding mode and dilation.
+
+    Raises:
+        TypeError: a base layer that is no Conv2d, or one with groups > 1.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: DeftConfig | None = None, adapter_name: str = "default"):
+        if not isinstance(base_layer, nn.Conv2d):
+            raise TypeError(f"DeftConv2d adapts nn.Conv2d, not {type(base_layer).__name__}")
+        if base_layer.groups != 1:
+            raise TypeError(f"DeftConv2d does not adapt grouped convolutions (groups={base_layer.groups})")
+        super().__init__(base_layer, config, adapter_name)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.base_layer.weight.shape[0], self.base_layer.weight[0].numel()
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        return stored.reshape(stored.shape[0], -1)
+
+    @staticmethod
+    def forward_is_plain(base: nn.Module) -> bool:
+        return type(base).forward is nn.Conv2d.forward
+
+    def _rows(self, x: Tensor) -> int:
+        return x.shape[-1] * x.shape[-2] * (x.shape[0] if x.dim() == 4 else 1)
+
+    def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        B = _cat([f.B for f in factors], 1)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        base, batched = self.base_layer, x.dim() == 4
+        folded = not any(self.dropout(name) for name in self.active)
+        W = self.dense_weight()
+
+        padded, padding = self._pad(x if batched else x[None])
+        geometry = (base.stride, padding, base.dilation)
+
+        def inject(z: Tensor, R: Tensor) -> Tensor:
+            return F.conv2d(z, R.to(z.dtype).reshape(-1, *base.weight.shape[1:]), None, *geometry)
+
+        def expand(h: Tensor, B: Tensor) -> Tensor:
+            return F.conv2d(h, B.to(h.dtype)[:, :, None, None])
+
+        if W is not None and any(f.A is not None for f in factors):
+            A = _cat([f.A if f.A is not None else x.new_zeros(f.B.shape[1], W.shape[1]) for f in factors], 0)
+            weight = base.weight.detach()
+            y = LowRankConv2d.apply(padded, weight, self.bias, B.to(x.dtype), A.to(x.dtype), geometry)
+        else:
+            # by autograd: a convolution whose weight is out of reach keeps its output for the removal's gradient
+            y = base(x if batched else x[None])
+            plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
+            for f in factors:
+                if f.K is not None:
+                    y = y - expand(F.conv2d(plain, f.K.to(y.dtype).t()[:, :, None, None]), f.B)
+                if f.R is not None and folded:
+                    y = y + expand(inject(padded, f.R), f.B).to(y.dtype)
+        if not folded:
+            for f, name in zip(factors, self.active):
+                if f.R is not None:
+                    y = y + expand(inject(F.dropout(padded, self.dropout(name)), f.R), f.B).to(y.dtype)
+        return y if batched else y[0]
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input with whatever padding a plain convolution cannot do itself, and the padding it can."""
+        base = self.base_layer
+        if base.padding_mode != "zeros":
+            return F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), (0, 0)
+        if isinstance(base.padding, str):
+            left_right = base._reversed_padding_repeated_twice
+            return (F.pad(x, left_right) if any(left_right) else x), (0, 0)
+        return x, base.padding
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, a linear layer stored transposed (told by name: transformers is no
+    dependency here)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and module.weight.dim() == 2

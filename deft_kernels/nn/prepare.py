@@ -1,0 +1,152 @@
+"""prepare: from the trained P and R of any number of layers to the factors (B, A) that their forwards use.
+
+    P --decompose--> B, K          A = injection R - removal K^T W          cast to the compute dtype
+
+One autograd node for all layers; its backward runs once, after every layer's. Decompositions, projections and all
+accumulation are float32 (float64 for float64 weights), whatever the compute dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+_ops = torch.ops.deft_kernels
+
+
+class Spec(NamedTuple):
+    """What prepare must know of one adapter on one layer, beyond its tensors."""
+
+    method: str  # a decomposition, or "lora": B is P itself and nothing is removed
+    project: bool  # factor form: make A. Otherwise hand out K and R for the activation form
+    fold: bool  # whether the injection is part of A (or of h); not under dropout, which acts on it alone
+    dtype: torch.dtype  # compute dtype
+
+
+class Factors(NamedTuple):
+    """What prepare hands out for one adapter on one layer, in the compute dtype."""
+
+    B: Tensor  # (m, r)
+    A: Tensor | None  # (r, n), factor form; lacks the injection where that is not folded
+    K: Tensor | None  # (m, r), activation form, strength included; None for LoRA
+    R: Tensor | None  # (r, n), scale and strength included, where the injection is not part of A
+
+
+def decompose(P: list[Tensor], methods: list[str]):
+    """B and K (None for LoRA) of every P, all QRs in one call, and {i: (U, S, Vh)} of those taken by SVD."""
+    qr = [i for i, method in enumerate(methods) if method == "qr"]
+    svd = {i: torch.linalg.svd(P[i], full_matrices=False) for i, method in enumerate(methods) if method == "svd"}
+    B = list(P)
+    for i, Q in zip(qr, _ops.orthonormalize([P[i] for i in qr])):
+        B[i] = Q
+    for i, (U, _, _) in svd.items():
+        B[i] = U.contiguous()
+    K = [None if m == "lora" else torch.relu(b) if m == "relu" else b for b, m in zip(B, methods)]
+    return B, K, svd
+
+
+def _cast(tensors: list[Tensor | None], dtypes: list[torch.dtype]) -> list[Tensor | None]:
+    """Every tensor in its dtype, by one launch for all that change."""
+    out = [t if t is None or t.dtype == d else torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes)]
+    changed = [(o, t) for o, t in zip(out, tensors) if o is not t]
+    if changed:
+        torch._foreach_copy_([o for o, _ in changed], [t for _, t in changed])
+    return out
+
+
+class Prepare(torch.autograd.Function):
+    """(specs, injection (L,), removal (L,), P..., R..., W...) -> B..., A..., K..., R... of every layer's `Factors`."""
+
+    @staticmethod
+    def forward(ctx, specs, injection, removal, *tensors):
+        L = len(specs)
+        P, R, W = tensors[:L], tensors[L : 2 * L], tensors[2 * L :]
+        B, K, svd = decompose(P, [spec.method for spec in specs])
+
+        # Which layers have an A at all: not a LoRA under dropout, whose only part is the injection.
+        projected = [i for i, s in enumerate(specs) if s.project and (K[i] is not None or (s.fold and R[i] is not None))]
+        all_of_them = len(projected) == L
+        A_out: list[Tensor | None] = [None] * L
+        for i, A in zip(projected, _ops.project(
+            [K[i] for i in projected],
+            [W[i] for i in projected],
+            [R[i] if specs[i].fold else None for i in projected],
+            injection if all_of_them else injection[projected],
+            removal if all_of_them else removal[projected],
+        )):  # fmt: skip
+            A_out[i] = A
+        K_out = [None if s.project or k is None else removal[i].to(k.dtype) * k for i, (s, k) in enumerate(zip(specs, K))]
+        R_out = [
+            None if r is None or (s.project and s.fold) else injection[i].to(r.dtype) * r
+            for i, (s, r) in enumerate(zip(specs, R))
+        ]
+
+        ctx.specs, ctx.projected, ctx.svd = specs, projected, list(svd)
+        ctx.save_for_backward(
+            injection, removal, *P, *(None if s.method == "lora" else b for s, b in zip(specs, B)),
+            *(R if ctx.needs_input_grad[1] else [None] * L),
+            *(w if i in projected else None for i, w in enumerate(W)), *(t for usv in svd.values() for t in usv[1:]),
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        return tuple(_cast([*B, *A_out, *K_out, *R_out], [spec.dtype for spec in specs] * 4))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        specs, L = ctx.specs, len(ctx.specs)
+        injection, removal, *saved = ctx.saved_tensors
+        P, B, R, W = (saved[i * L : (i + 1) * L] for i in range(4))
+        svd = dict(zip(ctx.svd, zip(saved[4 * L :: 2], saved[4 * L + 1 :: 2])))
+        wide = _cast(list(grads), [p.dtype for p in P] * 4)
+        dB, dA, dK, dR_out = (list(wide[i * L : (i + 1) * L]) for i in range(4))
+
+        # dR, and the gates' gradient through the injection's scale
+        through = [dA[i] if s.project and s.fold else dR_out[i] for i, s in enumerate(specs)]
+        need_R = ctx.needs_input_grad[3 + L : 3 + 2 * L]
+        dR = [injection[i].to(g.dtype) * g if g is not None and need_R[i] else None for i, g in enumerate(through)]
+        dinjection = None
+        if ctx.needs_input_grad[1]:
+            zero = injection.new_zeros(())
+            dots = [zero if g is None or r is None else (r * g).sum().to(zero.dtype) for g, r in zip(through, R)]
+            dinjection = torch.stack(dots)
+
+        # dK: through A (one pass over every W), or as the activation form delivered it
+        need_P = ctx.needs_input_grad[3 : 3 + L]
+        through_W = [i for i in ctx.projected if need_P[i] and dA[i] is not None and specs[i].method != "lora"]
+        moved = _ops.project_backward([dA[i].contiguous() for i in through_W], [W[i] for i in through_W])
+        dK = [None if g is None else removal[i].to(g.dtype) * g for i, g in enumerate(dK)]
+        for i, g in zip(through_W, moved):
+            dK[i] = -removal[i].to(g.dtype) * g
+
+        # dP: through the decomposition
+        dP: list[Tensor | None] = [None] * L
+        qr = []
+        for i, spec in enumerate(specs):
+            if not need_P[i] or (dB[i] is None and dK[i] is None):
+                continue
+            if dK[i] is not None and spec.method == "relu":
+                dK[i] = dK[i] * (P[i] > 0)
+            dP[i] = dK[i] if dB[i] is None else dB[i] if dK[i] is None else dB[i] + dK[i]
+            if spec.method == "qr":
+                qr.append(i)
+            elif spec.method == "svd":
+                dP[i] = reference.left_singular_backward(dP[i], B[i], *svd[i])
+        for i, g in zip(qr, _ops.orthonormalize_backward([dP[i] for i in qr], [B[i] for i in qr], [P[i] for i in qr])):
+            dP[i] = g
+        return None, dinjection, None, *dP, *dR, *[None] * L
+
+
+def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W) -> list[Factors]:
+    """Factors of many adapters in one autograd node.
+
+    Args:
+        specs: one per adapter and layer, with L entries, as all the lists.
+        injection: (L,) factor on R: strength times alpha/r times sigmoid(gate). Differentiable.
+        removal: (L,) factor on K: the strength alone.
+        P: (m, r) each, float32 or float64; R: (r, n) or None; W: (m, n), or None in the activation form.
+    """
+    L = len(specs)
+    flat = Prepare.apply(tuple(specs), injection, removal, *P, *R, *W)
+    return [Factors(*flat[i::L]) for i in range(L)]

@@ -1,0 +1,141 @@
+"""lowrank_linear: y = x W^T + b + (x A^T) B^T, forward and backward, and the rule that picks its form.
+
+Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a training step beyond the frozen layer's:
+
+    factor      h = x A^T, y = x W^T + h B^T            T r (3n + 3m)   h, dh, dB, dA, and the expansions into y and dx
+    merged      W' = W + B A, y = x W'^T                T r (2n + 2m) + 2 m n r     W' made twice, no expansions
+    activation  h = x R^T - (y0 - b) K, y = y0 + h B^T  needs no A, so that the forward spares K^T W (m n r)
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference  # noqa: F401  (the oracle of this file's kernels)
+from ._dispatch import define, differentiable, fake, kernel
+
+define(
+    "lowrank_linear(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A) -> Tensor",
+    through=lambda *args: torch.ops.deft_kernels.lowrank_linear_forward(*args)[0],
+)
+define("lowrank_linear_forward(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A) -> (Tensor, Tensor)")
+define(
+    "lowrank_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor W, Tensor B, Tensor A, bool[4] needs)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+# A skinny product runs at a fraction of a square one's rate, so its multiply-adds count for more. Measured on CPUs with
+# 1 <= r <= 64 (benchmarks/test_layer.py); the rule is about orders of magnitude, not about the third digit.
+SKINNY = 2
+
+
+def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
+    """Whether a step in merged form costs less than in factor form: SKINNY T (n + m) >= 2 m n, whatever r is.
+
+    Never in half precision, where rounding W' would lose an update smaller than half a unit of W.
+    """
+    return dtype in (torch.float32, torch.float64) and SKINNY * tokens * (m + n) >= 2 * m * n
+
+
+def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
+    """Whether the activation form costs less than projecting A first: (y0 - b) K and a pass over y0 (counted as 8
+    multiply-adds an element: it is bandwidth-bound) against K^T W."""
+    return tokens * m * (r + 8) < m * n * r
+
+
+@fake("lowrank_linear")
+def _(x, W, bias, B, A):
+    return x.new_empty(*x.shape[:-1], W.shape[0])
+
+
+@fake("lowrank_linear_forward")
+def _(x, W, bias, B, A):
+    merged = merged_is_cheaper(x.numel() // max(x.shape[-1], 1), *W.shape, x.dtype)
+    return x.new_empty(*x.shape[:-1], W.shape[0]), x.new_empty(0 if merged else x.shape[:-1].numel(), A.shape[0])
+
+
+@fake("lowrank_linear_backward")
+def _(dy, x, h, W, B, A, needs):
+    like = (x, B, A, B[:, 0])
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
+        for t, need in zip(like, needs)
+    )
+
+
+@kernel("lowrank_linear_forward", "reference")
+def _(x, W, bias, B, A):
+    """Returns y and h (T, r), or an empty h where the form makes none."""
+    rows = x.reshape(-1, x.shape[-1])
+    W = W.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if merged_is_cheaper(rows.shape[0], *W.shape, x.dtype):
+        y, h = torch.nn.functional.linear(rows, torch.addmm(W, B, A), bias), x.new_empty(0, A.shape[0])
+    else:
+        h = rows @ A.t()
+        y = torch.nn.functional.linear(rows, W, bias).addmm_(h, B.t())
+    return y.view(*x.shape[:-1], W.shape[0]), h
+
+
+@kernel("lowrank_linear_backward", "reference")
+def _(dy, x, h, W, B, A, needs):
+    """dx, dB, dA, dbias; an empty tensor for each that is not needed. One read of dy and of x for the thin products."""
+    dx = dB = dA = dbias = None
+    g = dy.reshape(-1, dy.shape[-1])
+    W = W.to(g.dtype)
+    merged = merged_is_cheaper(g.shape[0], *W.shape, g.dtype)
+    if needs[2] or (needs[0] and not merged):
+        dh = g @ B
+    if needs[0]:
+        dx = g @ torch.addmm(W, B, A) if merged else (g @ W).addmm_(dh, A)
+        dx = dx.view(*dy.shape[:-1], W.shape[1])
+    if needs[1]:
+        rows = x.reshape(-1, x.shape[-1])
+        dB = g.t() @ (h if h.shape[0] == rows.shape[0] else rows @ A.t())
+    if needs[2]:
+        dA = dh.t() @ x.reshape(-1, x.shape[-1])
+    if needs[3]:
+        dbias = g.sum(0)
+    return tuple(dy.new_empty(0) if t is None else t for t in (dx, dB, dA, dbias))
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Keeps x and h (T, r), nothing of size T x m."""
+
+    @staticmethod
+    def forward(ctx, x, W, bias, B, A):
+        y, h = torch.ops.deft_kernels.lowrank_linear_forward(x, W, bias, B, A)
+        train = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if train else x.new_empty(0), h, W, B, A)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, h, W, B, A = ctx.saved_tensors
+        nx, _, nb, nB, nA = ctx.needs_input_grad
+        dx, dB, dA, dbias = torch.ops.deft_kernels.lowrank_linear_backward(dy.to(B.dtype), x, h, W, B, A, [nx, nB, nA, nb])
+        return dx if nx else None, None, dbias if nb else None, dB if nB else None, dA if nA else None
+
+
+differentiable("lowrank_linear", LowRankLinear.apply)
+
+
+def lowrank_linear(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor) -> Tensor:
+    """y = x W^T + b + (x A^T) B^T.
+
+    Args:
+        x: (..., n), float; B: (m, r) and A: (r, n) in x's dtype.
+        W: (m, n) frozen, cast to x's dtype where it differs; bias: (m,) or None.
+
+    Returns y (..., m) in x's dtype. Differentiable once in x, bias, B and A.
+    Raises ValueError for shapes that do not fit or a W that requires grad.
+    """
+    m, n = W.shape
+    if x.shape[-1] != n or B.shape[0] != m or A.shape != (B.shape[1], n) or (bias is not None and bias.shape != (m,)):
+        raise ValueError(
+            f"lowrank_linear: x {tuple(x.shape)}, W {tuple(W.shape)}, B {tuple(B.shape)}, A {tuple(A.shape)}"
+            f"{'' if bias is None else f', bias {tuple(bias.shape)}'} do not fit y = x W^T + b + (x A^T) B^T"
+        )
+    if W.requires_grad:
+        raise ValueError("lowrank_linear: W requires grad, but the factor form treats the base weight as frozen")
+    return LowRankLinear.apply(x, W, bias, B, A)

@@ -1,0 +1,77 @@
+"""merge: W' = W + B (R - K^T W), projected and written in one pass, for many layers in one call."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._dispatch import below_autograd, define, differentiable, fake, kernel
+
+define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]")
+define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()")
+
+
+@fake("merge")
+def _(W, B, K, R):
+    return [torch.empty_like(w, memory_format=torch.contiguous_format) for w in W]
+
+
+@fake("merge_into")
+def _(out, W, B, K, R):
+    return None
+
+
+kernel("merge", "reference")(reference.merge)
+
+
+@kernel("merge_into", "reference")
+def _(out, W, B, K, R):
+    for i in range(len(out)):  # a layer at a time: W' exists twice for one layer only
+        out[i].copy_(reference.merge(W[i : i + 1], B[i : i + 1], K[i : i + 1], R[i : i + 1])[0])
+
+
+class Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layers: int, *tensors):
+        W, B, K, R = (list(tensors[i * layers : (i + 1) * layers]) for i in range(4))
+        ctx.save_for_backward(*tensors)
+        ctx.layers = layers
+        with below_autograd():
+            return tuple(torch.ops.deft_kernels.merge(W, B, K, R))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dW1):
+        L = ctx.layers
+        W, B, K, R = (ctx.saved_tensors[i * L : (i + 1) * L] for i in range(4))
+        dW, dB, dK, dR = [], [], [], []
+        for i in range(L):
+            w, g = W[i].to(B[i].dtype), dW1[i].to(B[i].dtype)
+            A = (0 if R[i] is None else R[i]) - (0 if K[i] is None else K[i].mT @ w)
+            dA = B[i].mT @ g
+            dB.append(g @ A.mT)
+            dK.append(None if K[i] is None else -(w @ dA.mT))
+            dR.append(None if R[i] is None else dA)
+            dW.append((g if K[i] is None else g - K[i] @ dA).to(W[i].dtype) if ctx.needs_input_grad[1 + i] else None)
+        return None, *dW, *dB, *dK, *dR
+
+
+differentiable("merge", lambda W, B, K, R: list(Merge.apply(len(W), *W, *B, *K, *R)) if W else [])
+
+
+def merge(W, B, K, R) -> list[Tensor]:
+    """W'_i = W_i + B_i (R_i - K_i^T W_i), (m_i, n_i), rounded once to W_i's dtype.
+
+    Args:
+        W: weights (m_i, n_i), any floating dtype; B, K: (m_i, r_i), R: (r_i, n_i), float32 or float64, scales folded
+            in. K_i None removes nothing, R_i None injects nothing.
+
+    Differentiable once in all four. `torch.ops.deft_kernels.merge_into` writes into given tensors, W's own allowed.
+    Raises ValueError naming the layer whose shapes do not fit.
+    """
+    for i, (w, b, k, r) in enumerate(zip(W, B, K, R, strict=True)):
+        m, n = w.shape
+        if b.shape[0] != m or (k is not None and k.shape != b.shape) or (r is not None and r.shape != (b.shape[1], n)):
+            raise ValueError(f"merge: factors of layer {i} do not fit its weight {tuple(w.shape)}")
+        if k is None and r is None:
+            raise ValueError(f"merge: layer {i} has neither K nor R")
+    return torch.ops.deft_kernels.merge(W, B, K, R)

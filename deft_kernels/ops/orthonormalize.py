@@ -1,0 +1,78 @@
+"""orthonormalize: thin QR of many tall matrices in one call, P (m, r) -> Q (m, r), signs as `torch.linalg.qr`."""
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._dispatch import below_autograd, define, differentiable, fake, kernel
+
+define("orthonormalize(Tensor[] P) -> Tensor[]")
+define("orthonormalize_backward(Tensor[] dQ, Tensor[] Q, Tensor[] P) -> Tensor[]")
+
+
+@fake("orthonormalize")
+def _(P):
+    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in P]
+
+
+@fake("orthonormalize_backward")
+def _(dQ, Q, P):
+    return [torch.empty_like(p, memory_format=torch.contiguous_format) for p in P]
+
+
+def _by_shape(function, *lists):
+    """Apply a batched function once per distinct shape, so that hundreds of layers are a handful of library calls."""
+    groups = defaultdict(list)
+    for i, t in enumerate(lists[0]):
+        groups[t.shape, t.dtype, t.device].append(i)
+    out = [None] * len(lists[0])
+    for members in groups.values():
+        result = function(*(torch.stack([tensors[i] for i in members]) for tensors in lists))
+        for i, t in zip(members, result.unbind()):
+            # contiguous and on its own storage: a custom operator's outputs may not alias one another
+            out[i] = t.clone(memory_format=torch.contiguous_format)
+    return out
+
+
+@kernel("orthonormalize", "reference")
+def _(P):
+    return _by_shape(lambda p: reference.orthonormalize([p])[0], P)
+
+
+@kernel("orthonormalize_backward", "reference")
+def _(dQ, Q, P):
+    return _by_shape(lambda *one: reference.orthonormalize_backward(*([t] for t in one))[0], dQ, Q, P)
+
+
+class Orthonormalize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *P: Tensor):
+        with below_autograd():
+            Q = torch.ops.deft_kernels.orthonormalize(list(P))
+        ctx.save_for_backward(*P, *Q)
+        return tuple(Q)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dQ: Tensor):
+        P, Q = ctx.saved_tensors[: len(dQ)], ctx.saved_tensors[len(dQ) :]
+        return tuple(torch.ops.deft_kernels.orthonormalize_backward(list(dQ), list(Q), list(P)))
+
+
+differentiable("orthonormalize", lambda P: list(Orthonormalize.apply(*P)) if P else [])
+
+
+def orthonormalize(P: list[Tensor]) -> list[Tensor]:
+    """Q of P_i = Q_i T_i for every P_i (m, r), r <= m, float32 or float64; differentiable once.
+
+    Raises:
+        ValueError: a matrix that is not tall, or not float32/float64 (half precision has no QR).
+    """
+    for i, p in enumerate(P):
+        if p.dim() != 2 or p.shape[0] < p.shape[1]:
+            raise ValueError(f"orthonormalize: P[{i}] has shape {tuple(p.shape)}, expected (m, r) with r <= m")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"orthonormalize: P[{i}] is {p.dtype}, expected float32 or float64")
+    return torch.ops.deft_kernels.orthonormalize(P)

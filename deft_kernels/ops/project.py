@@ -1,0 +1,78 @@
+"""project: the decomposed low-rank projection A = injection R - removal K^T W of many layers in one call."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._dispatch import below_autograd, define, differentiable, fake, kernel
+
+define("project(Tensor?[] K, Tensor[] W, Tensor?[] R, Tensor injection, Tensor removal) -> Tensor[]")
+define("project_backward(Tensor[] dA, Tensor[] W) -> Tensor[]")
+
+
+@fake("project")
+def _(K, W, R, injection, removal):
+    return [torch.empty_like(r) if r is not None else k.new_empty(k.shape[1], w.shape[1]) for k, w, r in zip(K, W, R)]
+
+
+@fake("project_backward")
+def _(dA, W):
+    return [da.new_empty(w.shape[0], da.shape[0]) for da, w in zip(dA, W)]
+
+
+kernel("project", "reference")(reference.project)
+kernel("project_backward", "reference")(reference.project_backward)
+
+
+class Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layers: int, injection, removal, *tensors):
+        K, W, R = tensors[:layers], tensors[layers : 2 * layers], tensors[2 * layers :]
+        ctx.save_for_backward(injection, removal, *W, *R)
+        ctx.has_K = [k is not None for k in K]
+        with below_autograd():
+            return tuple(torch.ops.deft_kernels.project(list(K), list(W), list(R), injection, removal))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dA: Tensor):
+        layers = len(dA)
+        injection, removal, *rest = ctx.saved_tensors
+        W, R = rest[:layers], rest[layers:]
+        removing = [i for i in range(layers) if ctx.has_K[i]]
+        moved = torch.ops.deft_kernels.project_backward([dA[i] for i in removing], [W[i] for i in removing])
+        dK: list[Tensor | None] = [None] * layers
+        for i, g in zip(removing, moved):
+            dK[i] = -removal[i].to(g.dtype) * g
+        dR = [None if r is None else injection[i].to(r.dtype) * dA[i] for i, r in enumerate(R)]
+        dinjection = None
+        if ctx.needs_input_grad[1]:
+            dots = [injection.new_zeros(()) if r is None else (r * dA[i]).sum() for i, r in enumerate(R)]
+            dinjection = torch.stack(dots).to(injection.dtype)
+        return None, dinjection, None, *dK, *[None] * layers, *dR
+
+
+differentiable("project", lambda K, W, R, *scales: list(Project.apply(len(W), *scales, *K, *W, *R)) if W else [])
+
+
+def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
+    """A_i = injection_i R_i - removal_i K_i^T W_i, (r_i, n_i), for every layer.
+
+    Args:
+        K: removal bases (m_i, r_i) in float32 (or float64), or None for a layer from which nothing is removed.
+        W: frozen weights (m_i, n_i), any floating dtype, any strides.
+        R: injections (r_i, n_i) in K's dtype, or None for a layer into which nothing is injected.
+        injection, removal: one factor per layer, shape (layers,), on the layers' device.
+
+    Differentiable once in K, R and injection. Raises ValueError naming the layer whose shapes do not fit.
+    """
+    for i, (k, w, r) in enumerate(zip(K, W, R, strict=True)):
+        if k is None and r is None:
+            raise ValueError(f"project: layer {i} has neither K nor R")
+        if k is not None and k.shape[0] != w.shape[0]:
+            raise ValueError(f"project: K[{i}] {tuple(k.shape)} does not fit W[{i}] {tuple(w.shape)}")
+        if r is not None and (r.shape[1] != w.shape[1] or (k is not None and r.shape[0] != k.shape[1])):
+            raise ValueError(f"project: R[{i}] {tuple(r.shape)} does not fit W[{i}] {tuple(w.shape)}")
+        if w.requires_grad:
+            raise ValueError(f"project: W[{i}] requires grad, but the projection treats the base weight as frozen")
+    return torch.ops.deft_kernels.project(K, W, R, injection, removal)
