@@ -1,0 +1,157 @@
+"""The command line `deft`: one parser per command, made from the options' dataclasses."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import os
+import sys
+import traceback
+import types
+import typing
+
+from . import UserError, __version__
+from .options import DemoOptions, SampleOptions, TrainOptions
+
+INTERRUPTED = 130  # a shell's exit code for a command stopped by Ctrl-C
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command: `deft_diffusers.<name>` has a function `<name>(options)`."""
+
+    name: str
+    options: type
+    summary: str
+    example: str
+
+
+COMMANDS = (
+    Command(
+        "train",
+        TrainOptions,
+        "Learn a subject from a few pictures: writes an adapter of a few hundred kilobytes to a few megabytes.",
+        """deft train --pretrained_model_name_or_path toyworld --instance_data_dir photos/ \\
+    --instance_prompt "a photo of sks cat" --output_dir outputs/cat --rank 8 --max_train_steps 300
+
+  several processes:  accelerate launch -m deft_diffusers train …
+  go on after a stop: the same command with --resume_from_checkpoint latest""",
+    ),
+    Command(
+        "sample",
+        SampleOptions,
+        "Draw pictures with a base model and any number of adapters.",
+        """deft sample --pretrained_model_name_or_path toyworld --adapter outputs/cat \\
+    --prompt "a photo of sks cat in the snow" --num_images_per_prompt 4 --output_dir outputs/snow""",
+    ),
+    Command(
+        "demo",
+        DemoOptions,
+        "Personalise the embedded model on a real photograph of a cat, before and after, in a few minutes with no GPU.",
+        "deft demo --output_dir outputs/demo",
+    ),
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that point to the command's help."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _formatter(prog):
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
+
+
+def _add_option(group, field):
+    meta = dict(field.metadata)
+    flag, kind = "--" + field.name, field.type
+    required = field.default is dataclasses.MISSING and not meta.get("repeat")
+    text = meta["help"].replace("%", "%%")
+    if required:
+        text += " (required)"
+    elif not any(field.default is no for no in (None, False, dataclasses.MISSING)):
+        text += f" (default: {'on' if field.default is True else field.default})"
+    if kind is bool:
+        action = argparse.BooleanOptionalAction if field.default else "store_true"
+        group.add_argument(flag, action=action, default=field.default, help=text)
+        return
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is list:  # `int | None`, `list[str]`
+        kind = typing.get_args(kind)[0]
+    settings = {key: meta[key] for key in ("choices", "metavar") if key in meta}
+    if meta.get("repeat"):
+        group.add_argument(flag, type=kind, action="append", default=[], help=text, **settings)
+    else:
+        default = None if required else field.default
+        settings.setdefault("metavar", None if "choices" in meta else kind.__name__.upper())
+        group.add_argument(flag, type=kind, required=required, default=default, help=text, **settings)
+
+
+def build_parser():
+    """The parser of `deft` and, by name, the parsers of its commands."""
+    parser = _Parser(
+        prog="deft",
+        description="Personalise a text-to-image model with DEFT adapters.",
+        epilog="deft COMMAND --help explains one command. A first try that needs nothing: deft demo",
+        formatter_class=_formatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"deft {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    parsers = {}
+    for command in COMMANDS:
+        sub = parsers[command.name] = commands.add_parser(
+            command.name,
+            help=command.summary,
+            description=command.summary,
+            epilog="example:\n  " + command.example,
+            formatter_class=_formatter,
+            allow_abbrev=False,
+            usage=f"deft {command.name} [options]",
+        )
+        groups = {}
+        for field in dataclasses.fields(command.options):
+            name = field.metadata["group"]
+            groups.setdefault(name, sub.add_argument_group(name))
+            _add_option(groups[name], field)
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser, parsers
+
+
+def _refuse_unknown(parsers, argv):
+    """A misspelt flag is told before anything else that is wrong, such as the flag it should have been being missing."""
+    if not argv or argv[0] not in parsers:
+        return
+    known = [flag for action in parsers[argv[0]]._actions for flag in action.option_strings]
+    for flag in (word.split("=")[0] for word in argv[1:] if word.startswith("--")):
+        if flag not in known:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
+            parsers[argv[0]].error(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
+
+
+def main(argv=None):
+    """Runs one command and returns its exit code: 0, 2 after an error, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser, parsers = build_parser()
+    _refuse_unknown(parsers, argv)
+    values = vars(parser.parse_args(argv))
+    name, debug = values.pop("command"), values.pop("debug")
+    command = next(c for c in COMMANDS if c.name == name)
+    # The libraries' hints are for programmers; what a user must know is said here.
+    for library in ("DIFFUSERS", "TRANSFORMERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    try:
+        run = getattr(importlib.import_module(f".{command.name}", __package__), command.name)
+        run(command.options(**values))
+        return 0
+    except KeyboardInterrupt as stop:
+        print(f"deft {command.name}: {stop}" if str(stop) else f"deft {command.name}: stopped", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:  # the border of the program: every error becomes one line
+        if debug:
+            traceback.print_exc()
+        text = " ".join(str(error).split()) or type(error).__name__
+        hint = "" if debug or isinstance(error, UserError) else f" ({type(error).__name__}; --debug shows where)"
+        print(f"deft {command.name}: error: {text}{hint}", file=sys.stderr)
+        return 2

@@ -1,0 +1,50 @@
+"""The kinds of pipeline that can be personalised: one file and one class for each.
+
+A family wraps a pipeline and says what differs between kinds: how text and pictures are encoded, what the loss is, how a
+picture is drawn, and which layers an adapter goes to by default. `StableDiffusion` is the pattern to follow.
+"""
+
+from pathlib import Path
+
+from .. import UserError
+from .stable_diffusion import StableDiffusion
+
+FAMILIES = {name: family for family in (StableDiffusion,) for name in family.pipeline_classes}
+
+
+def _locate(name):
+    """A folder or a hub id for `toyworld`, a folder or a hub id."""
+    if name == "toyworld":
+        from ..toyworld import MODEL_DIR
+
+        if not (MODEL_DIR / "model_index.json").is_file():
+            raise UserError(f"the embedded model toyworld is missing from this installation ({MODEL_DIR})")
+        return MODEL_DIR
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"{name} is no pipeline folder: it has no model_index.json")
+        return folder
+    if name.count("/") != 1 or name[0] in "./~":
+        raise UserError(f"no such folder, nor a hub id (owner/name) or toyworld: {name}")
+    return name
+
+
+def load_family(name, dtype):
+    """Loads the base model `name` (`toyworld`, a folder or a hub id) with its big parts in `dtype`, and returns its family.
+
+    UserError if there is no such model or its pipeline class is not supported.
+    """
+    import diffusers
+    import transformers
+
+    source = _locate(name)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        kind = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
+    except OSError as error:
+        raise UserError(f"cannot get {name} from the hub, and there is no such folder: {error}") from error
+    if kind not in FAMILIES:
+        raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
+    return FAMILIES[kind].load(source, dtype)

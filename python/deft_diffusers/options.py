@@ -1,0 +1,150 @@
+"""The options of each command: name, default and help have their only home here; `cli` makes the flags from them.
+
+Names are those of diffusers' training examples where these have one. Nothing here imports torch, so `--help` is quick.
+"""
+
+from dataclasses import MISSING, dataclass, field
+
+METHODS = ("deft", "para", "lora")
+DECOMPOSITIONS = ("qr", "svd", "relu", "none")
+PRECISIONS = ("no", "fp16", "bf16")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+
+def option(group, help, default=MISSING, **more):
+    """A dataclass field that is also a flag. `more`: `choices`, `metavar`, `repeat` (may be given several times)."""
+    metadata = {"group": group, "help": help, **more}
+    if more.get("repeat"):
+        return field(default_factory=list, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+MODEL_HELP = "base model: `toyworld` (embedded), a folder in diffusers' layout, or a hub id"
+
+
+@dataclass(kw_only=True)
+class TrainOptions:
+    """What `deft train` takes."""
+
+    pretrained_model_name_or_path: str = option("Model and data", MODEL_HELP, metavar="MODEL")
+    instance_data_dir: str = option(
+        "Model and data", "folder of pictures of the subject, or one picture; NAME.txt beside NAME.jpg is its caption",
+        metavar="PATH",
+    )  # fmt: skip
+    instance_prompt: str | None = option(
+        "Model and data",
+        "text of every picture that has no caption, such as 'a photo of sks dog'",
+        None,
+        metavar="TEXT",
+    )
+    output_dir: str = option("Model and data", "where the adapter, its checkpoints and its log go", metavar="DIR")
+    overwrite_output_dir: bool = option("Model and data", "replace the run that the output folder holds", False)
+    resolution: int | None = option(
+        "Model and data", "side of the training pictures in pixels (default: the model's own)", None, metavar="N"
+    )
+    center_crop: bool = option("Model and data", "crop the middle of a picture, not a random part", False)
+    random_flip: bool = option("Model and data", "mirror pictures at random", False)
+
+    method: str = option(
+        "Adapter", "deft removes and injects, para only removes, lora only injects", "deft", choices=METHODS
+    )
+    rank: int = option("Adapter", "rank of the adapter; 4 to 8 suits one subject", 8, metavar="R")
+    alpha: float | None = option("Adapter", "scale of the injection is alpha/rank (default: scale 1)", None)
+    decomposition_method: str | None = option(
+        "Adapter", "how P becomes a basis (default: qr, an orthogonal projector)", None, choices=DECOMPOSITIONS
+    )
+    gate: bool = option("Adapter", "learn one scalar per layer that scales the injection", False)
+    dropout: float = option("Adapter", "dropout of the injection term", 0.0)
+    init_weights: bool = option("Adapter", "start as the base model; off: the reference's random start", True)
+    target_modules: str | None = option(
+        "Adapter", "names separated by commas, a regular expression, or all-linear (default: every attention projection)",
+        None, metavar="NAMES",
+    )  # fmt: skip
+
+    max_train_steps: int = option("Optimisation", "optimizer steps", 500, metavar="N")
+    train_batch_size: int = option("Optimisation", "pictures per process and micro-step", 1, metavar="N")
+    gradient_accumulation_steps: int = option("Optimisation", "micro-steps per optimizer step", 1, metavar="N")
+    gradient_checkpointing: bool = option("Optimisation", "less memory for more time", False)
+    learning_rate: float = option("Optimisation", "of R (for para, which has no R: of P)", 5e-4, metavar="LR")
+    learning_rate_P: float | None = option(
+        "Optimisation",
+        "of P (default: a tenth of --learning_rate for deft with qr or svd, else the same)",
+        None,
+        metavar="LR",
+    )
+    lr_scheduler: str = option("Optimisation", "shape of the learning rate over the run", "constant", choices=SCHEDULES)
+    lr_warmup_steps: int = option("Optimisation", "steps over which the learning rate rises from zero", 0, metavar="N")
+    adam_weight_decay: float = option("Optimisation", "of AdamW; it would pull R towards removal, hence off", 0.0)
+    max_grad_norm: float = option("Optimisation", "gradients are clipped to this norm", 1.0)
+    mixed_precision: str | None = option(
+        "Optimisation", "of the base model; adapter and VAE stay fp32 (default: accelerate's setting, else no)", None,
+        choices=PRECISIONS,
+    )  # fmt: skip
+    seed: int = option("Optimisation", "one seed gives one adapter, however often the run was stopped", 0)
+
+    checkpointing_steps: int = option("Checkpoints and validation", "steps between two checkpoints", 500, metavar="N")
+    checkpoints_total_limit: int | None = option(
+        "Checkpoints and validation", "keep only the newest N checkpoints (default: all)", None, metavar="N"
+    )
+    resume_from_checkpoint: str | None = option(
+        "Checkpoints and validation",
+        "`latest` (of the output folder) or a checkpoint's folder",
+        None,
+        metavar="latest|DIR",
+    )
+    validation_prompt: str | None = option(
+        "Checkpoints and validation", "draw pictures of this text while training and at the end", None, metavar="TEXT"
+    )
+    validation_steps: int = option("Checkpoints and validation", "steps between two such drawings", 100, metavar="N")
+    num_validation_images: int = option("Checkpoints and validation", "pictures in one drawing", 4, metavar="N")
+
+
+@dataclass(kw_only=True)
+class SampleOptions:
+    """What `deft sample` takes."""
+
+    pretrained_model_name_or_path: str = option("Model and adapters", MODEL_HELP, metavar="MODEL")
+    adapter: list[str] = option(  # noqa: RUF009
+        "Model and adapters",
+        "folder of an adapter; repeat for several at once; none: the base model",
+        repeat=True,
+        metavar="DIR",
+    )
+    adapter_weight: list[float] = option(  # noqa: RUF009
+        "Model and adapters",
+        "strength of the adapter given in the same place, any number (default: 1)",
+        repeat=True,
+        metavar="W",
+    )
+    merge: bool = option("Model and adapters", "fold the adapters into the base weights; off: keep the factors apart", True)
+    dtype: str | None = option(
+        "Model and adapters", "of the base model; the VAE stays fp32 (default: fp16 on a GPU, else fp32)", None,
+        choices=("fp32", "fp16", "bf16"),
+    )  # fmt: skip
+    device: str | None = option(
+        "Model and adapters", "such as cpu or cuda:1 (default: a GPU if there is one)", None, metavar="DEVICE"
+    )
+
+    prompt: list[str] = option(  # noqa: RUF009
+        "Pictures", "what to draw; repeat for several texts", repeat=True, metavar="TEXT"
+    )
+    prompts_file: str | None = option("Pictures", "file with one text per line, instead of --prompt", None, metavar="FILE")
+    negative_prompt: str | None = option("Pictures", "what to keep out", None, metavar="TEXT")
+    num_images_per_prompt: int = option("Pictures", "picture k of every text has seed --seed + k", 1, metavar="N")
+    num_inference_steps: int = option("Pictures", "denoising steps", 50, metavar="N")
+    guidance_scale: float = option("Pictures", "classifier-free guidance; 1 is none", 7.5)
+    seed: int = option("Pictures", "seed of each text's first picture", 0)
+    height: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")
+    width: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")
+    batch_size: int = option("Pictures", "pictures drawn at once; no picture depends on it", 4, metavar="N")
+    output_dir: str = option("Pictures", "where 0000.png …, grid.png and samples.json go", "samples", metavar="DIR")
+    overwrite_output_dir: bool = option("Pictures", "replace the samples that the output folder holds", False)
+
+
+@dataclass(kw_only=True)
+class DemoOptions:
+    """What `deft demo` takes."""
+
+    output_dir: str = option("Demonstration", "where demo.png and the adapter go", "outputs/demo", metavar="DIR")
+    max_train_steps: int = option("Demonstration", "optimizer steps", 300, metavar="N")
+    seed: int = option("Demonstration", "of training and pictures", 0)

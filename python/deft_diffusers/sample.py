@@ -1,0 +1,152 @@
+"""Draws pictures with a base model and adapters."""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import deft_kernels as dk
+
+from . import UserError
+from .families import load_family
+from .grid import grid
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def warn_of_cut_text(family, prompts):
+    """Names, for each prompt that is too long for the text encoder, what it will not see."""
+    for prompt in dict.fromkeys(prompts):
+        if cut := family.cut_text(prompt):
+            print(
+                f"warning: the prompt {prompt!r} is too long for the text encoder, which will not see: {cut!r}",
+                file=sys.stderr,
+            )
+
+
+def check_size(name, value, family):
+    """UserError if `value` (None: the model's own) is no size in pixels that the model can draw."""
+    if value is not None and (value <= 0 or value % family.size_multiple):
+        raise UserError(f"--{name} must be a positive multiple of {family.size_multiple}, got {value}")
+
+
+def load_adapters(family, folders, weights=(), merge=True):
+    """Loads adapters into the model and switches them on together; `weights` empty means 1 for each.
+
+    Merged adapters are folded into the base weights (undo with `deft_kernels.unmerge`), else they stay factors.
+    """
+    names = [f"adapter{k}" for k in range(len(folders))]
+    weights = list(weights) or [1.0] * len(names)
+    for name, folder in zip(names, folders):
+        dk.load_adapter(family.model, folder, adapter_name=name)
+    if merge:
+        dk.merge(family.model, names, weights)
+    else:
+        dk.set_adapters(family.model, names, weights)
+
+
+def generate(family, jobs, batch_size=4, progress=True, **settings):
+    """Yields a picture for each of `jobs`, a list of (prompt, seed); `settings` go to the family's `generate`."""
+    family.model.eval()
+    with tqdm(total=len(jobs), desc="drawing", unit="image", disable=not progress) as bar:
+        for start in range(0, len(jobs), batch_size):
+            prompts, seeds = zip(*jobs[start : start + batch_size])
+            images = family.generate(list(prompts), seeds, **settings)
+            bar.update(len(images))
+            yield from images
+
+
+def _read_prompts(options):
+    if bool(options.prompt) == bool(options.prompts_file):
+        raise UserError("give the texts either with --prompt or with --prompts_file")
+    if not options.prompts_file:
+        return options.prompt
+    try:
+        lines = Path(options.prompts_file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --prompts_file: {error}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"{options.prompts_file} holds no text")
+    return prompts
+
+
+def _device_and_dtype(options):
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"cannot use --device {options.device}: {str(error).splitlines()[0]}") from error
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
+    if device.type == "cpu" and dtype == "fp16":
+        raise UserError("--dtype fp16 needs a GPU; use fp32 on a CPU")
+    return device, DTYPES[dtype]
+
+
+def _clear(folder, overwrite):
+    """Makes room for new samples: UserError if the folder holds some, which `overwrite` deletes, and nothing else."""
+    record = folder / "samples.json"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file")
+    if not record.is_file():
+        return
+    if not overwrite:
+        raise UserError(f"{folder} holds samples already; choose another --output_dir or add --overwrite_output_dir")
+    for sample in json.loads(record.read_text())["samples"]:
+        (folder / Path(sample["file"]).name).unlink(missing_ok=True)
+    record.unlink()
+
+
+def sample(options):
+    """Runs `deft sample`: takes `SampleOptions`, writes `0000.png` …, `grid.png`, `samples.json`, returns the pictures."""
+    prompts = _read_prompts(options)
+    if options.adapter_weight and len(options.adapter_weight) != len(options.adapter):
+        raise UserError(
+            f"{len(options.adapter_weight)} --adapter_weight for {len(options.adapter)} --adapter: give one each, or none"
+        )
+    if not all(map(math.isfinite, options.adapter_weight)):
+        raise UserError("every --adapter_weight must be a finite number")
+    for folder in options.adapter:
+        if not Path(folder).expanduser().exists():
+            raise UserError(f"no such adapter: {folder}")
+    for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
+    device, dtype = _device_and_dtype(options)
+    folder = Path(options.output_dir).expanduser()
+    if not options.overwrite_output_dir:
+        _clear(folder, False)
+
+    family = load_family(options.pretrained_model_name_or_path, dtype).to(device)
+    check_size("height", options.height, family)
+    check_size("width", options.width, family)
+    if options.adapter:
+        load_adapters(family, [Path(f).expanduser() for f in options.adapter], options.adapter_weight, options.merge)
+    warn_of_cut_text(family, [*prompts, options.negative_prompt or ""])
+
+    n = options.num_images_per_prompt
+    jobs = [(prompt, options.seed + k) for prompt in prompts for k in range(n)]
+    settings = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    # The pipeline ignores a height without a width.
+    settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
+
+    _clear(folder, options.overwrite_output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"settings": dataclasses.asdict(options) | settings, "samples": []}
+    images = []
+    try:
+        for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings)):
+            file = f"{len(images):04d}.png"
+            image.save(folder / file)
+            images.append(image)
+            record["samples"].append({"file": file, "prompt": prompt, "seed": seed})
+    finally:  # what was drawn before a stop stays, and is on record
+        (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    rows = [images[k : k + n] for k in range(0, len(images), n)]
+    grid(rows, [f"seed {options.seed + k}" for k in range(n)], prompts).save(folder / "grid.png")
+    print(f"{len(images)} pictures in {folder}")
+    return images

@@ -1,0 +1,542 @@
+"""Trains an adapter on pictures of a subject.
+
+Every random draw is a function of the seed and of what is drawn: the order of the pictures of the epoch; crop, mirror,
+latent noise, noise and timestep of the number of the sample since the start; dropout of the step and process. So a run that
+was stopped and resumed takes the same steps as one that was not, and n processes with batch b train the same adapter as one
+with batch n·b.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from tqdm import tqdm
+
+import deft_kernels as dk
+
+from . import UserError, data
+from .families import load_family
+from .grid import grid
+from .sample import DTYPES, check_size, generate, warn_of_cut_text
+
+P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
+LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
+VALIDATION_STEPS = 25  # denoising steps of a validation picture
+STATE, SETTINGS, LOG = "state.pt", "training_args.json", "loss.jsonl"
+ADAPTER = "adapter_model.safetensors"
+# What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
+MARKS = ("checkpoint-*", ADAPTER, "adapter_config.json", SETTINGS, LOG)
+PICTURES = ("validation*.png",)
+# Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
+FREE_TO_CHANGE = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
+    "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
+    # What these amount to is compared instead: `pictures` and `images_per_step`.
+    "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
+}  # fmt: skip
+
+
+# options ------------------------------------------------------------------------------------------------------------
+
+
+def check_options(options):
+    """UserError names the first option that cannot work. Touches nothing but the options."""
+    at_least_one = (
+        "rank max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps validation_steps "
+        "num_validation_images resolution checkpoints_total_limit"
+    )
+    for name in at_least_one.split():
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"):
+        value = getattr(options, name)
+        if value is not None and not (value >= 0 and math.isfinite(value)):
+            raise UserError(f"--{name} must be a number from 0 up, got {value}")
+    if options.alpha is not None and not options.alpha > 0:
+        raise UserError(f"--alpha must be a positive number, got {options.alpha}")
+    if not 0 <= options.dropout < 1:
+        raise UserError(f"--dropout must be at least 0 and below 1, got {options.dropout}")
+    if options.lr_warmup_steps and options.lr_scheduler == "constant":
+        raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant; use constant_with_warmup")
+    if options.method == "para" and (options.gate or options.learning_rate_P is not None):
+        raise UserError("--method para has no R: --gate does not apply, and P's learning rate is --learning_rate")
+    if options.method == "lora" and (options.decomposition_method or options.gate):
+        raise UserError("--decomposition_method and --gate do not apply to --method lora")
+
+
+def _targets(text, family):
+    """What `--target_modules` means: a list of names, or a regular expression or keyword as one string."""
+    if text is None:
+        return list(family.target_modules)
+    if text == "all-linear" or not all(c.isalnum() or c in "_.," for c in text):
+        return text
+    return text.split(",")
+
+
+def adapter_config(options, family):
+    """The `deft_kernels` configuration of the adapter that the options ask for."""
+    common = {
+        "r": options.rank,
+        "alpha": options.alpha,
+        "dropout": options.dropout,
+        "init_weights": options.init_weights,
+        "target_modules": _targets(options.target_modules, family),
+    }
+    if options.method == "lora":
+        return dk.LoraConfig(**common)
+    return dk.DeftConfig(
+        **common,
+        decomposition_method=options.decomposition_method or "qr",
+        para=options.method == "para",
+        gate=options.gate,
+    )
+
+
+def learning_rates(options):
+    """Learning rate of each group of parameters."""
+    orthogonal = options.method == "deft" and options.decomposition_method in (None, "qr", "svd")
+    rate_p = options.learning_rate_P
+    if rate_p is None:
+        rate_p = options.learning_rate * (P_RATE if orthogonal else 1.0)
+    return {"P": rate_p, "R": options.learning_rate, "gate": options.learning_rate}
+
+
+# randomness ---------------------------------------------------------------------------------------------------------
+
+
+EPOCH, SAMPLE, STEP = range(3)  # what a seed is for
+
+
+def _seed(*numbers):
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+def _generator(*numbers):
+    return torch.Generator().manual_seed(_seed(*numbers))
+
+
+class Samples:
+    """The endless stream of training samples; sample n is the same whenever and wherever it is asked for."""
+
+    def __init__(self, pictures, family, seed, random_crop, random_flip):
+        self.pictures, self.family, self.seed = pictures, family, seed
+        self.random_crop, self.random_flip = random_crop, random_flip
+        captions = list(dict.fromkeys(p.caption for p in pictures))
+        rows = {text: row for row, text in enumerate(captions)}
+        self.rows = [rows[p.caption] for p in pictures]
+        self.order = (None, None)
+        with torch.no_grad():
+            self.conditions = family.encode_prompts(captions)
+            # Latents are computed once where nothing about a picture changes from one sight to the next.
+            fixed = not random_flip and (not random_crop or all(p.image.width == p.image.height for p in pictures))
+            self.posteriors = [self._encode([p], [(0.5, 0.5, False)]) for p in pictures] if fixed else None
+
+    def _encode(self, pictures, views):
+        pixels = [data.to_array(data.square(p.image, u, v, mirror)) for p, (u, v, mirror) in zip(pictures, views)]
+        return self.family.encode_images(torch.as_tensor(np.stack(pixels)))
+
+    def _index(self, n):
+        epoch, k = divmod(n, len(self.pictures))
+        if self.order[0] != epoch:
+            self.order = (
+                epoch,
+                torch.randperm(len(self.pictures), generator=_generator(self.seed, EPOCH, epoch)).tolist(),
+            )
+        return self.order[1][k]
+
+    @torch.no_grad()
+    def batch(self, numbers, device):
+        """Samples `numbers`: (latents, noise, times, conditions), the arguments of the family's `loss` after the model."""
+        chosen = [self._index(n) for n in numbers]
+        generators = [_generator(self.seed, SAMPLE, n) for n in numbers]
+        views = []
+        for g in generators:
+            u, v, side = torch.rand(3, generator=g).tolist()
+            views.append((u if self.random_crop else 0.5, v if self.random_crop else 0.5, self.random_flip and side < 0.5))
+        if self.posteriors is not None:
+            mean, deviation = (torch.cat(t) for t in zip(*(self.posteriors[k] for k in chosen)))
+        else:
+            mean, deviation = self._encode([self.pictures[k] for k in chosen], views)
+        draws = [(torch.randn(mean.shape[1:], generator=g), torch.randn(mean.shape[1:], generator=g)) for g in generators]
+        times = torch.stack([self.family.draw_time(g) for g in generators]).to(device)
+        latent_noise, noise = (torch.stack(t).to(device) for t in zip(*draws))
+        rows = torch.tensor([self.rows[k] for k in chosen], device=device)
+        return mean + deviation * latent_noise, noise, times, {k: v[rows] for k, v in self.conditions.items()}
+
+
+# output folder ------------------------------------------------------------------------------------------------------
+
+
+def _step_of(checkpoint):
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def find_checkpoints(folder):
+    """Checkpoints of an output folder, oldest first."""
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit() and (p / STATE).is_file()]
+    return sorted(found, key=_step_of)
+
+
+def _existing(folder, patterns):
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def _find_resume(options, folder):
+    """The checkpoint to go on from, or None for a fresh start. UserError if the output folder must not be used."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file")
+    wanted, taken = options.resume_from_checkpoint, _existing(folder, MARKS)
+    if wanted is None:
+        if taken and not options.overwrite_output_dir:
+            raise UserError(
+                f"{folder} holds a run already ({taken[0].name}); choose another --output_dir, "
+                "or add --overwrite_output_dir or --resume_from_checkpoint latest"
+            )
+        return None
+    if wanted == "latest":
+        checkpoints = find_checkpoints(folder)
+        if checkpoints:
+            return checkpoints[-1]
+        if (folder / ADAPTER).is_file():
+            raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
+        print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
+        return None
+    checkpoint = Path(wanted).expanduser()
+    if not (checkpoint / STATE).is_file():
+        raise UserError(f"--resume_from_checkpoint {wanted}: no checkpoint there ({STATE} is missing)")
+    if checkpoint.resolve().parent != folder.resolve() and taken and not options.overwrite_output_dir:
+        raise UserError(f"{folder} holds another run; add --overwrite_output_dir to replace it")
+    return checkpoint
+
+
+def _check_same_run(checkpoint, settings):
+    before = json.loads((checkpoint / SETTINGS).read_text())
+    for name, value in settings.items():
+        if name not in FREE_TO_CHANGE and before.get(name) != value:
+            raise UserError(
+                f"{checkpoint} was trained with {name} {before.get(name)}, not {value}: resume with the same options"
+            )
+
+
+def _fingerprint(pictures):
+    """sha256 of what is trained on: pixels and texts, in order."""
+    digest = hashlib.sha256()
+    for picture in pictures:
+        digest.update(picture.image.tobytes() + picture.caption.encode())
+    return digest.hexdigest()
+
+
+def _write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _publish(part, target):
+    """Puts the finished folder `part` in place of `target` in one step, so that nobody ever sees half of it."""
+    if target.exists():
+        shutil.rmtree(target)
+    os.replace(part, target)
+
+
+# training -----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """Yields a list that fills when Ctrl-C or a termination is asked for; a second Ctrl-C stops at once."""
+    asked = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """One training run: the adapted model, its optimizer, and what it leaves in the output folder."""
+
+    def __init__(self, options, accelerator, family, samples, settings, folder, resume):
+        self.options, self.accelerator, self.family, self.samples = options, accelerator, family, samples
+        self.settings, self.folder, self.step = settings, folder, 0
+        self.images_per_step = settings["images_per_step"]
+        torch.manual_seed(_seed(options.seed))  # of the adapter's first values
+        if resume:
+            dk.load_adapter(family.model, resume, trainable=True)
+        else:
+            dk.inject_adapter(family.model, adapter_config(options, family))
+        groups = dk.adapter_parameters(family.model)
+        self.layers = len(groups["P"])
+        rates = learning_rates(options)
+        self.names = [name for name, parameters in groups.items() if parameters]
+        self.parameters = [p for name in self.names for p in groups[name]]
+        optimizer = torch.optim.AdamW(
+            [{"params": groups[name], "lr": rates[name]} for name in self.names], weight_decay=options.adam_weight_decay
+        )
+        if options.gradient_checkpointing:
+            family.model.enable_gradient_checkpointing()
+        self.model, self.optimizer = accelerator.prepare(family.model, optimizer)
+        # Not prepared: accelerate would step it once for every process.
+        self.schedule = get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+        )
+        if resume:
+            self._restore(resume)
+        self.unread = []  # (step, loss, gradient norm, learning rates) not yet read from the device
+        self.log = []
+
+    # checkpoints
+
+    def _restore(self, checkpoint):
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+
+    def save_checkpoint(self):
+        """Writes `checkpoint-<step>` whole or not at all, then drops the oldest beyond the limit."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            part = self.folder / f".checkpoint-{self.step}.part"
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            dk.save_adapter(self.family.model, part)
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            torch.save(state, part / STATE)
+            _write_json(part / SETTINGS, self.settings)
+            _publish(part, self.folder / f"checkpoint-{self.step}")
+            if self.options.checkpoints_total_limit:
+                for old in find_checkpoints(self.folder)[: -self.options.checkpoints_total_limit]:
+                    shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    # log
+
+    def open_log(self, resume):
+        """Main process: starts the log, or cuts a resumed one back to the steps that were kept."""
+        path = self.folder / LOG
+        if resume and path.is_file():
+            lines = [
+                line for line in path.read_text().splitlines() if line.endswith("}")
+            ]  # a killed run may leave half a line
+            self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= self.step]
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+
+    def read_losses(self, asked=()):
+        """Reads the losses since the last call, logs them, and agrees between the processes whether to stop.
+
+        UserError names the step at which the loss or the gradient was not finite.
+        """
+        columns = [torch.stack([values[k].float() for _, values, _ in self.unread]) for k in (0, 1)]
+        stop = torch.full_like(columns[0], float(bool(asked)))
+        table = self.accelerator.reduce(torch.stack([*columns, stop]), "mean").tolist()
+        new = [
+            {"step": step, "loss": loss, "gradient_norm": norm, **rates}
+            for (step, _, rates), loss, norm in zip(self.unread, *table[:2])
+        ]
+        self.unread.clear()
+        # With fp16 the loss scaler skips a step whose gradient overflows, and lowers the scale.
+        watched = ("loss",) if self.accelerator.scaler else ("loss", "gradient_norm")
+        bad = next((e["step"] for e in new if not all(math.isfinite(e[name]) for name in watched)), None)
+        good = [entry for entry in new if bad is None or entry["step"] < bad]
+        self.log += good
+        if self.accelerator.is_main_process:
+            with open(self.folder / LOG, "a") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in good)
+        if bad is not None:
+            kept = find_checkpoints(self.folder)
+            raise UserError(
+                f"the loss is not finite at step {bad} of {self.options.max_train_steps}; try a lower --learning_rate"
+                + (f"; last good checkpoint: {kept[-1]}" if kept else "")
+            )
+        return table[2][-1] > 0
+
+    # steps
+
+    def _train_step(self):
+        o, accelerator = self.options, self.accelerator
+        processes, rank, batch = accelerator.num_processes, accelerator.process_index, o.train_batch_size
+        self.model.train()
+        total = 0.0
+        for micro in range(o.gradient_accumulation_steps):
+            first = self.step * self.images_per_step + (micro * processes + rank) * batch
+            torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
+            with accelerator.accumulate(self.model):
+                sample = self.samples.batch(range(first, first + batch), accelerator.device)
+                loss = self.family.loss(self.model, *sample)
+                accelerator.backward(loss)
+                total = total + loss.detach() / o.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, o.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        rates = {f"lr_{name}": rate for name, rate in zip(self.names, self.schedule.get_last_lr())}
+        self.schedule.step()
+        self.step += 1
+        self.unread.append((self.step, (total, norm), rates))
+
+    def validate(self, name):
+        """Main process: draws the validation prompt with the adapter as it stands, always from the same noise."""
+        if self.options.validation_prompt is None or not self.accelerator.is_main_process:
+            return
+        o = self.options
+        jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
+        images = list(generate(self.family, jobs, progress=False, num_inference_steps=VALIDATION_STEPS, guidance_scale=7.5))
+        grid([images], title=f"step {self.step}: {o.validation_prompt}").save(self.folder / name)
+
+    def train(self):
+        """Runs to `max_train_steps`. Ctrl-C or a termination writes a checkpoint and raises KeyboardInterrupt."""
+        o = self.options
+        every = 1 if self.accelerator.device.type == "cpu" else LOG_EVERY
+        bar = tqdm(total=o.max_train_steps, initial=self.step, desc="training", disable=not self.accelerator.is_main_process)
+        start, first = time.perf_counter(), self.step
+        with bar, _stop_signals() as asked:
+            while self.step < o.max_train_steps:
+                self._train_step()
+                bar.update()
+                last = self.step == o.max_train_steps
+                save = self.step % o.checkpointing_steps == 0
+                draw = self.step % o.validation_steps == 0 and not last
+                alone = self.accelerator.num_processes == 1
+                if not (save or draw or last or self.step % every == 0 or (alone and asked)):
+                    continue
+                stop = self.read_losses(asked) and not last
+                rate = (self.step - first) * self.images_per_step / (time.perf_counter() - start)
+                lr = ", ".join(f"{r:.1e}" for r in self.schedule.get_last_lr())
+                bar.set_postfix_str(f"loss {self.log[-1]['loss']:.4f}, lr {lr}, {rate:.1f} images/s")
+                if save or stop:
+                    self.save_checkpoint()
+                if stop:
+                    raise KeyboardInterrupt(
+                        f"stopped at step {self.step} of {o.max_train_steps}, checkpoint written; "
+                        "go on with --resume_from_checkpoint latest"
+                    )
+                if draw:
+                    self.validate(f"validation-{self.step}.png")
+
+    def finish(self):
+        """Main process: writes the adapter, its settings, a last drawing and the card."""
+        if not self.accelerator.is_main_process:
+            return
+        dk.save_adapter(self.family.model, self.folder)
+        self.validate("validation.png")
+        (self.folder / "README.md").write_text(_card(self.options, self.settings, self.log))
+
+
+def _card(options, settings, log):
+    shown = {k: v for k, v in settings.items() if v not in (None, False) and k not in ("output_dir", "instance_data_dir")}
+    table = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
+    tail = log[-50:]
+    losses = f"Mean loss of the last {len(tail)} steps: {sum(e['loss'] for e in tail) / len(tail):.4f}." if tail else ""
+    picture = f"\n![{options.validation_prompt}](validation.png)\n" if options.validation_prompt else ""
+    prompt = options.validation_prompt or options.instance_prompt or "…"
+    return f"""---
+base_model: {options.pretrained_model_name_or_path}
+tags: [text-to-image, diffusers, {options.method}]
+---
+# {options.method.upper()} adapter{f" for “{options.instance_prompt}”" if options.instance_prompt else ""}
+{picture}
+```bash
+deft sample --pretrained_model_name_or_path {options.pretrained_model_name_or_path} \\
+    --adapter {options.output_dir} --prompt "{prompt}"
+```
+
+{losses}
+
+| setting | value |
+|---|---|
+{table}
+"""
+
+
+def train(options, family=None):
+    """Runs `deft train`: takes `TrainOptions`, writes the adapter into the output folder and returns the folder.
+
+    `family` is the base model if the caller has it loaded already (in float32); it keeps the adapter.
+    Errors in what the user gave are UserErrors, found before anything is written.
+    """
+    check_options(options)
+    paths = data.find_pictures(options.instance_data_dir)
+    captions = data.read_captions(paths, options.instance_prompt)
+    for path in paths:  # one at a time and not kept: photographs are large, and their final size is not known yet
+        data.read_image(path)
+    folder = Path(options.output_dir).expanduser()
+    resume = _find_resume(options, folder)
+
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
+    )
+    precision = accelerator.mixed_precision
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU; use no on a CPU")
+    if family is None:
+        family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
+    family.to(accelerator.device)
+    check_size("resolution", options.resolution, family)
+    resolution = options.resolution or family.resolution
+    if accelerator.is_main_process:
+        warn_of_cut_text(family, [*captions, options.validation_prompt or ""])
+    pictures = [data.Picture(p, data.shrink(data.read_image(p), resolution), c) for p, c in zip(paths, captions)]
+    settings = dataclasses.asdict(options) | {
+        "resolution": resolution,
+        "mixed_precision": precision,
+        "num_processes": accelerator.num_processes,
+        "images_per_step": options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes,
+        "pictures": _fingerprint(pictures),
+    }
+    if resume:
+        _check_same_run(resume, settings)
+    samples = Samples(pictures, family, options.seed, not options.center_crop, options.random_flip)
+    run = Run(options, accelerator, family, samples, settings, folder, resume)
+
+    accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.overwrite_output_dir and not (resume and resume.resolve().parent == folder.resolve()):
+            for path in _existing(folder, (*MARKS, *PICTURES)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _write_json(folder / SETTINGS, settings)
+        run.open_log(resume)
+        print(
+            f"training {sum(p.numel() for p in run.parameters):,} parameters ({options.method}, rank {options.rank}, "
+            f"{run.layers} layers) on {len(pictures)} picture{'s' * (len(pictures) != 1)} at {resolution} pixels, "
+            f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
+        )
+    run.train()
+    run.finish()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        print(f"adapter in {folder}")
+    return folder

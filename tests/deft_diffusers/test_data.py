@@ -1,0 +1,109 @@
+"""Every kind of picture file becomes the RGB square that its author meant."""
+
+import numpy as np
+import pytest
+from deft_diffusers import UserError, data
+from PIL import Image
+
+
+def pixels(image):
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def roundtrip(image, path, **save):
+    image.save(path, **save)
+    return data.read_image(path)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 20, 20))  # left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90° clockwise: left becomes top
+    turned = pixels(roundtrip(image, tmp_path / "a.png", exif=exif))
+    assert turned.shape == (40, 20, 3)
+    assert (turned[:20] == (0, 0, 255)).all() and (turned[20:] == (255, 0, 0)).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_are_white(mode, tmp_path):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((100, 100, 100, 255), (0, 0, 4, 8))
+    got = pixels(roundtrip(image.convert(mode), tmp_path / "a.png"))
+    assert (got[:, 4:] == 255).all() and (got[:, :4] == 100).all()
+
+
+def test_half_transparent_is_blended_with_white(tmp_path):
+    got = pixels(roundtrip(Image.new("RGBA", (4, 4), (0, 0, 0, 128)), tmp_path / "a.png"))
+    assert np.abs(got.astype(int) - 127).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(suffix, tmp_path):
+    values = np.array([[0, 257, 32768, 65535]] * 4, np.uint16)
+    got = pixels(roundtrip(Image.fromarray(values), tmp_path / f"a.{suffix}"))
+    assert got[0, :, 0].tolist() == [0, 1, 128, 255] and (got[..., 0] == got[..., 2]).all()
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "CMYK"])
+def test_other_modes_become_rgb(mode, tmp_path):
+    got = pixels(roundtrip(Image.new("RGB", (6, 5), "white").convert(mode), tmp_path / "a.tif"))
+    assert got.shape == (5, 6, 3) and got.min() >= 250
+
+
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (37, 37), (500, 41)])
+def test_resizing_keeps_proportions_and_covers_the_square(size):
+    shrunk = data.shrink(Image.new("RGB", size), 32)
+    assert min(shrunk.size) == 32
+    assert abs(shrunk.width / shrunk.height - size[0] / size[1]) < 0.02 * size[0] / size[1]
+    assert data.square(shrunk).size == (32, 32)
+
+
+def test_crop_goes_where_it_is_told():
+    ramp = np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (20, 1, 3))
+    image = Image.fromarray(ramp)
+    column = lambda *where: np.asarray(data.square(image, *where))[0, :, 0].tolist()
+    assert column(0.0, 0.3) == list(range(20))
+    assert column() == list(range(40, 60))
+    assert column(1.0, 0.9) == list(range(80, 100))
+    assert column(0.0, 0.5, True) == list(range(19, -1, -1))
+
+
+def test_array_spans_minus_one_to_one():
+    image = Image.new("RGB", (3, 2), (0, 255, 51))
+    array = data.to_array(image)
+    assert array.shape == (3, 2, 3) and array.dtype == np.float32
+    np.testing.assert_allclose(array[:, 0, 0], [-1, 1, -0.6], atol=1e-6)
+
+
+def test_finding_pictures(tmp_path):
+    for name in ("10.png", "2.PNG", "1.jpeg", "notes.txt", "._1.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub.png").mkdir()
+    assert [p.name for p in data.find_pictures(tmp_path)] == ["1.jpeg", "2.PNG", "10.png"]
+    assert data.find_pictures(tmp_path / "2.PNG") == [tmp_path / "2.PNG"]
+    with pytest.raises(UserError, match="no such folder"):
+        data.find_pictures(tmp_path / "none")
+    with pytest.raises(UserError, match="no pictures in"):
+        data.find_pictures(tmp_path / "sub.png")
+
+
+def test_captions(tmp_path):
+    first, second = tmp_path / "a.png", tmp_path / "b.png"
+    (tmp_path / "a.txt").write_text(" a cat\n on a mat \n")
+    (tmp_path / "b.txt").write_text(" \n")
+    assert data.read_captions([first, second], "a dog") == ["a cat on a mat", "a dog"]
+    with pytest.raises(UserError, match=r"b\.png has no caption \(b\.txt\)"):
+        data.read_captions([first, second])
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all", None])
+def test_unreadable_picture_is_named(content, tmp_path):
+    path = tmp_path / "broken.png"
+    if content is None:  # cut in the middle
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        content = path.read_bytes()[:2000]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot read the picture .*broken\.png"):
+        data.read_image(path)

@@ -1,0 +1,378 @@
+"""Training learns, stops, resumes to the bit, spreads over processes, and leaves the base model alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from deft_diffusers import UserError
+from deft_diffusers import train as module
+from deft_diffusers.demo import fingerprints
+from deft_diffusers.families import load_family
+from deft_diffusers.options import TrainOptions
+from deft_diffusers.train import Samples, find_checkpoints, learning_rates, train
+from safetensors.torch import load_file
+from tiny_pipeline import python_environment, write_picture
+
+import deft_kernels as dk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def options(tiny, photos, tmp_path):
+    """Makes options for a short run; keyword arguments replace or add."""
+
+    def make(**changes):
+        defaults = {
+            "pretrained_model_name_or_path": str(tiny),
+            "instance_data_dir": str(photos),
+            "instance_prompt": "a cat",
+            "output_dir": str(tmp_path / "out"),
+            "max_train_steps": 3,
+            "rank": 2,
+        }
+        return TrainOptions(**defaults | changes)
+
+    return make
+
+
+def adapter(folder):
+    return load_file(os.path.join(folder, "adapter_model.safetensors"))
+
+
+def log(folder):
+    with open(os.path.join(folder, "loss.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+def assert_same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        if tolerance:
+            torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance)
+        else:
+            assert torch.equal(a[name], b[name]), name
+
+
+def command(options):
+    """The command line that asks for these options."""
+    words = [sys.executable, "-m", "deft_diffusers", "train"]
+    default = TrainOptions(pretrained_model_name_or_path="", instance_data_dir="", output_dir="")
+    for name, value in vars(options).items():
+        if value != getattr(default, name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+# what is learnt ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny_v"])
+def test_loss_falls_and_only_the_adapter_changes(model, options, photos, request):
+    o = options(
+        pretrained_model_name_or_path=str(request.getfixturevalue(model)),
+        instance_data_dir=str(photos / "0.png"),
+        max_train_steps=40,
+        train_batch_size=2,
+        learning_rate=2e-2,
+        target_modules="all-linear",
+        rank=4,
+    )
+    family = load_family(o.pretrained_model_name_or_path, torch.float32)
+    base = dict(family.model.named_parameters())
+    everything = {**base, **{f"vae.{n}": p for n, p in family.pipe.vae.named_parameters()}}
+    everything |= {f"text.{n}": p for n, p in family.pipe.text_encoder.named_parameters()}
+    before = fingerprints(everything)
+    train(o, family)
+    assert fingerprints(everything) == before
+    assert not any(p.requires_grad for p in base.values())
+
+    losses = [entry["loss"] for entry in log(o.output_dir)]
+    assert [entry["step"] for entry in log(o.output_dir)] == list(range(1, 41))
+    pictures = [module.data.Picture(None, module.data.read_image(photos / "0.png"), "a cat")]
+    unseen = Samples(pictures, family, 99, False, False).batch(range(32), torch.device("cpu"))  # other noise and times
+    family.model.eval()
+    with torch.no_grad():
+        adapted = family.loss(family.model, *unseen).item()
+        dk.eject(family.model)
+        plain = family.loss(family.model, *unseen).item()
+    assert adapted < 0.8 * plain, (plain, adapted)
+    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+
+
+@pytest.mark.parametrize(
+    "changes, kind, keys",
+    [
+        ({"method": "deft"}, "DEFT", {"deft_P", "deft_R"}),
+        ({"method": "deft", "decomposition_method": "svd", "gate": True}, "DEFT", {"deft_P", "deft_R", "deft_gate"}),
+        ({"method": "deft", "decomposition_method": "relu", "init_weights": False}, "DEFT", {"deft_P", "deft_R"}),
+        ({"method": "para"}, "DEFT", {"deft_P"}),
+        ({"method": "lora", "alpha": 4.0, "dropout": 0.1}, "LORA", {"lora_A.weight", "lora_B.weight"}),
+    ],
+)
+def test_every_method_trains_and_loads_again(changes, kind, keys, options):
+    o = options(max_train_steps=2, target_modules="to_q,to_out.0", **changes)
+    folder = train(o)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["peft_type"] == kind and config["r"] == 2
+    tensors = adapter(folder)
+    assert {name.split("to_q.")[-1] for name in tensors if "to_q." in name} == keys
+    assert all("to_q" in name or "to_out.0" in name for name in tensors)
+    settings = json.loads((folder / "training_args.json").read_text())
+    assert settings["method"] == o.method and settings["resolution"] == 32
+    assert "deft sample" in (folder / "README.md").read_text()
+    dk.load_adapter(load_family(o.pretrained_model_name_or_path, torch.float32).model, folder)
+
+
+def test_learning_rates(options):
+    assert learning_rates(options(learning_rate=1e-3)) == {"P": pytest.approx(1e-4), "R": 1e-3, "gate": 1e-3}
+    for changes in (
+        {"decomposition_method": "none"},
+        {"decomposition_method": "relu"},
+        {"method": "lora"},
+        {"method": "para"},
+    ):
+        assert learning_rates(options(learning_rate=1e-3, **changes))["P"] == 1e-3
+    assert learning_rates(options(learning_rate_P=3e-3))["P"] == 3e-3
+
+
+def test_both_learning_rates_and_their_schedule_reach_the_optimizer(options):
+    o = options(max_train_steps=4, learning_rate=1e-2, learning_rate_P=2e-3, lr_scheduler="linear", lr_warmup_steps=2)
+    rates = [(entry["lr_P"], entry["lr_R"]) for entry in log(train(o))]
+    assert rates == [pytest.approx(r) for r in ((0, 0), (1e-3, 5e-3), (2e-3, 1e-2), (1e-3, 5e-3))]
+
+
+def test_captions_beside_pictures_are_used(tiny, photos):
+    family = load_family(str(tiny), torch.float32)
+    pictures = [
+        module.data.Picture(photos / f"{k}.png", module.data.read_image(photos / f"{k}.png"), text)
+        for k, text in enumerate(["a cat", "a dog", "a cat"])
+    ]
+    samples = Samples(pictures, family, 0, False, False)
+    *_, conditions = samples.batch(range(9), torch.device("cpu"))
+    chosen = [samples._index(n) for n in range(9)]
+    want = family.encode_prompts([pictures[k].caption for k in chosen])["encoder_hidden_states"]
+    torch.testing.assert_close(conditions["encoder_hidden_states"], want)
+    assert all(sorted(chosen[e : e + 3]) == [0, 1, 2] for e in (0, 3, 6))  # an epoch shows every picture once
+
+
+# randomness --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop, flip", [(False, False), (True, True)])
+def test_a_sample_depends_on_its_number_alone(crop, flip, tiny, tmp_path):
+    family = load_family(str(tiny), torch.float32)
+    write_picture(tmp_path / "wide.png", size=(48, 32))
+    pictures = [module.data.Picture(None, module.data.read_image(tmp_path / "wide.png"), "a cat")]
+    cpu = torch.device("cpu")
+    together = Samples(pictures, family, 7, crop, flip).batch(range(6), cpu)
+    again = Samples(pictures, family, 7, crop, flip)
+    for n in (5, 0, 3):
+        latents, noise, times, _ = again.batch([n], cpu)
+        torch.testing.assert_close(latents[0], together[0][n], rtol=0, atol=1e-5)  # the VAE's rounding varies with the batch
+        assert torch.equal(noise[0], together[1][n]) and torch.equal(times[0], together[2][n])
+    assert not torch.equal(together[1][0], together[1][1])
+    other = Samples(pictures, family, 8, crop, flip).batch([0], cpu)
+    assert not torch.equal(other[1][0], together[1][0])
+
+
+def test_latents_computed_once_are_those_computed_each_time(tiny, photos):
+    family = load_family(str(tiny), torch.float32)
+    pictures = [module.data.Picture(None, module.data.read_image(photos / f"{k}.png"), "a") for k in range(3)]
+    samples = Samples(pictures, family, 0, True, False)  # square: a random crop has nowhere to go
+    assert samples.posteriors is not None
+    once = samples.batch(range(3), torch.device("cpu"))
+    samples.posteriors = None
+    each = samples.batch(range(3), torch.device("cpu"))
+    torch.testing.assert_close(once[0], each[0], rtol=0, atol=1e-5)
+    assert Samples(pictures, family, 0, True, True).posteriors is None
+
+
+@pytest.mark.parametrize(
+    "change", [{"gradient_accumulation_steps": 2, "train_batch_size": 1}, {"gradient_checkpointing": True}]
+)
+def test_accumulation_and_checkpointing_change_only_rounding(change, options, tmp_path):
+    plain = {"max_train_steps": 4, "train_batch_size": 2}
+    whole = adapter(train(options(**plain)))
+    other = adapter(train(options(**plain | change | {"output_dir": str(tmp_path / "other")})))
+    assert_same(whole, other, 2e-5)
+
+
+def test_two_processes_train_the_adapter_of_one(options, tmp_path):
+    alone = adapter(train(options(max_train_steps=4, train_batch_size=4)))
+    o = options(max_train_steps=4, train_batch_size=2, output_dir=str(tmp_path / "two"), checkpointing_steps=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*launch, *command(o)[2:]],
+        env=python_environment(ACCELERATE_USE_CPU="true"),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "4 per step" in done.stdout
+    assert json.loads((tmp_path / "two" / "training_args.json").read_text())["num_processes"] == 2
+    assert_same(alone, adapter(o.output_dir), 2e-5)
+    assert [p.name for p in find_checkpoints(o.output_dir)] == ["checkpoint-2", "checkpoint-4"]
+
+
+# stopping and going on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def restless(options, photos):
+    """Options under which everything that can be random is."""
+    write_picture(photos / "wide.png", 5, size=(60, 34))
+
+    def make(**changes):
+        every_kind = {
+            "max_train_steps": 8,
+            "random_flip": True,
+            "dropout": 0.2,
+            "gradient_accumulation_steps": 2,
+            "lr_scheduler": "cosine",
+            "learning_rate": 1e-2,
+            "checkpointing_steps": 2,
+        }
+        return options(**every_kind | changes)
+
+    return make
+
+
+@pytest.fixture
+def uninterrupted(restless, tmp_path):
+    return train(restless(output_dir=str(tmp_path / "whole")))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_goes_on_to_the_same_bits(how, restless, uninterrupted, tmp_path):
+    o = restless(max_train_steps=8)
+    # Long enough to be caught at; the schedule is the same, for the steps to go are part of it.
+    slow = "import time; from deft_diffusers import cli, train; s = train.Run._train_step\n"
+    slow += "def wait(run): s(run); time.sleep(0.5)\ntrain.Run._train_step = wait; raise SystemExit(cli.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *command(o)[3:]], env=python_environment(), stderr=subprocess.PIPE, text=True
+    )
+    path = tmp_path / "out" / "loss.jsonl"
+    deadline = time.time() + 120
+    while not (path.exists() and path.read_text().count("\n") >= 3):
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()[-3000:]
+        time.sleep(0.05)
+    process.send_signal(how)
+    error = process.communicate(timeout=60)[1]
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    last = module._step_of(find_checkpoints(o.output_dir)[-1])
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and f"stopped at step {last} of 8" in error
+    else:
+        assert last == 2
+    o.resume_from_checkpoint = "latest"
+    train(o)
+    assert_same(adapter(uninterrupted), adapter(o.output_dir))
+    assert log(uninterrupted) == log(o.output_dir)
+    states = [torch.load(f"{folder}/checkpoint-8/state.pt", weights_only=True) for folder in (uninterrupted, o.output_dir)]
+    for a, b in zip(*(state["optimizer"]["state"].values() for state in states)):
+        assert torch.equal(a["exp_avg_sq"], b["exp_avg_sq"])
+
+
+def test_resuming_elsewhere_and_further(restless, uninterrupted, tmp_path):
+    checkpoint = uninterrupted / "checkpoint-4"
+    o = restless(output_dir=str(tmp_path / "elsewhere"), resume_from_checkpoint=str(checkpoint))
+    train(o)
+    assert_same(adapter(uninterrupted), adapter(o.output_dir))
+    assert [entry["step"] for entry in log(o.output_dir)] == [5, 6, 7, 8]
+    # All steps are done: nothing is trained, and the adapter is the checkpoint's.
+    before = adapter(o.output_dir)
+    train(restless(output_dir=o.output_dir, resume_from_checkpoint="latest"))
+    assert_same(before, adapter(o.output_dir))
+
+
+def test_what_would_be_another_run_is_not_resumed(restless, uninterrupted, photos):
+    same = {"output_dir": str(uninterrupted), "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match="was trained with rank 2, not 4"):
+        train(restless(rank=4, **same))
+    with pytest.raises(UserError, match="images_per_step 2, not 1"):
+        train(restless(gradient_accumulation_steps=1, **same))
+    write_picture(photos / "1.png", 77)
+    with pytest.raises(UserError, match="pictures"):
+        train(restless(**same))
+    assert adapter(uninterrupted)
+
+
+def test_a_failure_while_writing_leaves_the_last_checkpoint_whole(options, monkeypatch):
+    o = options(max_train_steps=6, checkpointing_steps=2)
+    save = torch.save
+
+    def fail_late(state, path):
+        save(state, path)
+        if state["step"] == 4:
+            raise OSError("no space left on device")
+
+    monkeypatch.setattr(torch, "save", fail_late)
+    with pytest.raises(OSError, match="no space"):
+        train(o)
+    assert [p.name for p in find_checkpoints(o.output_dir)] == ["checkpoint-2"]
+    monkeypatch.undo()
+    o.resume_from_checkpoint = "latest"
+    train(o)
+    assert len(log(o.output_dir)) == 6 and adapter(o.output_dir)
+
+
+def test_only_the_newest_checkpoints_are_kept(options, tmp_path):
+    o = options(max_train_steps=12, checkpointing_steps=1, checkpoints_total_limit=2)
+    train(o)
+    assert [p.name for p in find_checkpoints(o.output_dir)] == ["checkpoint-11", "checkpoint-12"]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_divergence_stops_with_the_step_and_keeps_the_good_checkpoint(options, monkeypatch):
+    o = options(max_train_steps=9, checkpointing_steps=2)
+    step = module.Run._train_step
+
+    def poison(run):
+        if run.step == 4:
+            with torch.no_grad():
+                run.parameters[0].fill_(float("nan"))
+        step(run)
+
+    monkeypatch.setattr(module.Run, "_train_step", poison)
+    with pytest.raises(UserError, match=r"not finite at step 5 of 9.*checkpoint-4"):
+        train(o)
+    assert not os.path.exists(f"{o.output_dir}/adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in adapter(f"{o.output_dir}/checkpoint-4").values())
+    assert len(log(o.output_dir)) == 4
+
+
+def test_overwriting_removes_the_old_run_and_nothing_else(options, tmp_path):
+    o = options(max_train_steps=2, checkpointing_steps=1)
+    train(o)
+    mine = tmp_path / "out" / "mine.txt"
+    mine.write_text("keep")
+    with pytest.raises(UserError, match="holds a run already"):
+        train(o)
+    train(options(max_train_steps=1, checkpointing_steps=9, overwrite_output_dir=True))
+    assert mine.read_text() == "keep" and not find_checkpoints(tmp_path / "out") and len(log(tmp_path / "out")) == 1
+
+
+# more ways ---------------------------------------------------------------------------------------------------------------
+
+
+def test_validation_draws_without_disturbing_the_run(options, tmp_path):
+    same = {"max_train_steps": 2, "dropout": 0.2}
+    plain = adapter(train(options(**same)))
+    draw = {"validation_prompt": "a cat", "validation_steps": 1, "num_validation_images": 2}
+    assert_same(plain, adapter(train(options(output_dir=str(tmp_path / "drawn"), **same, **draw))))
+    assert (tmp_path / "drawn" / "validation-1.png").stat().st_size > 1000
+    assert "validation.png" in (tmp_path / "drawn" / "README.md").read_text()
+
+
+def test_bf16_base_keeps_the_adapter_in_fp32(options):
+    o = options(max_train_steps=2, mixed_precision="bf16")
+    assert all(t.dtype == torch.float32 for t in adapter(train(o)).values())
+    assert json.loads(Path(o.output_dir, "training_args.json").read_text())["mixed_precision"] == "bf16"
