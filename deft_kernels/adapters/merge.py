@@ -35,7 +35,7 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device") 
     layers = require_layers(model)
     if any(layer.merged for layer in layers.values()):
         raise RuntimeError("adapters are merged already: call deft_kernels.unmerge(model), or hotswap to change them")
-    active = {name: w for layer in layers.values() for name, w in layer.active.items()}
+    active = {name: w for layer in layers.values() for name, w in layer.strengths.items()}
     if names is not None:
         chosen = named_weights(names, weights)
     else:

@@ -42,7 +42,8 @@ class DeftLayer(nn.Module):
         self.base_layer = base_layer
         self.deft_P, self.deft_R, self.deft_gate = MasterDict(), MasterDict(), MasterDict()
         self.configs: dict[str, DeftConfig] = {}
-        self.active: dict[str, float] = {}  # adapter -> strength, in the order in which factors are concatenated
+        self.active: list[str] = []  # adapters in the order in which factors are concatenated
+        self.strengths: dict[str, float] = {}  # of the active ones; forward reads them from `_scales` only
         self.merged: dict[str, float] = {}  # adapters that the base weight holds now
         self._pristine: Tensor | None = None  # the base weight as it was before the merge
         self._merged_version: int | None = None
@@ -159,17 +160,19 @@ class DeftLayer(nn.Module):
             if name in store:
                 del store[name]
         self.configs.pop(name)
-        self.set_adapters({k: w for k, w in self.active.items() if k != name})
+        self.set_adapters({k: w for k, w in self.strengths.items() if k != name})
 
     def set_adapters(self, weights: dict[str, float]) -> None:
         """Make exactly these adapters active, each at its strength (any real number)."""
-        self.active = {name: float(w) for name, w in weights.items() if name in self.configs}
+        self.strengths = {name: float(w) for name, w in weights.items() if name in self.configs}
+        self.active = list(self.strengths)
         self._write_scales()
 
     def _write_scales(self) -> None:
         """Strength times alpha/r of the injection, and the strength of the removal, of every active adapter. Tensors,
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
-        rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in self.active.items()], list(self.active.values())]
+        strengths = self.strengths.items()
+        rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
         values = torch.tensor(rows, dtype=torch.float64).reshape(2, -1).to(self.base_layer.weight.device)
         if self.base_layer.weight.dtype != torch.float64:
             values = values.float()
@@ -245,7 +248,7 @@ class DeftLayer(nn.Module):
         return {**self.__dict__, "_factors": None, "_bank": None}
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{k}: r={self.rank(k)}" + (f" x {self.active[k]:g}" if k in self.active else " (inactive)")
+        return ", ".join(f"{k}: r={self.rank(k)}" + (f" x {self.strengths[k]:g}" if k in self.active else " (inactive)")
                          for k in self.configs)  # fmt: skip
 
 
