@@ -148,5 +148,5 @@ def sample(options):
         (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
     rows = [images[k : k + n] for k in range(0, len(images), n)]
     grid(rows, [f"seed {options.seed + k}" for k in range(n)], prompts).save(folder / "grid.png")
-    print(f"{len(images)} pictures in {folder}")
+    print(f"{len(images)} picture{'s' * (len(images) != 1)} in {folder}")
     return images

@@ -27,8 +27,9 @@ def adapters(tiny, tmp_path_factory):
         torch.manual_seed(len(name))
         dk.inject_adapter(model, config)
         with torch.no_grad():
-            for p in sum(dk.adapter_parameters(model).values(), []):
-                p.add_(torch.randn_like(p))
+            for group in dk.adapter_parameters(model).values():
+                for p in group:
+                    p.add_(torch.randn_like(p))
         dk.save_adapter(model, folder / name)
     return {name: str(folder / name) for name in kinds}
 
