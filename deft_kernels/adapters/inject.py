@@ -49,7 +49,7 @@ def attach(
     layers = adapted_layers(model)
     if any(adapter_name in layer.configs for layer in layers.values()):
         raise ValueError(f"the model has an adapter named {adapter_name!r} already: choose another name or delete it")
-    if activate and any(layer.merged for layer in layers.values()):
+    if activate and any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) before adding another")
     if "" in names:
         raise TypeError(f"the model itself is a {type(model).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
@@ -210,7 +210,7 @@ def set_adapters(model: nn.Module, names: list[str] | str, weights: list[float] 
     """
     chosen = named_weights(names, weights)
     layers = require_layers(model, chosen)
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) first, or use deft_kernels.hotswap")
     for layer in layers.values():
         layer.set_adapters(chosen)
@@ -235,7 +235,7 @@ def eject(model: nn.Module) -> None:
     from .merge import unmerge
 
     layers = require_layers(model)
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.is_merged for layer in layers.values()):
         unmerge(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import LoraConfig
-from ..nn.layers import DeftLayer
+from ..nn.layers import DeftLayer, writes
 from ..nn.prepare import decompose
 from .files import attach_adapter, read_adapter
 from .inject import named_weights, require_layers
@@ -33,7 +33,7 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device") 
     if snapshot not in SNAPSHOTS:
         raise ValueError(f"snapshot {snapshot!r}: expected one of {', '.join(SNAPSHOTS)}")
     layers = require_layers(model)
-    if any(layer.merged for layer in layers.values()):
+    if any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("adapters are merged already: call deft_kernels.unmerge(model), or hotswap to change them")
     active = {name: w for layer in layers.values() for name, w in layer.strengths.items()}
     if names is not None:
@@ -52,12 +52,13 @@ def unmerge(model: nn.Module) -> None:
     Raises RuntimeError when nothing is merged, or when a weight was written to while an adapter was merged into it (which
     the snapshot cannot know of).
     """
-    layers = {name: layer for name, layer in require_layers(model).items() if layer.merged}
-    if not layers:
+    layers = require_layers(model)
+    if not any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("nothing is merged: call deft_kernels.merge(model) first")
     _check_untouched(layers)
     for layer in layers.values():
         _restore(layer)
+        layer.is_merged = False
 
 
 def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> None:
@@ -71,9 +72,8 @@ def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> 
     Raises as `merge` and `load_adapter` do; the model is then as it was.
     """
     layers = require_layers(model)
-    merged = {name: layer for name, layer in layers.items() if layer.merged}
-    _check_untouched(merged)
-    on_host = any(layer._pristine.device != layer.weight.device for layer in merged.values())
+    _check_untouched(layers)
+    on_host = any(layer.merged and layer._pristine.device != layer.weight.device for layer in layers.values())
     name = str(path_or_name)
     if not any(name in layer.configs for layer in layers.values()):
         loaded = read_adapter(model, path_or_name)  # all that can be wrong with a file is found here
@@ -94,7 +94,7 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str
     for name, layer in targets.items():
         if layer.pristine_weight() is None:
             raise ValueError(
-                f"{name}: cannot merge into this layer: its weight is quantised, sharded, offloaded, hooked or trainable"
+                f"{name}: cannot merge into this layer: its weight is quantised, sharded, offloaded or hooked"
             )
         other = seen.setdefault(id(layer.weight), name)
         if other != name:
@@ -107,7 +107,8 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str
             pristine[name] = _snapshot(layer.weight, snapshot)
 
     for name, layer in layers.items():
-        if layer.merged and name not in targets:
+        layer.is_merged, layer._factors = True, None
+        if name not in targets:
             _restore(layer)
     out, source = [], []
     for name, layer in targets.items():
@@ -125,8 +126,7 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str
             stored.copy_(written.view(stored.shape))  # strides that (out, in*kh*kw) cannot be a view of
         layer._pristine = pristine[name]
         layer.merged = {k: w for k, w in chosen.items() if k in layer.configs}
-        layer._merged_version = _version(layer.weight)
-        layer._factors = None
+        layer._merged_version = writes(layer.weight)
 
 
 def _factors(layers: Iterable[DeftLayer], chosen: dict[str, float]):
@@ -176,18 +176,14 @@ def _snapshot(weight: Tensor, where: str) -> Tensor:
 
 @torch.no_grad()
 def _restore(layer: DeftLayer) -> None:
-    layer.weight.detach().copy_(layer._pristine)
+    if layer.merged:
+        layer.weight.detach().copy_(layer._pristine)
     layer.merged, layer._pristine, layer._merged_version = {}, None, None
-
-
-def _version(tensor: Tensor) -> int | None:
-    """The count of in-place writes; None for tensors made under inference_mode, which keep none."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _check_untouched(layers: dict[str, DeftLayer]) -> None:
     for name, layer in layers.items():
-        if layer._merged_version != _version(layer.weight):
+        if layer.merged and layer._merged_version != writes(layer.weight):
             raise RuntimeError(
                 f"{name}: the weight was written to while an adapter was merged into it, so the pristine one is unknown; "
                 "load the base model's weights again (eject is then not possible either)"

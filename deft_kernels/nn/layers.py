@@ -44,7 +44,8 @@ class DeftLayer(nn.Module):
         self.configs: dict[str, DeftConfig] = {}
         self.active: list[str] = []  # adapters in the order in which factors are concatenated
         self.strengths: dict[str, float] = {}  # of the active ones; forward reads them from `_scales` only
-        self.merged: dict[str, float] = {}  # adapters that the base weight holds now
+        self.is_merged = False  # the model is: forwards go to the base layer, whatever is active here
+        self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
         self._pristine: Tensor | None = None  # the base weight as it was before the merge
         self._merged_version: int | None = None
         self._bank = None
@@ -78,15 +79,14 @@ class DeftLayer(nn.Module):
         raise NotImplementedError
 
     def dense_weight(self) -> Tensor | None:
-        """W (m, n) where the base layer is a plain, local, frozen one; None where only its output can be relied on
-        (quantised, sharded, offloaded, hooked, trainable)."""
+        """W (m, n) where the base layer is a plain, local one; None where only its output can be relied on (quantised,
+        sharded, offloaded, hooked)."""
         base = self.base_layer
         weight = base._parameters.get("weight")
         plain = (
             weight is not None
             and type(weight) is nn.Parameter
             and weight.is_floating_point()
-            and not weight.requires_grad
             and not weight.is_meta
             and self.forward_is_plain(base)
             and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
@@ -95,7 +95,12 @@ class DeftLayer(nn.Module):
 
     @staticmethod
     def forward_is_plain(base: nn.Module) -> bool:
+        """Whether the class computes just its weight's product."""
         raise NotImplementedError
+
+    def frozen_weight(self) -> Tensor | None:
+        """`dense_weight` for the factor form, which gives the weight no gradient: None while the base layer trains."""
+        return None if self.base_layer.weight.requires_grad else self.dense_weight()
 
     def pristine_weight(self) -> Tensor | None:
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
@@ -192,8 +197,8 @@ class DeftLayer(nn.Module):
 
     @property
     def adapts(self) -> bool:
-        """Whether a forward has factors to apply: some adapter is active and none is merged."""
-        return bool(self.active) and not self.merged
+        """Whether a forward has factors to apply: some adapter is active and the model is not merged."""
+        return not self.is_merged and bool(self.active)
 
     def trains(self) -> bool:
         """Whether a forward now would train an active adapter."""
@@ -205,10 +210,10 @@ class DeftLayer(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if not self.adapts:
-            if self.merged and self.training and self.trains():
+            if self.is_merged and self.training and self.trains():
                 raise RuntimeError(
-                    f"this layer's adapter {', '.join(self.merged)} is merged into its weight and cannot be trained: "
-                    "call deft_kernels.unmerge(model) first"
+                    f"adapter {', '.join(self.active)} cannot be trained while adapters are merged into the weights: call "
+                    "deft_kernels.unmerge(model) first"
                 )
             return self.base_layer(x, *args, **kwargs)
         rows = self._rows(x)
@@ -247,16 +252,25 @@ class DeftLayer(nn.Module):
     def __getstate__(self):
         return {**self.__dict__, "_factors": None, "_bank": None}
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._merged_version = writes(self.base_layer.weight) if self.merged else None
+
     def extra_repr(self) -> str:
         return ", ".join(f"{k}: r={self.rank(k)}" + (f" x {self.strengths[k]:g}" if k in self.active else " (inactive)")
                          for k in self.configs)  # fmt: skip
+
+
+def writes(tensor: Tensor) -> int | None:
+    """The count of in-place writes to a tensor; None for one made under inference_mode, which keeps no count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[list[Factors]]:
     """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known."""
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
     for layer in layers:
-        weight = layer.dense_weight()
+        weight = layer.frozen_weight()
         tokens = layer._tokens if rows is None else rows
         if weight is not None and tokens is not None and isinstance(layer, DeftLinear):
             if activation_is_cheaper(tokens, *layer.shape, sum(layer.rank(k) for k in layer.active)):
@@ -354,7 +368,7 @@ class DeftLinear(DeftLayer):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         folded = not any(self.dropout(name) for name in self.active)
-        W = self.dense_weight()
+        W = self.frozen_weight()
 
         if W is not None and any(f.A is not None for f in factors):
             A = _cat([f.A if f.A is not None else x.new_zeros(f.B.shape[1], x.shape[-1]) for f in factors], 0)
@@ -413,7 +427,7 @@ class DeftConv2d(DeftLayer):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         base, batched = self.base_layer, x.dim() == 4
         folded = not any(self.dropout(name) for name in self.active)
-        W = self.dense_weight()
+        W = self.frozen_weight()
 
         padded, padding = self._pad(x if batched else x[None])
         geometry = (base.stride, padding, base.dilation)

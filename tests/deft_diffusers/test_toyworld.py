@@ -1,0 +1,186 @@
+"""The embedded base model and its world: drawings, captions, the shipped pipeline, and the script that makes it."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from deft_diffusers.toyworld import CLASSES, COLOURS, MODEL_DIR, PATTERNS, SCENES, caption, draw, sample, train
+from PIL import Image
+
+SIZE_LIMIT = 16_000_000  # bytes of the shipped folder
+DRAWING_PSNR, PHOTO_PSNR = 26.0, 24.0  # dB, floors under what the shipped autoencoder reaches (see its README.md)
+
+
+def _pixels(image):
+    return np.asarray(image, np.float32)
+
+
+def _to_tensor(images):
+    return torch.from_numpy(np.stack([_pixels(i) for i in images])).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_seed_fixes_picture_caption_and_attributes():
+    for seed in (0, 1, 97):
+        a, b = sample(np.random.default_rng(seed)), sample(np.random.default_rng(seed))
+        assert np.array_equal(_pixels(a[0]), _pixels(b[0])) and a[1:] == b[1:]
+    assert not np.array_equal(
+        _pixels(sample(np.random.default_rng(0))[0]), _pixels(sample(np.random.default_rng(1))[0])
+    )
+
+
+def test_every_subject_draws_in_every_scene_and_is_distinct():
+    for scene in SCENES:
+        pictures = [_pixels(draw(c, "red", "plain", scene, np.random.default_rng(5))) for c in (*CLASSES, None)]
+        for k, a in enumerate(pictures):
+            assert a.shape == (64, 64, 3)
+            for b in pictures[:k]:
+                assert np.abs(a - b).mean() > 3, f"two subjects look alike in {scene}"
+
+
+def test_a_subject_fills_a_good_part_of_the_frame():
+    for subject in CLASSES:
+        for seed in range(4):
+            both = (_pixels(draw(s, "red", "plain", "snow", np.random.default_rng(seed))) for s in (subject, None))
+            changed = np.abs(next(both) - next(both)).max(-1) > 60
+            rows, columns = np.nonzero(changed)
+            assert max(np.ptp(rows), np.ptp(columns)) > 0.4 * 64, subject
+
+
+def test_colour_and_pattern_show():
+    for colour in COLOURS:
+        pictures = [_pixels(draw("teapot", colour, p, "snow", np.random.default_rng(3))) for p in PATTERNS]
+        middle = np.median(pictures[0][32:52, 26:38].reshape(-1, 3), axis=0)
+        nearest = min(COLOURS, key=lambda c: np.abs(np.asarray(COLOURS[c]) - middle).sum())
+        assert nearest == colour or np.abs(np.asarray(COLOURS[colour]) - middle).max() < 60
+        assert min(np.abs(a - b).mean() for a, b in zip(pictures, pictures[1:])) > 1
+
+
+def test_captions_name_what_is_drawn_and_sometimes_leave_it_out():
+    said = {"subject": 0, "colour": 0, "scene": 0}
+    count = 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        subject, colour, scene = (names[rng.integers(len(names))] for names in (CLASSES, list(COLOURS), list(SCENES)))
+        assert subject in caption(subject, colour, "striped", scene, rng)
+        _, text, attributes = sample(rng)
+        if attributes["subject"]:
+            count += 1
+            said["subject"] += attributes["subject"] in text
+            said["colour"] += attributes["colour"] in text
+            said["scene"] += any(
+                p in text for p in (*SCENES[attributes["scene"]][0], SCENES[attributes["scene"]][1].removeprefix("a "))
+            )
+    assert said["subject"] == count
+    assert 0.5 < said["colour"] / count < 0.9 and 0.5 < said["scene"] / count < 0.95
+
+
+def test_every_word_of_a_caption_is_one_token(pipeline):
+    tokenizer = pipeline.tokenizer
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    for seed in range(200):
+        text = sample(np.random.default_rng(seed))[1]
+        ids = tokenizer(text).input_ids
+        assert len(ids) == len(text.replace(",", " ,").split()) + 2 <= tokenizer.model_max_length
+        assert not special & set(ids[1:-1])
+
+
+def test_rare_tokens_are_single_and_any_prompt_tokenises(pipeline):
+    tokenizer = pipeline.tokenizer
+    rare = [tokenizer(t).input_ids[1:-1] for t in (*train.RARE_TOKENS, *train.ADDED_TOKENS)]
+    assert all(len(ids) == 1 for ids in rare) and len({ids[0] for ids in rare}) == len(rare)
+    strange = "zebra über naïve 42 żółw"
+    ids = tokenizer(strange).input_ids
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1])
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == strange.replace(" ", "")
+    assert len(tokenizer) <= pipeline.text_encoder.get_input_embeddings().num_embeddings
+
+
+def test_pipeline_is_small_loads_without_a_word_and_computes_in_float32():
+    from diffusers import StableDiffusionPipeline
+
+    assert sum(f.stat().st_size for f in MODEL_DIR.rglob("*") if f.is_file()) <= SIZE_LIMIT
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR)
+    assert {m.dtype for m in (pipeline.unet, pipeline.vae, pipeline.text_encoder)} == {torch.float32}
+    assert pipeline.safety_checker is None and not pipeline.config.requires_safety_checker
+    names = {n.rsplit("attn2.", 1)[1] for n, _ in pipeline.unet.named_modules() if "attn2." in n}
+    assert {"to_q", "to_k", "to_v", "to_out.0"} <= names
+
+
+def test_a_seed_fixes_the_sample(pipeline):
+    def run(seed):
+        return _pixels(
+            pipeline("a red car", num_inference_steps=3, generator=torch.Generator().manual_seed(seed)).images[0]
+        )
+
+    a, b, c = run(0), run(0), run(1)
+    assert a.shape == (64, 64, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+@torch.no_grad()
+def test_autoencoder_keeps_drawings_and_a_photograph(pipeline):
+    def psnr(images):
+        x = _to_tensor(images)
+        return train.psnr(x, pipeline.vae.decode(pipeline.vae.encode(x).latent_dist.mean).sample.clamp(-1, 1))
+
+    assert psnr([sample(np.random.default_rng((71, k)))[0] for k in range(16)]).mean() > DRAWING_PSNR
+    data = pytest.importorskip("skimage.data", reason="needs scikit-image for the photograph")
+    photo = Image.fromarray(data.chelsea())
+    side = min(photo.size)
+    left = (photo.width - side) // 2
+    photo = photo.crop((left, 0, left + side, side)).resize((64, 64), Image.LANCZOS)
+    assert psnr([photo]).item() > PHOTO_PSNR
+
+
+@torch.no_grad()
+def test_the_right_caption_denoises_better_than_a_wrong_one(pipeline):
+    names, scenes, colours = list(CLASSES), list(SCENES), list(COLOURS)
+    images, right, wrong = [], [], []
+    for k in range(40):
+        rng = np.random.default_rng((72, k))
+        s, c, p = rng.integers(len(names)), rng.integers(len(colours)), rng.integers(len(scenes))
+        images.append(draw(names[s], colours[c], "plain", scenes[p], rng))
+        right.append(caption(names[s], colours[c], None, scenes[p], rng))
+        wrong.append(caption(names[s - 3], colours[c - 3], None, scenes[p - 3], rng))
+    latents = pipeline.vae.encode(_to_tensor(images)).latent_dist.mean * pipeline.vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    t = torch.full((len(latents),), 700)
+    better, worse = (
+        train.v_loss(
+            pipeline.unet,
+            pipeline.text_encoder,
+            pipeline.scheduler,
+            latents,
+            train.encode(pipeline.tokenizer, texts),
+            noise,
+            t,
+        )
+        for texts in (right, wrong)
+    )
+    assert (better < worse).float().mean() >= 0.9
+
+
+def test_training_runs_every_stage_and_resumes_where_it_stopped(tmp_path):
+    def run(folder, vae_steps, unet_steps):
+        tiny = "--vae_images 6 --vae_batch_size 2 --images 6 --batch_size 2 --grid_prompts 1 --workers 1".split()
+        steps = ["--vae_steps", str(vae_steps), "--unet_steps", str(unet_steps), "--fall", "0", "--device", "cpu"]
+        return train.main(["--output_dir", str(tmp_path / folder), *tiny, *steps])
+
+    whole = run("whole", 2, 4)
+    run("parts", 2, 2)
+    parts = run("parts", 2, 4)
+    assert len(whole) == 4 and np.isfinite(whole).all()
+    assert np.allclose(whole, parts, rtol=1e-3)
+    assert Image.open(tmp_path / "parts" / "grid_000004.png").size[0] > 0
+    assert (tmp_path / "parts" / "model" / "model_index.json").exists()

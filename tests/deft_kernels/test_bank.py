@@ -1,0 +1,194 @@
+"""The bank: one node per forward, right under everything that training does to a model."""
+
+import os
+import tempfile
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from common import gradients, small_model
+from torch import nn
+
+import deft_kernels as dk
+from deft_kernels.nn.prepare import Prepare
+
+ALL = ["to_q", "to_k", "to_v", "to_out.0", "conv_in"]
+
+
+def adapted_model(**options):
+    torch.manual_seed(3)
+    model = small_model().double()
+    dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False, target_modules=ALL, **options))
+    return model, torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+
+def loss_and_gradients(model, x):
+    model.zero_grad()
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+def alone(model, x):
+    """The same with every layer preparing for itself."""
+    bank = model.__dict__["_deft_bank"]
+    layers, bank.layers = bank.layers, []
+    for layer in layers:
+        layer._bank = layer._factors = None
+    result = loss_and_gradients(model, x)
+    bank.layers = layers
+    return result
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """Counts the forwards and backwards of prepare, and the layers of each."""
+    counts = {"forward": [], "backward": []}
+    original = Prepare.apply, Prepare.backward
+
+    def apply(specs, *rest):
+        counts["forward"].append(len(specs))
+        return original[0](specs, *rest)
+
+    def backward(ctx, *grads):
+        counts["backward"].append(len(ctx.specs))
+        return original[1](ctx, *grads)
+
+    monkeypatch.setattr(Prepare, "apply", apply)
+    monkeypatch.setattr(Prepare, "backward", staticmethod(backward))
+    return counts
+
+
+@pytest.mark.parametrize("options", [{}, {"gate": True}, {"para": True}, {"dropout": 0.0, "decomposition_method": "relu"}])
+def test_one_node_per_step_and_the_same_result(options, prepared):
+    model, x = adapted_model(**options)
+    expected = alone(model, x)
+    assert prepared["forward"] == [1] * 9
+    prepared["forward"].clear(), prepared["backward"].clear()
+    torch.testing.assert_close(loss_and_gradients(model, x), expected)
+    assert prepared == {"forward": [9], "backward": [9]}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant, prepared):
+    model, x = adapted_model()
+    expected = loss_and_gradients(model, x)
+    model.checkpointing = use_reentrant
+    prepared["backward"].clear()
+    for _ in range(2):
+        torch.testing.assert_close(loss_and_gradients(model, x), expected)
+    if not use_reentrant:  # the recomputation finds the bank's factors
+        assert prepared["backward"] == [9, 9]
+
+
+def test_accumulation_over_forwards_and_over_backwards():
+    model, x = adapted_model()
+    y = torch.randn_like(x)
+    expected = {k: g + loss_and_gradients(model, y)[1][k] for k, g in loss_and_gradients(model, x)[1].items()}
+    model.zero_grad()
+    for z in (x, y):
+        model(z).square().mean().backward()
+    torch.testing.assert_close(gradients(model), expected)
+    model.zero_grad()
+    (model(x).square().mean() + model(y).square().mean()).backward()  # two forwards, then one backward
+    torch.testing.assert_close(gradients(model), expected)
+
+
+def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared):
+    model, x = adapted_model()
+    model(x).square().mean().backward()
+    inner = torch.randn(2, 16, 8, dtype=torch.float64)
+    before = model.blocks[0](inner)
+    before.sum().backward()  # would fail if it went through the model's graph a second time
+    assert prepared["forward"] == [9, 1, 1, 1, 1]
+    with torch.no_grad():
+        model.blocks[0].to_q.deft_P["default"].add_(0.1)
+    assert not torch.equal(model.blocks[0](inner), before)  # no stale factors
+
+
+def test_factors_follow_the_parameters():
+    model, x = adapted_model()
+    with torch.no_grad():
+        before = model(x)
+        model.conv_in.deft_P["default"].data.add_(0.1)  # not even the version counter moves
+        assert not torch.equal(model(x), before)
+    assert all(layer._factors is None for layer in model.__dict__["_deft_bank"].layers)  # nothing is kept without grad
+
+
+def test_a_layer_frozen_or_unused_gets_no_gradient():
+    model, x = adapted_model()
+    expected = loss_and_gradients(model, x)[1]
+    model.blocks[1].requires_grad_(False)
+    got = loss_and_gradients(model, x)[1]
+    torch.testing.assert_close(got, {k: v for k, v in expected.items() if not k.startswith("blocks.1")})
+    del model.blocks[0]
+    assert all(not k.startswith("conv") or v.isfinite().all() for k, v in loss_and_gradients(model, x)[1].items())
+
+
+def test_an_exception_in_the_forward_leaves_no_trace():
+    model, x = adapted_model()
+    expected = loss_and_gradients(model, x)
+    with pytest.raises(RuntimeError):
+        model(x[:, :2])
+    torch.testing.assert_close(loss_and_gradients(model, x), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+def test_compiled_model(use_reentrant):
+    model, x = adapted_model()
+    expected = loss_and_gradients(model, x)
+    model.checkpointing = use_reentrant
+    model.zero_grad()
+    loss = torch.compile(model, fullgraph=True, backend="aot_eager")(x).square().mean()
+    loss.backward()
+    torch.testing.assert_close((loss.detach(), gradients(model)), expected)
+
+
+def test_autocast_inside_and_around():
+    model, x = adapted_model()
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = model(x)
+    inner = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(inner)  # as accelerate does: the bank runs outside of it
+    inside = model(x)
+    assert around.dtype == inside.dtype
+    torch.testing.assert_close(inside, around, rtol=2e-2, atol=2e-2)
+    inside.float().square().mean().backward()
+    assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
+
+
+def test_activation_form_is_taken_from_the_second_forward_on(prepared):
+    """The bank learns how many rows a layer sees: few rows are cheaper without projecting A."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 128)).double()
+    dk.inject_adapter(model, dk.DeftConfig(r=8, target_modules="all-linear", init_weights=False))
+    x = torch.randn(4, 256, dtype=torch.float64)
+    first, second = loss_and_gradients(model, x), loss_and_gradients(model, x)
+    assert model[0]._factors[0].A is None and model[0]._factors[0].K is not None
+    torch.testing.assert_close(second, first)
+
+
+def train(rank: int, world: int, folder: str):
+    torch.set_num_threads(1)
+    model, x = adapted_model()
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x[rank :: world]).square().mean().backward()
+        optimizer.step()
+    if rank == 0:
+        torch.save({k.removeprefix("module."): p for k, p in model.state_dict().items()}, f"{folder}/{world}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one():
+    with tempfile.TemporaryDirectory() as folder:
+        train(0, 1, folder)
+        os.environ["PYTHONPATH"] = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+        mp.spawn(train, (2, folder), nprocs=2)
+        one, two = (torch.load(f"{folder}/{n}.pt") for n in (1, 2))
+    torch.testing.assert_close(two, one)
