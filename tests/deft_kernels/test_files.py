@@ -1,0 +1,213 @@
+"""Adapters in files: PEFT's layout both ways, and every kind of wrong file named before the model is touched."""
+
+import dataclasses
+import json
+import os
+import random
+
+import pytest
+import torch
+from common import CONFIGS, small_model
+from safetensors.torch import load_file, save_file
+from test_inject import assert_untouched, fingerprint
+from transformers.pytorch_utils import Conv1D
+
+import deft_kernels as dk
+
+TARGETS = ["to_q", "to_k", "to_out.0", "conv_in"]
+
+
+def seeded_model():
+    torch.manual_seed(5)
+    return small_model()
+
+
+def saved(tmp_path, method="qr", **options):
+    model = seeded_model()
+    options = {"target_modules": TARGETS, "init_weights": False, **options}
+    dk.inject_adapter(model, dataclasses.replace(CONFIGS[method], **options))
+    dk.save_adapter(model, tmp_path / "a")
+    return model, tmp_path / "a"
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("from_file", [False, True])
+def test_round_trip(tmp_path, method, from_file):
+    model, folder = saved(tmp_path, method)
+    other, x = seeded_model(), torch.randn(2, 3, 4, 4)
+    if from_file:  # one file is enough: it carries its configuration
+        os.rename(folder / "adapter_model.safetensors", tmp_path / "alone.safetensors")
+        folder = tmp_path / "alone.safetensors"
+    names = dk.load_adapter(other, folder, "mine")
+    assert sorted(names) == sorted(n for n, m in model.named_modules() if isinstance(m, (dk.DeftLinear, dk.DeftConv2d)))
+    assert torch.equal(other(x), model(x))
+    assert not any(p.requires_grad for p in other.parameters())
+    dk.eject(other)
+    dk.load_adapter(other, folder, trainable=True)
+    assert {n for n, p in other.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    dk.save_adapter(other, tmp_path / "again")
+    assert (tmp_path / "again/adapter_config.json").read_text() == (tmp_path / "a/adapter_config.json").read_text()
+
+
+def test_layout_is_pefts(tmp_path):
+    _, folder = saved(tmp_path)
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+    state = load_file(folder / "adapter_model.safetensors")
+    assert state["base_model.model.blocks.0.to_q.deft_P"].shape == (8, 3)
+    assert state["base_model.model.blocks.1.to_out.0.deft_R"].shape == (3, 8)
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "DEFT"
+
+
+def test_diffusers_bare_keys_are_read(tmp_path):
+    model, folder = saved(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    save_file({k.removeprefix("base_model.model."): v for k, v in load_file(file).items()}, file)
+    other, x = seeded_model(), torch.randn(2, 3, 4, 4)
+    dk.load_adapter(other, folder)
+    assert torch.equal(other(x), model(x))
+
+
+def mutated(folder, change):
+    file = folder / "adapter_model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+
+
+def rename(state, old, new):
+    state[new] = state.pop(old)
+
+
+KEY = "base_model.model.blocks.0.to_q.deft_P"
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda s: s.pop(KEY), r"1 tensors are missing: blocks.0.to_q \(P\)"),
+    (lambda s: rename(s, KEY, KEY.replace("to_q", "to_z")), r"1 of 14 keys fit no adaptable layer of Model: .*to_z.deft_P"),
+    (lambda s: s.update({KEY.replace("_P", "_gate"): torch.ones(())}), r"1 tensors are extra: blocks.0.to_q \(gate\)"),
+    (lambda s: s.update({KEY: torch.ones(9, 3)}), r"wrong shapes: blocks.0.to_q \(P: \(9, 3\), expected \(8, 3\)\)"),
+    (lambda s: s[KEY].fill_(float("nan")), r"P of blocks.0.to_q has values that are not finite"),
+    (lambda s: s.clear(), r"holds no adapter tensors"),
+])  # fmt: skip
+def test_wrong_tensors(tmp_path, change, message):
+    _, folder = saved(tmp_path)
+    mutated(folder, change)
+    model = seeded_model()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message):
+        dk.load_adapter(model, folder)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("change,message", [
+    ({"peft_type": "IA3"}, "peft_type is 'IA3', expected DEFT or LORA"),
+    ({"r": 0}, "r is 0"),
+    ({"r": 4}, "wrong shapes"),
+    ({"decomposition_method": "lu"}, "unknown decomposition_method 'lu'"),
+    ({"modules_to_save": ["conv_out"]}, "options that these layers do not have: modules_to_save"),
+    ({"para": True}, r"tensors are extra: .*\(R\)"),
+    (None, "not readable JSON"),
+])  # fmt: skip
+def test_wrong_configurations(tmp_path, change, message):
+    _, folder = saved(tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text("{" if change is None else json.dumps({**json.loads(file.read_text()), **change}))
+    model = seeded_model()
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message):
+        dk.load_adapter(model, folder)
+    assert_untouched(model, before)
+
+
+def test_missing_and_truncated_files(tmp_path):
+    model = seeded_model()
+    before = fingerprint(model)
+    with pytest.raises(FileNotFoundError, match="nothing.* does not exist: expected a folder with adapter_model.safetensors"):
+        dk.load_adapter(model, tmp_path / "nothing")
+    _, folder = saved(tmp_path)
+    file = folder / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for size in (0, 7, 100, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="is not a readable safetensors file"):
+            dk.load_adapter(model, folder)
+    save_file({"x": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(FileNotFoundError, match="adapter_config.json is missing"):
+        dk.load_adapter(model, tmp_path / "foreign.safetensors")
+    assert_untouched(model, before)
+
+
+def test_damaged_bytes_never_crash_or_change_the_model(tmp_path):
+    _, folder = saved(tmp_path)
+    files = [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
+    whole = [f.read_bytes() for f in files]
+    model, generator = seeded_model(), random.Random(0)
+    before = fingerprint(model)
+    refused = 0
+    for _ in range(200):
+        which = generator.randrange(2)
+        damaged = bytearray(whole[which])
+        for _ in range(generator.randrange(1, 4)):
+            damaged[generator.randrange(min(len(damaged), 1500))] = generator.randrange(256)
+        files[which].write_bytes(bytes(damaged))
+        try:
+            dk.load_adapter(model, folder)
+        except (ValueError, FileNotFoundError):
+            refused += 1
+        else:  # a digit of some value has changed: a valid adapter still
+            dk.eject(model)
+            model.requires_grad_(True)
+        assert_untouched(model, before)
+        files[which].write_bytes(whole[which])
+    assert refused > 100
+
+
+def test_another_base(tmp_path):
+    _, folder = saved(tmp_path)
+    for dtype in (torch.float16, torch.bfloat16):  # the same base, in another precision
+        dk.load_adapter(seeded_model().to(dtype), folder)
+    other = small_model()
+    before = fingerprint(other)
+    with pytest.raises(ValueError, match=r"made for another base model \(weights differ by .*any_base=True"):
+        dk.load_adapter(other, folder)
+    assert_untouched(other, before)
+    with pytest.warns(UserWarning, match="made for another base model"):
+        dk.load_adapter(other, folder, any_base=True)
+
+
+def test_the_fingerprint_is_the_pristine_bases(tmp_path):
+    model, _ = saved(tmp_path)
+    dk.merge(model)
+    dk.save_adapter(model, tmp_path / "b")
+    dk.load_adapter(seeded_model(), tmp_path / "b")
+
+
+def test_writes_are_atomic(tmp_path, monkeypatch):
+    model, folder = saved(tmp_path)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).add_(1)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        dk.save_adapter(model, folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_layer_of_conv1d_in_a_file(tmp_path):
+    def build():
+        torch.manual_seed(2)
+        return torch.nn.Sequential(Conv1D(5, 6))
+
+    model, x = build(), torch.randn(3, 6)
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=["0"], init_weights=False))
+    dk.save_adapter(model, tmp_path)
+    other = build()
+    dk.load_adapter(other, tmp_path)
+    assert torch.equal(other(x), model(x))
