@@ -122,6 +122,10 @@ def sample(options):
         _clear(folder, False)
 
     family = load_family(options.pretrained_model_name_or_path, dtype).to(device)
+    if options.num_inference_steps > family.max_inference_steps:
+        raise UserError(
+            f"--num_inference_steps must be at most {family.max_inference_steps}, got {options.num_inference_steps}"
+        )
     check_size("height", options.height, family)
     check_size("width", options.width, family)
     if options.adapter:
@@ -134,18 +138,20 @@ def sample(options):
     # The pipeline ignores a height without a width.
     settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
 
-    _clear(folder, options.overwrite_output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     record = {"settings": dataclasses.asdict(options) | settings, "samples": []}
     images = []
     try:
         for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings)):
+            if not images:
+                _clear(folder, options.overwrite_output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
             file = f"{len(images):04d}.png"
             image.save(folder / file)
             images.append(image)
             record["samples"].append({"file": file, "prompt": prompt, "seed": seed})
-    finally:  # what was drawn before a stop stays, and is on record
-        (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    finally:
+        if images:  # what was drawn before a stop stays, and is on record
+            (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
     rows = [images[k : k + n] for k in range(0, len(images), n)]
     grid(rows, [f"seed {options.seed + k}" for k in range(n)], prompts).save(folder / "grid.png")
     print(f"{len(images)} picture{'s' * (len(images) != 1)} in {folder}")

@@ -534,9 +534,11 @@ def train(options, family=None):
             f"{run.layers} layers) on {len(pictures)} picture{'s' * (len(pictures) != 1)} at {resolution} pixels, "
             f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
         )
+    start, first = time.perf_counter(), run.step
     run.train()
+    seconds = time.perf_counter() - start
     run.finish()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"adapter in {folder}")
+        print(f"adapter in {folder}: {run.step - first} steps in {seconds:.1f} s")
     return folder

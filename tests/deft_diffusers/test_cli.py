@@ -156,14 +156,20 @@ def test_bad_training_values(change, message, train_words, capsys, tmp_path):
         ({"--adapter_weight": 1}, "1 --adapter_weight for 0 --adapter"),
         ({"--num_images_per_prompt": 0}, "--num_images_per_prompt must be at least 1"),
         ({"--num_inference_steps": 0}, "--num_inference_steps must be at least 1"),
+        ({"--num_inference_steps": 1001}, "--num_inference_steps must be at most 1000, got 1001"),
         ({"--height": 33}, "--height must be a positive multiple of 8"),
         ({"--width": 0}, "--width must be a positive multiple of 8"),
         ({"--dtype": "fp16", "--device": "cpu"}, "fp16 needs a GPU"),
         ({"--device": "warp9"}, "cannot use --device warp9"),
         ({"--pretrained_model_name_or_path": "~/nowhere"}, "no such folder, nor a hub id"),
+        (
+            {"--pretrained_model_name_or_path": "no-one/nothing"},
+            "there is no folder no-one/nothing, and the hub gives no such model",
+        ),
     ],
 )
-def test_bad_sampling_values(change, message, sample_words, capsys, tmp_path):
+def test_bad_sampling_values(change, message, sample_words, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # a test asks nothing of the network
     code, _, err = run(words("sample", sample_words | change), capsys)
     assert code == 2 and err.startswith("deft sample: error: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "out").exists()

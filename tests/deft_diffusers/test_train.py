@@ -224,10 +224,20 @@ def test_accumulation_and_checkpointing_change_only_rounding(change, options, tm
 def test_two_processes_train_the_adapter_of_one(options, tmp_path):
     alone = adapter(train(options(max_train_steps=4, train_batch_size=4)))
     o = options(max_train_steps=4, train_batch_size=2, output_dir=str(tmp_path / "two"), checkpointing_steps=2)
-    # `accelerate launch --cpu` starts more than one process only under MPI; this starts two, on the CPU through the variable.
-    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 -m".split()
+    # `accelerate launch --cpu` starts more than one process only under MPI; --multi_gpu starts two, and the variable below
+    # keeps them on the CPU.
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     done = subprocess.run(
-        [sys.executable, *launch, *command(o)[2:]],
+        [*launch, "--main_process_port", "0", "-m", *command(o)[2:]],
         env=python_environment(ACCELERATE_USE_CPU="true"),
         capture_output=True,
         text=True,

@@ -4,11 +4,15 @@ A family wraps a pipeline and says what differs between kinds: how text and pict
 picture is drawn, and which layers an adapter goes to by default. `StableDiffusion` is the pattern to follow.
 """
 
+import json
 from pathlib import Path
+
+from huggingface_hub import hf_hub_download
 
 from .. import UserError
 from .stable_diffusion import StableDiffusion
 
+INDEX = "model_index.json"
 FAMILIES = {name: family for family in (StableDiffusion,) for name in family.pipeline_classes}
 
 
@@ -17,17 +21,28 @@ def _locate(name):
     if name == "toyworld":
         from ..toyworld import MODEL_DIR
 
-        if not (MODEL_DIR / "model_index.json").is_file():
+        if not (MODEL_DIR / INDEX).is_file():
             raise UserError(f"the embedded model toyworld is missing from this installation ({MODEL_DIR})")
         return MODEL_DIR
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise UserError(f"{name} is no pipeline folder: it has no model_index.json")
+        if not (folder / INDEX).is_file():
+            raise UserError(f"{name} is no pipeline folder: it has no {INDEX}")
         return folder
     if name.count("/") != 1 or name[0] in "./~":
         raise UserError(f"no such folder, nor a hub id (owner/name) or toyworld: {name}")
     return name
+
+
+def _index(source):
+    """The file that names the pipeline's class."""
+    if isinstance(source, Path):
+        return source / INDEX
+    try:
+        return Path(hf_hub_download(source, INDEX))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"there is no folder {source}, and the hub gives no such model: {reason}") from error
 
 
 def load_family(name, dtype):
@@ -41,10 +56,7 @@ def load_family(name, dtype):
     source = _locate(name)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    try:
-        kind = diffusers.DiffusionPipeline.load_config(source)["_class_name"]
-    except OSError as error:
-        raise UserError(f"cannot get {name} from the hub, and there is no such folder: {error}") from error
+    kind = json.loads(_index(source).read_text())["_class_name"]
     if kind not in FAMILIES:
         raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind].load(source, dtype)

@@ -39,6 +39,11 @@ class StableDiffusion:
         size = self.model.config.sample_size
         return (size if isinstance(size, int) else size[0]) * self.pipe.vae_scale_factor
 
+    @property
+    def max_inference_steps(self):
+        """A sampler cannot take more steps than the noise schedule has."""
+        return self.noise_scheduler.config.num_train_timesteps
+
     def cut_text(self, prompt):
         """The end of the prompt that the text encoder will not see; empty if all fits."""
         tokenizer = self.pipe.tokenizer
