@@ -15,7 +15,7 @@ from .families import load_family
 from .grid import grid
 from .options import TrainOptions
 from .sample import generate, load_adapters
-from .train import train
+from .train import check_options, train
 
 MODEL = "toyworld"
 FACE = (65, 0, 365, 300)  # the cat's face in scikit-image's `chelsea`, a photograph by Stéfan van der Walt, CC0
@@ -68,6 +68,19 @@ class Clock:
 def demo(options):
     """Runs `deft demo`: takes `DemoOptions`, writes `demo.png`, photograph and adapter, prints what took how long."""
     folder = Path(options.output_dir).expanduser()
+    training = TrainOptions(
+        pretrained_model_name_or_path=MODEL,
+        instance_data_dir=str(folder / "photo.png"),
+        instance_prompt=PROMPT,
+        output_dir=str(folder / "adapter"),
+        overwrite_output_dir=True,
+        max_train_steps=options.max_train_steps,
+        seed=options.seed,
+        **ADAPTER,
+    )
+    check_options(training)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder} is a file")
     clock = Clock()
     with clock.part("load the base model"):
         photo = photograph()
@@ -83,19 +96,7 @@ def demo(options):
         before = list(generate(family, jobs, len(jobs), **DRAW))
 
     with clock.part("train"):
-        adapter = train(
-            TrainOptions(
-                pretrained_model_name_or_path=MODEL,
-                instance_data_dir=str(folder / "photo.png"),
-                instance_prompt=PROMPT,
-                output_dir=str(folder / "adapter"),
-                overwrite_output_dir=True,
-                max_train_steps=options.max_train_steps,
-                seed=options.seed,
-                **ADAPTER,
-            ),
-            family,
-        )
+        adapter = train(training, family)
         dk.eject(family.model)
     with clock.part("load and merge the adapter"):
         load_adapters(family, [adapter])

@@ -9,6 +9,7 @@ import sys
 import pytest
 from deft_diffusers import __version__, cli
 from deft_diffusers.options import DemoOptions, SampleOptions, TrainOptions
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipeline import python_environment
 
@@ -228,3 +229,31 @@ def test_train_then_sample(train_words, sample_words, capsys, tmp_path):
     assert "1 picture in" in out and (samples / "grid.png").exists()
     code, _, err = run(words("train", train_words), capsys)
     assert code == 2 and "holds a run already" in err
+
+
+# demo --------------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_shows_before_and_after_and_gives_the_base_back(tiny, tmp_path, capsys, monkeypatch):
+    from deft_diffusers import demo
+
+    monkeypatch.setattr(demo, "MODEL", str(tiny))
+    monkeypatch.setattr(demo, "DRAW", {"num_inference_steps": 2})
+    line = ["demo", "--output_dir", tmp_path / "out", "--max_train_steps", "2"]
+    code, out, err = run(line, capsys)
+    assert code == 0, err
+    hashes = dict(re.findall(r"sha256 (\w+) +(\w{64})", out))
+    assert hashes["before"] == hashes["unmerged"] != hashes["merged"] and "back to the bit" in out
+    assert re.search(r"train +\d+\.\d\d s", out) and re.search(r"total +\d+\.\d\d s", out)
+    page = Image.open(tmp_path / "out" / "demo.png")
+    assert page.width > 6 * 192 and page.height > 2 * 192
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+    monkeypatch.setattr(demo.dk, "unmerge", lambda model: None)  # a base model that is not restored is no success
+    code, out, err = run(line, capsys)
+    assert code == 2 and "did not restore 32 base parameters" in err and "back to the bit" not in out
+
+
+def test_demo_checks_its_options_first(capsys, tmp_path):
+    code, _, err = run(["demo", "--output_dir", tmp_path / "out", "--max_train_steps", 0], capsys)
+    assert code == 2 and "--max_train_steps must be at least 1" in err and not (tmp_path / "out").exists()
