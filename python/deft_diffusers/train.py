@@ -34,18 +34,19 @@ from .sample import DTYPES, check_size, generate, warn_of_cut_text
 
 P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
-VALIDATION_STEPS = 25  # denoising steps of a validation picture
+VALIDATION = {"num_inference_steps": 25, "guidance_scale": 7.5}
 STATE, SETTINGS, LOG = "state.pt", "training_args.json", "loss.jsonl"
 ADAPTER = "adapter_model.safetensors"
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
-MARKS = ("checkpoint-*", ADAPTER, "adapter_config.json", SETTINGS, LOG)
+MARKS = ("checkpoint-[0-9]*", ADAPTER, "adapter_config.json", SETTINGS, LOG)
 PICTURES = ("validation*.png",)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
-    # What these amount to is compared instead: `pictures` and `images_per_step`.
+    # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
+    "pretrained_model_name_or_path",
 }  # fmt: skip
 
 
@@ -62,12 +63,14 @@ def check_options(options):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "max_grad_norm", "seed"):
+    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed"):
         value = getattr(options, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be a number from 0 up, got {value}")
-    if options.alpha is not None and not options.alpha > 0:
-        raise UserError(f"--alpha must be a positive number, got {options.alpha}")
+    for name in ("alpha", "max_grad_norm"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} must be a positive number, got {value}")
     if not 0 <= options.dropout < 1:
         raise UserError(f"--dropout must be at least 0 and below 1, got {options.dropout}")
     if options.lr_warmup_steps and options.lr_scheduler == "constant":
@@ -152,10 +155,8 @@ class Samples:
     def _index(self, n):
         epoch, k = divmod(n, len(self.pictures))
         if self.order[0] != epoch:
-            self.order = (
-                epoch,
-                torch.randperm(len(self.pictures), generator=_generator(self.seed, EPOCH, epoch)).tolist(),
-            )
+            generator = _generator(self.seed, EPOCH, epoch)
+            self.order = epoch, torch.randperm(len(self.pictures), generator=generator).tolist()
         return self.order[1][k]
 
     @torch.no_grad()
@@ -338,7 +339,9 @@ class Run:
             _write_json(part / SETTINGS, self.settings)
             _publish(part, self.folder / f"checkpoint-{self.step}")
             if self.options.checkpoints_total_limit:
-                for old in find_checkpoints(self.folder)[: -self.options.checkpoints_total_limit]:
+                # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
+                written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
+                for old in written[: -self.options.checkpoints_total_limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
@@ -348,10 +351,9 @@ class Run:
         """Main process: starts the log, or cuts a resumed one back to the steps that were kept."""
         path = self.folder / LOG
         if resume and path.is_file():
-            lines = [
-                line for line in path.read_text().splitlines() if line.endswith("}")
-            ]  # a killed run may leave half a line
-            self.log = [entry for entry in map(json.loads, lines) if entry["step"] <= self.step]
+            lines = path.read_text().splitlines()
+            entries = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
+            self.log = [entry for entry in entries if entry["step"] <= self.step]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def read_losses(self, asked=()):
@@ -413,7 +415,7 @@ class Run:
             return
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
-        images = list(generate(self.family, jobs, progress=False, num_inference_steps=VALIDATION_STEPS, guidance_scale=7.5))
+        images = list(generate(self.family, jobs, progress=False, **VALIDATION))
         grid([images], title=f"step {self.step}: {o.validation_prompt}").save(self.folder / name)
 
     def train(self):
@@ -434,7 +436,7 @@ class Run:
                     continue
                 stop = self.read_losses(asked) and not last
                 rate = (self.step - first) * self.images_per_step / (time.perf_counter() - start)
-                lr = ", ".join(f"{r:.1e}" for r in self.schedule.get_last_lr())
+                lr = " ".join(f"{name} {r:.1e}" for name, r in zip(self.names, self.schedule.get_last_lr()))
                 bar.set_postfix_str(f"loss {self.log[-1]['loss']:.4f}, lr {lr}, {rate:.1f} images/s")
                 if save or stop:
                     self.save_checkpoint()

@@ -132,6 +132,7 @@ def test_bad_words(line, message, capsys):
         ({"--learning_rate": -1}, "--learning_rate must be a number from 0 up"),
         ({"--dropout": 1}, "--dropout must be at least 0 and below 1"),
         ({"--alpha": 0}, "--alpha must be a positive number"),
+        ({"--max_grad_norm": 0}, "--max_grad_norm must be a positive number"),
         ({"--resolution": 30}, "--resolution must be a positive multiple of 8, got 30"),
         ({"--lr_warmup_steps": 5}, "use constant_with_warmup"),
         ({"--method": "lora", "--decomposition_method": "svd"}, "do not apply to --method lora"),

@@ -1,5 +1,6 @@
 """Training learns, stops, resumes to the bit, spreads over processes, and leaves the base model alone."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -356,6 +357,10 @@ def test_only_the_newest_checkpoints_are_kept(options, tmp_path):
     o = options(max_train_steps=12, checkpointing_steps=1, checkpoints_total_limit=2)
     train(o)
     assert [p.name for p in find_checkpoints(o.output_dir)] == ["checkpoint-11", "checkpoint-12"]
+    Path(o.output_dir, "checkpoint-12").rename(Path(o.output_dir, "checkpoint-99"))  # as if it had gone on for longer
+    again = {"resume_from_checkpoint": f"{o.output_dir}/checkpoint-11", "max_train_steps": 13}
+    train(dataclasses.replace(o, **again))
+    assert [p.name for p in find_checkpoints(o.output_dir)] == ["checkpoint-12", "checkpoint-13", "checkpoint-99"]
     assert not list((tmp_path / "out").glob(".*"))
 
 
