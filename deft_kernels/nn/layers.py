@@ -20,10 +20,13 @@ class MasterDict(nn.ParameterDict):
     """Parameters that stay at least float32 through `.to(dtype)`, `.half()` and `.bfloat16()` of their model."""
 
     def _apply(self, fn, recurse=True):
-        for param in self.parameters(recurse=False):
+        for name, param in list(self.items()):
             moved = fn(param.data)
             if moved.dtype in (torch.float16, torch.bfloat16):
                 moved = param.data.to(moved.device)
+            if param.is_meta != moved.is_meta:  # between meta and real memory a parameter cannot stay itself
+                self[name] = nn.Parameter(moved, param.requires_grad)
+                continue
             param.data = moved
             if param.grad is not None:
                 param.grad = param.grad.to(moved)

@@ -1,0 +1,39 @@
+"""What every benchmark says of itself: device, versions, commit; and a table of the peers' ratios at the end."""
+
+import platform
+import subprocess
+
+import torch
+
+TABLES: list[tuple[str, dict[str, tuple[float, float, float]]]] = []  # title, peer -> (median, 20 %, 80 % in seconds)
+
+
+def context() -> dict[str, str]:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {"device": device, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    machine_info.update(context())
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not TABLES:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write(", ".join(f"{k} {v}" for k, v in context().items()))
+    for title, rows in TABLES:
+        write(title)
+        floor = next(iter(rows.values()))[0]
+        for peer, (median, low, high) in rows.items():
+            write(f"  {peer:<22} {median * 1e3:8.2f} ms  ({low * 1e3:.2f} to {high * 1e3:.2f})   {median / floor:5.2f} x")
