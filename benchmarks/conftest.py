@@ -10,7 +10,9 @@ TABLES: list[tuple[str, dict[str, tuple[float, float, float]]]] = []  # title, p
 
 def context() -> dict[str, str]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    )
     return {"device": device, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
 
 

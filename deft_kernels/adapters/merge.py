@@ -93,9 +93,7 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str
     seen: dict[int, str] = {}
     for name, layer in targets.items():
         if layer.pristine_weight() is None:
-            raise ValueError(
-                f"{name}: cannot merge into this layer: its weight is quantised, sharded, offloaded or hooked"
-            )
+            raise ValueError(f"{name}: cannot merge into this layer: its weight is quantised, sharded, offloaded or hooked")
         other = seen.setdefault(id(layer.weight), name)
         if other != name:
             raise ValueError(f"{name} and {other} share one weight: merging would adapt it twice; exclude one of them")

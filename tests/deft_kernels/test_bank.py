@@ -177,7 +177,7 @@ def train(rank: int, world: int, folder: str):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
-        model(x[rank :: world]).square().mean().backward()
+        model(x[rank::world]).square().mean().backward()
         optimizer.step()
     if rank == 0:
         torch.save({k.removeprefix("module."): p for k, p in model.state_dict().items()}, f"{folder}/{world}.pt")

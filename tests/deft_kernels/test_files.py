@@ -124,7 +124,9 @@ def test_wrong_configurations(tmp_path, change, message):
 def test_missing_and_truncated_files(tmp_path):
     model = seeded_model()
     before = fingerprint(model)
-    with pytest.raises(FileNotFoundError, match="nothing.* does not exist: expected a folder with adapter_model.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match="nothing.* does not exist: expected a folder with adapter_model.safetensors"
+    ):
         dk.load_adapter(model, tmp_path / "nothing")
     _, folder = saved(tmp_path)
     file = folder / "adapter_model.safetensors"

@@ -110,7 +110,7 @@ def test_adapter_parameters_by_role():
 @pytest.mark.parametrize("options,error,message", [
     ({"target_modules": ["to_qq"]}, ValueError, r"'to_qq' matches no layer of Model; the nearest names are .*to_q"),
     ({"target_modules": ["to_q", "xyzzy"]}, ValueError, r"'xyzzy' matches no layer"),
-    ({"target_modules": r"nothing\..*"}, ValueError, r"no layer of Model matches .*adaptable layers end in: 0, conv_in, to_k"),
+    ({"target_modules": r"nothing\..*"}, ValueError, r"no layer of Model matches .* end in: 0, conv_in, to_k"),
     ({"exclude_modules": r".*"}, ValueError, r"no layer of Model matches"),
     ({"target_modules": ["to_out"]}, TypeError, r"matches blocks.0.to_out, a ModuleList"),
 ])  # fmt: skip

@@ -151,7 +151,7 @@ def test_inference_mode_and_host_snapshot():
 
 
 def test_refusals_leave_the_model_as_it_was():
-    model, x = model_with_adapters(), torch.randn(2, 3, 4, 4)
+    model = model_with_adapters()
     before = bits(model)
     with pytest.raises(RuntimeError, match="nothing is merged"):
         dk.unmerge(model)
@@ -173,8 +173,12 @@ def test_refusals_leave_the_model_as_it_was():
 
     dk.merge(model, "qr")
     merged = bits(model)
-    for call in (lambda: dk.merge(model, "lora"), lambda: dk.set_adapters(model, "lora"),
-                 lambda: dk.delete_adapter(model, "qr"), lambda: dk.inject_adapter(model, dk.DeftConfig(), "new")):  # fmt: skip
+    for call in (
+        lambda: dk.merge(model, "lora"),
+        lambda: dk.set_adapters(model, "lora"),
+        lambda: dk.delete_adapter(model, "qr"),
+        lambda: dk.inject_adapter(model, dk.DeftConfig(), "new"),
+    ):
         with pytest.raises(RuntimeError, match="merged"):
             call()
     with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):

@@ -99,7 +99,9 @@ def test_both_forms_are_exercised():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("m,n,r,leading", [(40, 59, 3, (111,)), (97, 33, 16, (2, 5)), (64, 64, 8, (1,)), (5, 200, 1, (3, 67))])
+@pytest.mark.parametrize(
+    "m,n,r,leading", [(40, 59, 3, (111,)), (97, 33, 16, (2, 5)), (64, 64, 8, (1,)), (5, 200, 1, (3, 67))]
+)
 def test_error_is_at_most_twice_that_of_plain_torch(dtype, m, n, r, leading):
     exact = [randn(*leading, n), randn(m, n), randn(m), randn(m, r), randn(r, n)]
     exact = [t.to(dtype).double() for t in exact]

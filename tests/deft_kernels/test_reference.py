@@ -37,7 +37,11 @@ def test_unknown_decomposition():
 
 def test_sequential_composition_is_one_after_the_other():
     W = randn(9, 7)
-    adapters = [(randn(9, 3), randn(3, 7), "qr", 0.5), (randn(9, 2), None, "relu", 1.0), (randn(9, 4), randn(4, 7), "svd", 2.0)]
+    adapters = [
+        (randn(9, 3), randn(3, 7), "qr", 0.5),
+        (randn(9, 2), None, "relu", 1.0),
+        (randn(9, 4), randn(4, 7), "svd", 2.0),
+    ]
     expected = W
     for P, R, method, scale in adapters:
         expected = reference.merged_weight(expected, P, R, method, scale)
