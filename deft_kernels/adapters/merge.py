@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config import LoraConfig
 from ..nn.layers import DeftLayer, writes
-from ..nn.prepare import decompose
+from ..nn.prepare import Factors, beside, decompose
 from .files import attach_adapter, read_adapter
 from .inject import named_weights, require_layers
 
@@ -104,37 +104,49 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str
         if pristine[name] is None:
             pristine[name] = _snapshot(layer.weight, snapshot)
 
+    try:
+        _write_from(pristine, targets, B, K, R)
+    except BaseException:  # out of memory, an interrupt: no half-merged model
+        for name, layer in targets.items():
+            layer.merged, layer._pristine = dict(chosen), pristine[name]
+        for layer in layers.values():
+            _restore(layer)
+            layer.is_merged = False
+        raise
     for name, layer in layers.items():
         layer.is_merged, layer._factors = True, None
-        if name not in targets:
+        if name in targets:
+            layer._pristine = pristine[name]
+            layer.merged = {k: w for k, w in chosen.items() if k in layer.configs}
+            layer._merged_version = writes(layer.weight)
+        else:
             _restore(layer)
+
+
+def _write_from(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, K, R) -> None:
+    """W' of every target layer into its weight's storage, in one call."""
     out, source = [], []
     for name, layer in targets.items():
-        stored = layer.weight.detach()
-        if layer.merged and (pristine[name].device, pristine[name].dtype) != (stored.device, stored.dtype):
-            stored.copy_(pristine[name])  # back onto the device first
-            source.append(layer.matrix(stored))
-        else:
-            source.append(layer.matrix(pristine[name] if layer.merged else stored))
+        stored, kept = layer.weight.detach(), pristine[name]
+        if layer.merged and (kept.device, kept.dtype) != (stored.device, stored.dtype):
+            kept = stored.copy_(kept)  # back onto the device first
+        source.append(layer.matrix(kept if layer.merged else stored))
         out.append(layer.matrix(stored))
     torch.ops.deft_kernels.merge_into(out, source, B, K, R)
-    for (name, layer), written in zip(targets.items(), out):
+    for layer, written in zip(targets.values(), out):
         stored = layer.weight.detach()
         if written.untyped_storage().data_ptr() != stored.untyped_storage().data_ptr():
-            stored.copy_(written.view(stored.shape))  # strides that (out, in*kh*kw) cannot be a view of
-        layer._pristine = pristine[name]
-        layer.merged = {k: w for k, w in chosen.items() if k in layer.configs}
-        layer._merged_version = writes(layer.weight)
+            stored.copy_(written.view(stored.shape))  # strides of which (out, in*kh*kw) cannot be a view
 
 
-def _factors(layers: Iterable[DeftLayer], chosen: dict[str, float]):
+def _factors(layers: Iterable[DeftLayer], chosen: dict[str, float]) -> tuple[list[Tensor | None], ...]:
     """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
     entries = [(layer, name) for layer in layers for name in chosen if name in layer.configs]
     P = [layer.deft_P[name].detach() for layer, name in entries]
     lora = [isinstance(layer.configs[name], LoraConfig) for layer, name in entries]
     methods = ["lora" if lo else layer.configs[name].decomposition_method for lo, (layer, name) in zip(lora, entries)]
     bases, removals, _ = decompose(P, methods)
-    side: dict[DeftLayer, list[tuple[Tensor, Tensor | None, Tensor | None]]] = {}
+    parts: dict[DeftLayer, list[Factors]] = {}
     for (layer, name), b, k in zip(entries, bases, removals):
         tensors, weight = layer.adapter_tensors(name), chosen[name]
         r = tensors.get("R")
@@ -142,16 +154,8 @@ def _factors(layers: Iterable[DeftLayer], chosen: dict[str, float]):
             r = r.detach() * (weight * layer.configs[name].scale(b.shape[1]))
             if "gate" in tensors:
                 r = r * torch.sigmoid(tensors["gate"].detach())
-        side.setdefault(layer, []).append((b, None if k is None else k * weight, r))
-    B, K, R = [], [], []
-    for layer, parts in side.items():
-        n = layer.shape[1]
-        B.append(torch.cat([b for b, _, _ in parts], 1))
-        K.append(None if all(k is None for _, k, _ in parts)
-                 else torch.cat([torch.zeros_like(b) if k is None else k for b, k, _ in parts], 1))  # fmt: skip
-        R.append(None if all(r is None for _, _, r in parts)
-                 else torch.cat([b.new_zeros(b.shape[1], n) if r is None else r for b, _, r in parts], 0))  # fmt: skip
-    return B, K, R
+        parts.setdefault(layer, []).append(Factors(b, None, None if k is None else k * weight, r))
+    return tuple([beside(f, role, layer.shape[1]) for layer, f in parts.items()] for role in "BKR")
 
 
 def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 """Drop-in modules: a frozen layer with named adapters on it. DEFT, PaRa and LoRA are the same layer, since all are (B, A).
 
-The path of one tensor, top to bottom: `forward` -> `_own_factors` (or the bank's) -> `_adapted` ->
-`LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
+The path of one tensor: `forward` takes the factors (the bank's, or its own by `prepare_layers`), `_adapted` applies them
+through `LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
-from .prepare import Factors, Spec, decompose, prepare
+from .prepare import Factors, Spec, beside, decompose, prepare
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
 
@@ -57,6 +57,7 @@ class DeftLayer(nn.Module):
         self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
         self.register_buffer("_scales", torch.empty(2, 0), persistent=False)
         if config is not None:
+            base_layer.requires_grad_(False)
             self.add_adapter(adapter_name, config)
             self.set_adapters({adapter_name: 1.0})
 
@@ -80,6 +81,11 @@ class DeftLayer(nn.Module):
     def shape(self) -> tuple[int, int]:
         """(m, n) of W."""
         raise NotImplementedError
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Of P, R and all that is made of them before the factors are cast: float32, or float64 for a float64 weight."""
+        return torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
 
     def dense_weight(self) -> Tensor | None:
         """W (m, n) where the base layer is a plain, local one; None where only its output can be relied on (quantised,
@@ -120,18 +126,16 @@ class DeftLayer(nn.Module):
         device = self.base_layer.weight.device
         if tensors is None:
             tensors = self._start(r, config, device)
-        dtype = torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
         for key, store in (("P", self.deft_P), ("R", self.deft_R), ("gate", self.deft_gate)):
             if key in tensors:
-                store[name] = nn.Parameter(tensors[key].detach().to(device, dtype, copy=True))
+                store[name] = nn.Parameter(tensors[key].detach().to(device, self.master_dtype, copy=True))
         self.configs[name] = config
 
     @torch.no_grad()
     def _start(self, r: int, config: DeftConfig, device) -> dict[str, Tensor]:
         """The first values of an adapter's parameters."""
         m, n = self.shape
-        dtype = torch.float64 if self.base_layer.weight.dtype == torch.float64 else torch.float32
-        empty = {"device": device, "dtype": dtype}
+        empty = {"device": device, "dtype": self.master_dtype}
         if isinstance(config, LoraConfig):  # B = 0, A as a linear layer's weight: PEFT's start; False: B random too
             B = torch.zeros(m, r, **empty) if config.init_weights else torch.randn(m, r, **empty) * INIT_STD
             return {"P": B, "R": nn.init.kaiming_uniform_(torch.empty(r, n, **empty), a=5**0.5)}
@@ -181,9 +185,7 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
-        values = torch.tensor(rows, dtype=torch.float64).reshape(2, -1).to(self.base_layer.weight.device)
-        if self.base_layer.weight.dtype != torch.float64:
-            values = values.float()
+        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(self.base_layer.weight.device)
         if (self._scales.shape, self._scales.dtype, self._scales.device) == (values.shape, values.dtype, values.device):
             self._scales.copy_(values)
         else:
@@ -221,7 +223,7 @@ class DeftLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         rows = self._rows(x)
         factors = self._shared_factors()
-        if factors is None:
+        if factors is None or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
             (factors,) = prepare_layers([self], rows)
         if not torch.compiler.is_compiling():
             self._tokens = rows
@@ -307,17 +309,13 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
 
-def _cat(tensors: list[Tensor], dim: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
-
-
 class DeftLinear(DeftLayer):
     """A frozen `nn.Linear` (or a quantised subclass of it, or transformers' `Conv1D`) with adapters.
 
     y = x W'^T + b with W' = W - B K^T W + s B R (arXiv 2509.22793); x (..., n) -> y (..., m).
 
     Args:
-        base_layer: the layer to adapt; kept, and frozen by `inject_adapter`, not by this class.
+        base_layer: the layer to adapt; it is kept as it is, and frozen.
         config: the adapter's; None for a layer without one yet.
         adapter_name: its name.
 
@@ -367,25 +365,18 @@ class DeftLinear(DeftLayer):
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         if x.shape[-1] != self.shape[1]:
             raise ValueError(f"input of shape {tuple(x.shape)} does not fit a linear layer of {self.shape[1]} features")
-        B = _cat([f.B for f in factors], 1)
+        B, A, K = (beside(factors, role, self.shape[1]) for role in "BAK")
+        folded = not any(self.dropout(name) for name in self.active)
+        R = beside(factors, "R", self.shape[1]) if folded else None
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        folded = not any(self.dropout(name) for name in self.active)
-        W = self.frozen_weight()
-
-        if W is not None and any(f.A is not None for f in factors):
-            A = _cat([f.A if f.A is not None else x.new_zeros(f.B.shape[1], x.shape[-1]) for f in factors], 0)
-            y = LowRankLinear.apply(x, W, self.bias, B.to(x.dtype), A.to(x.dtype))
+        if A is not None:
+            y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
             y = self.base_layer(x, *args, **kwargs)
-            K = R = None
-            if any(f.K is not None for f in factors):
-                K = _cat([f.K if f.K is not None else torch.zeros_like(f.B) for f in factors], 1).to(y.dtype)
-            if folded and any(f.R is not None for f in factors):
-                R = _cat([f.R if f.R is not None else x.new_zeros(f.B.shape[1], x.shape[-1]) for f in factors], 0)
-                R = R.to(y.dtype)
             if K is not None or R is not None:
-                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B.to(y.dtype), K, R)
+                B, K, R = (None if t is None else t.to(y.dtype) for t in (B, K, R))
+                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B, K, R)
         if not folded:
             for f, name in zip(factors, self.active):
                 if f.R is not None:
@@ -425,13 +416,11 @@ class DeftConv2d(DeftLayer):
         return x.shape[-1] * x.shape[-2] * (x.shape[0] if x.dim() == 4 else 1)
 
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
-        B = _cat([f.B for f in factors], 1)
+        A = beside(factors, "A", self.shape[1])
+        folded = not any(self.dropout(name) for name in self.active)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         base, batched = self.base_layer, x.dim() == 4
-        folded = not any(self.dropout(name) for name in self.active)
-        W = self.frozen_weight()
-
         padded, padding = self._pad(x if batched else x[None])
         geometry = (base.stride, padding, base.dilation)
 
@@ -441,9 +430,8 @@ class DeftConv2d(DeftLayer):
         def expand(h: Tensor, B: Tensor) -> Tensor:
             return F.conv2d(h, B.to(h.dtype)[:, :, None, None])
 
-        if W is not None and any(f.A is not None for f in factors):
-            A = _cat([f.A if f.A is not None else x.new_zeros(f.B.shape[1], W.shape[1]) for f in factors], 0)
-            weight = base.weight.detach()
+        if A is not None:
+            B, weight = beside(factors, "B", self.shape[1]), base.weight.detach()
             y = LowRankConv2d.apply(padded, weight, self.bias, B.to(x.dtype), A.to(x.dtype), geometry)
         else:
             # by autograd: a convolution whose weight is out of reach keeps its output for the removal's gradient

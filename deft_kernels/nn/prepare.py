@@ -34,6 +34,19 @@ class Factors(NamedTuple):
     R: Tensor | None  # (r, n), scale and strength included, where the injection is not part of A
 
 
+def beside(factors: list[Factors], role: str, n: int) -> Tensor | None:
+    """The B, A, K or R of several adapters on one layer side by side along r, zeros where an adapter has none; None where
+    none has one. `n` is W's width."""
+    parts = [getattr(f, role) for f in factors]
+    if all(part is None for part in parts):
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    dim = 1 if role in "BK" else 0
+    zeros = [torch.zeros_like(f.B) if dim else f.B.new_zeros(f.B.shape[1], n) for f in factors]
+    return torch.cat([z if part is None else part for part, z in zip(parts, zeros)], dim)
+
+
 def decompose(P: list[Tensor], methods: list[str]):
     """B and K (None for LoRA) of every P, all QRs in one call, and {i: (U, S, Vh)} of those taken by SVD."""
     qr = [i for i, method in enumerate(methods) if method == "qr"]

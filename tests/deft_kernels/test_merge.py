@@ -188,6 +188,29 @@ def test_refusals_leave_the_model_as_it_was():
     assert same_bits(model, before)
 
 
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_failure_while_writing_leaves_no_half_merged_model(monkeypatch, merged_before):
+    from deft_kernels.adapters import merge as module
+
+    model = model_with_adapters(["qr", "lora"])
+    before = bits(model)
+    if merged_before:
+        dk.merge(model, "qr")
+
+    def half(pristine, targets, B, K, R):
+        next(iter(targets.values())).weight.detach().zero_()
+        raise MemoryError
+
+    monkeypatch.setattr(module, "_write_from", half)
+    with pytest.raises(MemoryError):
+        dk.hotswap(model, "lora")
+    monkeypatch.undo()
+    assert same_bits(model, before)
+    dk.merge(model, "lora")
+    dk.unmerge(model)
+    assert same_bits(model, before)
+
+
 def test_training_while_merged_is_refused():
     model, x = model_with_adapters(["qr"]), torch.randn(2, 3, 4, 4)
     dk.merge(model)
