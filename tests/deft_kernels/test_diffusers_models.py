@@ -1,0 +1,118 @@
+"""diffusers' own denoisers and transformers' text encoder, small, adapted whole."""
+
+import pytest
+import torch
+from common import gradients
+from diffusers import FluxTransformer2DModel, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+import deft_kernels as dk
+from deft_kernels.adapters.inject import match_targets
+
+
+def sdxl_like():
+    """SDXL's block layout and conditioning, a thousandth of its width."""
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2), attention_head_dim=(2, 4), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 10,
+    )  # fmt: skip
+    conditions = {"text_embeds": torch.randn(2, 10), "time_ids": torch.randn(2, 6)}
+    inputs = (torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 7, 12))
+    return unet, lambda m: m(*inputs, added_cond_kwargs=conditions, return_dict=False)[0]
+
+
+def flux_like():
+    flux = FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(2, 2, 4),
+    )  # fmt: skip
+    kwargs = {
+        "hidden_states": torch.randn(2, 9, 4), "encoder_hidden_states": torch.randn(2, 5, 12), "img_ids": torch.zeros(9, 3),
+        "pooled_projections": torch.randn(2, 10), "timestep": torch.tensor([0.3, 0.9]), "txt_ids": torch.zeros(5, 3),
+    }  # fmt: skip
+    return flux, lambda m: m(**kwargs, return_dict=False)[0]
+
+
+def clip():
+    model = CLIPTextModel(CLIPTextConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+                                         num_attention_heads=2, max_position_embeddings=8))  # fmt: skip
+    tokens = torch.randint(30, (2, 8))
+    return model, lambda m: m(tokens).last_hidden_state
+
+
+CASES = {
+    "sdxl": (sdxl_like, None, 64),
+    "sdxl-all": (sdxl_like, ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "ff.net.2"], 92),
+    "flux": (flux_like, None, 7),
+    "clip": (clip, ["q_proj", "k_proj", "v_proj", "out_proj"], 8),
+}
+
+
+def step(model, run):
+    model.zero_grad()
+    y = run(model)
+    y.square().mean().backward()
+    return y.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_whole_models(case, tmp_path):
+    build, targets, count = CASES[case]
+    model, run = build()
+    model.eval()
+    with torch.no_grad():
+        base = run(model)
+    names = dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=targets))
+    assert len(names) == count
+    with torch.no_grad():
+        torch.testing.assert_close(run(model), base)  # identity
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.05)
+    model.train()
+    y, grads = step(model, run)
+    assert len(grads) == 2 * count
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+        torch.testing.assert_close(step(model, run), (y, grads))
+        model.disable_gradient_checkpointing()
+    model.eval()
+    dk.save_adapter(model, tmp_path)
+    dk.merge(model)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model), y, rtol=1e-4, atol=1e-5)
+    dk.eject(model)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model), base, rtol=1e-6, atol=1e-7)
+        dk.load_adapter(model, tmp_path)
+        torch.testing.assert_close(run(model), y, rtol=1e-4, atol=1e-5)
+
+
+def test_default_targets_of_sdxl_itself():
+    """560 layers and 0.955 G weights, as in the paper's SDXL runs; no memory is taken."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048, sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+    names = match_targets(unet, dk.DeftConfig())
+    assert len(names) == 560
+    assert sum(unet.get_submodule(name).weight.numel() for name in names) == 955_187_200
+
+
+@pytest.mark.parametrize("case", ["sdxl", "flux"])
+def test_compiled_whole(case):
+    build, targets, _ = CASES[case]
+    model, run = build()
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=targets, init_weights=False))
+    expected = step(model, run)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    y = run(compiled)
+    y.square().mean().backward()
+    torch.testing.assert_close((y.detach(), gradients(model)), expected, rtol=1e-4, atol=1e-6)
