@@ -145,9 +145,10 @@ def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
     return out
 
 
-def project_backward(dA: list[Tensor], W: list[Tensor]) -> list[Tensor]:
-    """W_i dA_i^T (m_i, r_i), which is dK_i up to the factor -removal_i, in dA's dtype."""
-    return [w.to(da.dtype) @ da.mT for da, w in zip(dA, W)]
+def project_backward(dA, W, injection: Tensor, removal: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """dK_i = -removal_i W_i dA_i^T (m_i, r_i), empty where W_i is None, and dR_i = injection_i dA_i, in dA's dtype."""
+    dK = [da.new_empty(0) if w is None else w.to(da.dtype) @ da.mT * -s.to(da.dtype) for da, w, s in zip(dA, W, removal)]
+    return dK, [da * s.to(da.dtype) for da, s in zip(dA, injection)]
 
 
 def lowrank_linear(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor) -> Tensor:

@@ -113,41 +113,48 @@ class Prepare(torch.autograd.Function):
         P, B, R, W = (saved[i * L : (i + 1) * L] for i in range(4))
         svd = dict(zip(ctx.svd, zip(saved[4 * L :: 2], saved[4 * L + 1 :: 2])))
         wide = _cast(list(grads), [p.dtype for p in P] * 4)
-        dB, dA, dK, dR_out = (list(wide[i * L : (i + 1) * L]) for i in range(4))
+        dB, dA, dK, dR = (list(wide[i * L : (i + 1) * L]) for i in range(4))
 
-        # dR, and the gates' gradient through the injection's scale
-        through = [dA[i] if s.project and s.fold else dR_out[i] for i, s in enumerate(specs)]
-        need_R = ctx.needs_input_grad[3 + L : 3 + 2 * L]
-        dR = [injection[i].to(g.dtype) * g if g is not None and need_R[i] else None for i, g in enumerate(through)]
+        need_P, need_R = ctx.needs_input_grad[3 : 3 + L], ctx.needs_input_grad[3 + L : 3 + 2 * L]
         dinjection = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:  # gates
+            through = [dA[i] if s.project and s.fold else dR[i] for i, s in enumerate(specs)]
             zero = injection.new_zeros(())
             dots = [zero if g is None or r is None else (r * g).sum().to(zero.dtype) for g, r in zip(through, R)]
             dinjection = torch.stack(dots)
 
-        # dK: through A (one pass over every W), or as the activation form delivered it
-        need_P = ctx.needs_input_grad[3 : 3 + L]
-        through_W = [i for i in ctx.projected if need_P[i] and dA[i] is not None and specs[i].method != "lora"]
-        moved = _ops.project_backward([dA[i].contiguous() for i in through_W], [W[i] for i in through_W])
+        # dK and dR as the activation form, or an injection apart from A, delivered them
         dK = [None if g is None else removal[i].to(g.dtype) * g for i, g in enumerate(dK)]
-        for i, g in zip(through_W, moved):
-            dK[i] = -removal[i].to(g.dtype) * g
+        dR = [None if g is None else injection[i].to(g.dtype) * g for i, g in enumerate(dR)]
+        # and through A: one pass over every W
+        through_A = [i for i in ctx.projected if dA[i] is not None]
+        moved = _ops.project_backward(
+            [dA[i].contiguous() for i in through_A],
+            [W[i] if need_P[i] and specs[i].method != "lora" else None for i in through_A],
+            injection if len(through_A) == L else injection[through_A],
+            removal if len(through_A) == L else removal[through_A],
+        )
+        for i, gK, gR in zip(through_A, *moved):
+            dK[i] = gK if gK.numel() else None
+            dR[i] = gR if specs[i].fold else dR[i]
+        dR = [g if need else None for g, need in zip(dR, need_R)]
 
-        # dP: through the decomposition
-        dP: list[Tensor | None] = [None] * L
-        qr = []
-        for i, spec in enumerate(specs):
-            if not need_P[i] or (dB[i] is None and dK[i] is None):
-                continue
-            if dK[i] is not None and spec.method == "relu":
-                dK[i] = dK[i] * (P[i] > 0)
-            dP[i] = dK[i] if dB[i] is None else dB[i] if dK[i] is None else dB[i] + dK[i]
-            if spec.method == "qr":
-                qr.append(i)
-            elif spec.method == "svd":
-                dP[i] = reference.left_singular_backward(dP[i], B[i], *svd[i])
+        # dP: through the decomposition, B's and K's shares added
+        relu = [i for i in range(L) if specs[i].method == "relu" and dK[i] is not None]
+        if relu:
+            slopes = torch._foreach_sign(torch._foreach_clamp_min([P[i] for i in relu], 0))
+            for i, g in zip(relu, torch._foreach_mul([dK[i] for i in relu], slopes)):
+                dK[i] = g
+        dP = [(b if k is None else k) if need else None for b, k, need in zip(dB, dK, need_P)]
+        both = [i for i in range(L) if need_P[i] and dB[i] is not None and dK[i] is not None]
+        for i, g in zip(both, torch._foreach_add([dB[i] for i in both], [dK[i] for i in both]) if both else ()):
+            dP[i] = g
+        qr = [i for i in range(L) if specs[i].method == "qr" and dP[i] is not None]
         for i, g in zip(qr, _ops.orthonormalize_backward([dP[i] for i in qr], [B[i] for i in qr], [P[i] for i in qr])):
             dP[i] = g
+        for i in ctx.svd:
+            if dP[i] is not None:
+                dP[i] = reference.left_singular_backward(dP[i], B[i], *svd[i])
         return None, dinjection, None, *dP, *dR, *[None] * L
 
 

@@ -7,7 +7,7 @@ from .. import reference
 from ._dispatch import below_autograd, define, differentiable, fake, kernel
 
 define("project(Tensor?[] K, Tensor[] W, Tensor?[] R, Tensor injection, Tensor removal) -> Tensor[]")
-define("project_backward(Tensor[] dA, Tensor[] W) -> Tensor[]")
+define("project_backward(Tensor[] dA, Tensor?[] W, Tensor injection, Tensor removal) -> (Tensor[], Tensor[])")
 
 
 @fake("project")
@@ -16,8 +16,9 @@ def _(K, W, R, injection, removal):
 
 
 @fake("project_backward")
-def _(dA, W):
-    return [da.new_empty(w.shape[0], da.shape[0]) for da, w in zip(dA, W)]
+def _(dA, W, injection, removal):
+    dK = [da.new_empty(0) if w is None else da.new_empty(w.shape[0], da.shape[0]) for da, w in zip(dA, W)]
+    return dK, [torch.empty_like(da, memory_format=torch.contiguous_format) for da in dA]
 
 
 kernel("project", "reference")(reference.project)
@@ -39,17 +40,14 @@ class Project(torch.autograd.Function):
         layers = len(dA)
         injection, removal, *rest = ctx.saved_tensors
         W, R = rest[:layers], rest[layers:]
-        removing = [i for i in range(layers) if ctx.has_K[i]]
-        moved = torch.ops.deft_kernels.project_backward([dA[i] for i in removing], [W[i] for i in removing])
-        dK: list[Tensor | None] = [None] * layers
-        for i, g in zip(removing, moved):
-            dK[i] = -removal[i].to(g.dtype) * g
-        dR = [None if r is None else injection[i].to(r.dtype) * dA[i] for i, r in enumerate(R)]
+        removed = [w if has else None for w, has in zip(W, ctx.has_K)]
+        dK, dR = torch.ops.deft_kernels.project_backward(list(dA), removed, injection, removal)
         dinjection = None
         if ctx.needs_input_grad[1]:
             dots = [injection.new_zeros(()) if r is None else (r * dA[i]).sum() for i, r in enumerate(R)]
             dinjection = torch.stack(dots).to(injection.dtype)
-        return None, dinjection, None, *dK, *[None] * layers, *dR
+        dK = [g if has else None for g, has in zip(dK, ctx.has_K)]
+        return None, dinjection, None, *dK, *[None] * layers, *(None if r is None else g for r, g in zip(R, dR))
 
 
 differentiable("project", lambda K, W, R, *scales: list(Project.apply(len(W), *scales, *K, *W, *R)) if W else [])

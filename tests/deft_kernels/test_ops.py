@@ -28,7 +28,7 @@ def test_opcheck_project(gate):
     K, W, R = [randn(7, 3, grad=True), None, randn(4, 2, grad=True)], [randn(7, 5), randn(9, 6), randn(4, 6)], None
     R = [randn(3, 5, grad=True), randn(4, 6, grad=True), None]
     opcheck(deft.project.default, (K, W, R, randn(3, grad=gate), randn(3)))
-    opcheck(deft.project_backward.default, ([randn(3, 5), randn(2, 6)], [randn(7, 5), randn(4, 6)]))
+    opcheck(deft.project_backward.default, ([randn(3, 5), randn(2, 6)], [randn(7, 5), None], randn(2), randn(2)))
 
 
 @pytest.mark.parametrize("rows", [4, 200])  # factor form, merged form
