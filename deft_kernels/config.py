@@ -1,12 +1,17 @@
 """What an adapter is: `DeftConfig` for DEFT and PaRa, `LoraConfig` for LoRA on the same layers."""
 
+import math
+import re
 from dataclasses import dataclass
-from typing import ClassVar
 
 from .reference import DECOMPOSITIONS
 
 # The attention projections of diffusers' models: what DEFT's authors, and LoRA's trainers, adapt.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def _finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 @dataclass
@@ -43,27 +48,37 @@ class DeftConfig:
     exclude_modules: list[str] | str | None = None
     init_scale: float = 1.0
 
-    METHODS: ClassVar[tuple[str, ...]] = DECOMPOSITIONS
-
     def __post_init__(self):
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
             raise ValueError(f"r is {self.r!r}, expected a rank of at least 1")
-        if self.decomposition_method not in self.METHODS:
+        if self.decomposition_method not in DECOMPOSITIONS:
             raise ValueError(
-                f"unknown decomposition_method {self.decomposition_method!r}: expected one of {', '.join(self.METHODS)}"
+                f"unknown decomposition_method {self.decomposition_method!r}: expected one of {', '.join(DECOMPOSITIONS)}"
             )
-        if not 0 <= self.dropout < 1:
+        if not (_finite(self.dropout) and 0 <= self.dropout < 1):
             raise ValueError(f"dropout is {self.dropout!r}, expected a probability of at least 0 and below 1")
-        if self.alpha is not None and not self.alpha > 0:
+        if self.alpha is not None and not (_finite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha is {self.alpha!r}, expected a positive number or None")
+        if not _finite(self.init_scale):
+            raise ValueError(f"init_scale is {self.init_scale!r}, expected a finite number")
         if self.para and self.gate:
             raise ValueError("gate scales the injection, and para=True has none: choose one of the two")
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, str) and value != "all-linear":
+                try:
+                    re.compile(value)
+                except re.error as error:
+                    raise ValueError(f"{name} {value!r} is no regular expression: {error}") from None
+            elif value is not None and not isinstance(value, str):
                 setattr(self, name, sorted(value))
         if self.target_modules == []:
             raise ValueError("target_modules is an empty list: name at least one layer, or None for the default")
+
+    @property
+    def method(self) -> str:
+        """How a layer takes its bases from P: a decomposition, or "lora"."""
+        return self.decomposition_method
 
     def scale(self, r: int) -> float:
         """s, the factor on the injection, for a layer where the rank is r."""
@@ -82,3 +97,7 @@ class LoraConfig(DeftConfig):
         super().__post_init__()
         if self.para or self.gate or self.decomposition_method != "qr":
             raise ValueError("para, gate and decomposition_method belong to DeftConfig; LoRA has none of them")
+
+    @property
+    def method(self) -> str:
+        return "lora"

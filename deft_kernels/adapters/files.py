@@ -4,7 +4,6 @@ DEFT and PaRa: `base_model.model.<module>.deft_P` (m, r), `.deft_R` (r, n), `.de
 LoRA: `base_model.model.<module>.lora_A.weight` (r, n), `.lora_B.weight` (m, r); convolutions keep their kernel's shape.
 """
 
-import base64
 import json
 import os
 import warnings
@@ -15,17 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DeftConfig, LoraConfig
-from ..nn.layers import DeftConv2d, DeftLayer
-from .inject import adaptable, attach, require_layers
+from ..nn.layers import DeftConv2d
+from .inject import adaptable, attach, match_targets, outer_modules, require_layers, wrap
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# suffix of a key in a file -> role in a layer; order is that of matching
-ROLES = {"deft_P": "P", "deft_R": "R", "deft_gate": "gate", "lora_B.weight": "P", "lora_A.weight": "R"}
-# options of PEFT's files that change what an adapter computes and that these layers do not have
-UNSUPPORTED = ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
+# suffix of a key in a file -> role in a layer
+DEFT_ROLES = {"deft_P": "P", "deft_R": "R", "deft_gate": "gate"}
+LORA_ROLES = {"lora_B.weight": "P", "lora_A.weight": "R"}
+# Keys of PEFT's configurations that are understood here, or that change nothing about what an adapter computes.
+UNDERSTOOD = set(
+    "peft_type r alpha lora_alpha decomposition_method para deft_dropout lora_dropout gate init_weights init_scale "
+    "init_lora_weights target_modules exclude_modules fan_in_fan_out layers_to_transform layers_pattern inference_mode "
+    "base_model_name_or_path revision task_type peft_version auto_mapping megatron_core qalora_group_size".split()
+)
+INITIALISATIONS = (True, False, "gaussian", None)  # of a LoRA; the others change the base weights as well
 OTHER_BASE = 0.005  # relative distance of fingerprints; half-precision copies of one base differ by 0.001
+SKETCHED, SAMPLED = 16, 16  # layers of a fingerprint, and weights of each
 
 
 class Adapter(NamedTuple):
@@ -36,13 +42,15 @@ class Adapter(NamedTuple):
 
 
 def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys, float32, on the CPU."""
+    """An adapter's tensors under PEFT's keys, float32, on the CPU. ValueError for one with NaN or infinity."""
     state = {}
     for name, layer in require_layers(model, [adapter_name]).items():
         lora = isinstance(layer.configs.get(adapter_name), LoraConfig)
         for role, p in layer.adapter_tensors(adapter_name).items():
-            suffix = {"P": "lora_B.weight", "R": "lora_A.weight"}[role] if lora else f"deft_{role}"
+            suffix = next(k for k, v in (LORA_ROLES if lora else DEFT_ROLES).items() if v == role)
             t = p.detach().cpu().clone()
+            if not torch.isfinite(t).all():
+                raise ValueError(f"{role} of {name} has values that are not finite: adapter {adapter_name!r} is not saved")
             if lora and isinstance(layer, DeftConv2d):
                 t = t[:, :, None, None] if role == "P" else t.view(-1, *layer.weight.shape[1:])
             state[f"{PREFIX}{name}.{suffix}"] = t.contiguous()
@@ -52,8 +60,9 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write an adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors` in `folder`.
 
-    Each file is replaced atomically. PEFT reads them back for the methods that it has (qr, relu, PaRa on linear layers;
-    LoRA). The safetensors metadata also holds the configuration and a fingerprint of the base weights.
+    Each file is replaced atomically, and the tensors' file carries the configuration too, so that two files of different
+    adapters are never taken for one. PEFT reads them back for the methods that it has (qr, relu, PaRa on linear layers;
+    LoRA). A fingerprint of the base weights goes with them.
     """
     from safetensors.torch import save
 
@@ -105,28 +114,22 @@ def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = Fal
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     state, metadata = _read_safetensors(file)
-    config_file = file.parent / CONFIG_NAME
-    if config_file.is_file():
-        try:
-            raw = json.loads(config_file.read_text())
-        except ValueError as error:
-            raise ValueError(f"{config_file} is not readable JSON: {error}") from None
-    elif "adapter_config" in metadata:
-        raw = json.loads(metadata["adapter_config"])
-    else:
-        raise FileNotFoundError(f"{config_file} is missing, and {file.name} carries no configuration of its own")
-    config = _from_peft(raw, config_file)
+    raw, source = _read_config(file, metadata)
+    config = _from_peft(raw, source)
 
-    modules = {k: m for k, m in model.named_modules(remove_duplicate=False) if not _inside_adapted(k, model)}
-    tensors, unknown = _by_layer(state, modules)
+    modules = outer_modules(model)
+    tensors, unknown = _by_layer(file, state, modules, LORA_ROLES if isinstance(config, LoraConfig) else DEFT_ROLES)
     if unknown:
-        raise ValueError(
-            f"{file}: {len(unknown)} of {len(state)} keys fit no adaptable layer of {type(model).__name__}: {_some(unknown)}"
-        )
+        where = f"fit no adaptable layer of {type(model).__name__}, or are none of a {raw['peft_type']} adapter"
+        raise ValueError(f"{file}: {len(unknown)} of {len(state)} keys {where}: {_some(unknown)}")
+    if config.target_modules and not raw.get("layers_to_transform"):
+        absent = [name for name in match_targets(model, config) if name not in tensors]
+        if tensors and absent:
+            raise ValueError(f"{file}: {len(absent)} layers are targeted but missing: {_some(absent)}")
     _check_shapes(file, tensors, modules, config)
     for name, roles in tensors.items():
         for role, t in roles.items():
-            if not torch.isfinite(t).all():
+            if not (t.is_floating_point() and torch.isfinite(t.float()).all()):
                 raise ValueError(f"{file}: {role} of {name} has values that are not finite")
     _check_base(file, metadata.get("base_fingerprint"), {k: modules[k] for k in tensors}, any_base)
     return Adapter(config, tensors)
@@ -145,21 +148,38 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or corrupt?): {error}") from None
 
 
-def _inside_adapted(name: str, model: nn.Module) -> bool:
-    return ".base_layer" in f".{name}" or any(part in f".{name}." for part in (".deft_P.", ".deft_R.", ".deft_gate."))
+def _read_config(file: Path, metadata: dict[str, str]) -> tuple[dict, Path]:
+    """PEFT's JSON beside the tensors, or, for a file of ours alone, the copy that it carries; and where it was found."""
+    beside, raw = file.parent / CONFIG_NAME, None
+    carried = json.loads(metadata["adapter_config"]) if "adapter_config" in metadata else None
+    if beside.is_file():
+        try:
+            raw = json.loads(beside.read_text())
+        except ValueError as error:
+            raise ValueError(f"{beside} is not readable JSON: {error}") from None
+        if carried is not None and isinstance(raw, dict):
+            differ = [key for key in carried if key in raw and raw[key] != carried[key]]
+            if differ:
+                raise ValueError(f"{beside} and {file.name} are not of one adapter: they differ in {', '.join(differ)}")
+        return raw, beside
+    if carried is None:
+        raise FileNotFoundError(f"{beside} is missing, and {file.name} carries no configuration of its own")
+    return carried, file
 
 
-def _by_layer(state: dict[str, Tensor], modules: dict[str, nn.Module]):
+def _by_layer(file: Path, state: dict[str, Tensor], modules: dict[str, nn.Module], roles: dict[str, str]):
     """Keys sorted by layer and role, and the keys that fit nothing. PEFT's prefix may be absent (diffusers writes none);
     a convolution's kernel is flattened to (r, in*kh*kw)."""
     tensors: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, value in state.items():
         bare = key.removeprefix(PREFIX)
-        for suffix, role in ROLES.items():
+        for suffix, role in roles.items():
             name = bare.removesuffix(f".{suffix}")
             if name != bare and name in modules and adaptable(modules[name]):
-                tensors.setdefault(name, {})[role] = value.flatten(1) if value.dim() == 4 else value
+                if role in tensors.setdefault(name, {}):
+                    raise ValueError(f"{file}: {role} of {name} is there twice, with and without the prefix {PREFIX}")
+                tensors[name][role] = value.flatten(1) if value.dim() == 4 else value
                 break
         else:
             unknown.append(key)
@@ -172,7 +192,7 @@ def _check_shapes(file: Path, tensors, modules, config: DeftConfig) -> None:
     for name, found in tensors.items():
         missing += [f"{name} ({role})" for role in sorted(roles - set(found))]
         extra += [f"{name} ({role})" for role in sorted(set(found) - roles)]
-        m, n = modules[name].shape if isinstance(modules[name], DeftLayer) else _shape(modules[name])
+        m, n = wrap(name, modules[name]).shape
         r = config.r if isinstance(config, LoraConfig) else min(config.r, m)
         for role, expected in (("P", (m, r)), ("R", (r, n)), ("gate", ())):
             if role in found and tuple(found[role].shape) != expected:
@@ -182,12 +202,6 @@ def _check_shapes(file: Path, tensors, modules, config: DeftConfig) -> None:
             raise ValueError(f"{file}: {len(names)} tensors {what}: {_some(names)}")
     if not tensors:
         raise ValueError(f"{file}: holds no adapter tensors")
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    from ..nn.layers import DeftLinear
-
-    return (DeftConv2d if isinstance(module, nn.Conv2d) else DeftLinear)(module).shape
 
 
 def _some(names: list[str], limit: int = 8) -> str:
@@ -234,9 +248,12 @@ def _from_peft(raw: dict, file: Path) -> DeftConfig:
     kind = raw.get("peft_type") if isinstance(raw, dict) else None
     if kind not in ("DEFT", "LORA"):
         raise ValueError(f"{file}: peft_type is {kind!r}, expected DEFT or LORA")
-    used = [key for key in UNSUPPORTED if raw.get(key)]
-    if used or raw.get("bias", "none") != "none":
-        raise ValueError(f"{file}: options that these layers do not have: {', '.join(used or ['bias'])}")
+    used = [key for key, value in raw.items() if key not in UNDERSTOOD and value and (key, value) != ("bias", "none")]
+    start = raw.get("init_lora_weights")
+    if start not in INITIALISATIONS:
+        used.append(f"init_lora_weights={start!r}")
+    if used:
+        raise ValueError(f"{file}: options that these layers do not have: {', '.join(used)}")
     common = {key: raw.get(key) for key in ("target_modules", "exclude_modules")}
     if isinstance(common["target_modules"], list) and not common["target_modules"]:
         common["target_modules"] = None
@@ -256,36 +273,40 @@ def _from_peft(raw: dict, file: Path) -> DeftConfig:
 # Which base an adapter was made for ----------------------------------------------------------------------------------
 
 
-def base_fingerprint(layers: dict[str, nn.Module], count: int = 16, values: int = 16) -> str | None:
-    """A sketch of base weights that survives a change of dtype: `values` of each of `count` layers, spread evenly, as
-    base64 of float16. None where no layer holds a dense weight."""
-    sketch = _sketch(layers, count, values)
-    return None if sketch is None else base64.b64encode(sketch.half().numpy().tobytes()).decode()
+def base_fingerprint(layers: dict[str, nn.Module]) -> str | None:
+    """A sketch of base weights that survives a change of dtype, as JSON: a few weights of each of a few layers, spread
+    evenly. None where no layer holds a dense weight."""
+    names = [name for name in sorted(layers) if _sample(layers[name]) is not None]
+    if len(names) > SKETCHED:
+        names = [names[i * len(names) // SKETCHED] for i in range(SKETCHED)]
+    return json.dumps({name: _sample(layers[name]).tolist() for name in names}) if names else None
 
 
-def _sketch(layers: dict[str, nn.Module], count: int, values: int) -> Tensor | None:
-    parts = []
-    names = sorted(layers)
-    for name in [names[i * len(names) // count] for i in range(count)] if len(names) > count else names:
-        layer = layers[name]
-        weight = layer._pristine if getattr(layer, "_pristine", None) is not None else layer.weight
-        if not weight.is_floating_point() or type(weight) not in (Tensor, nn.Parameter) or weight.is_meta:
-            continue
-        flat = weight.detach().reshape(-1)
-        index = torch.linspace(0, flat.numel() - 1, values, dtype=torch.float64).long().to(flat.device)
-        parts.append(flat[index].double().cpu())
-    return torch.cat(parts) if parts else None
+def _sample(layer: nn.Module) -> Tensor | None:
+    """Weights spread evenly over a layer's pristine weight, float32; None without a dense one."""
+    pristine = getattr(layer, "_pristine", None)
+    weight = layer.weight if pristine is None else pristine
+    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
+        return None
+    flat = weight.detach().reshape(-1)
+    index = torch.linspace(0, flat.numel() - 1, SAMPLED, dtype=torch.float64).long().to(flat.device)
+    return flat[index].float().cpu()
 
 
 def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], any_base: bool) -> None:
     if recorded is None:
         return
-    made = torch.frombuffer(bytearray(base64.b64decode(recorded)), dtype=torch.float16).double()
-    here = _sketch(layers, 16, 16)
-    if here is None:
+    try:
+        made = {name: torch.tensor(values, dtype=torch.float32) for name, values in json.loads(recorded).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: its base_fingerprint cannot be read: {error}") from None
+    here = {name: _sample(layers[name]) for name in made if name in layers}
+    pairs = [(made[name], s) for name, s in here.items() if s is not None and s.shape == made[name].shape]
+    if not pairs:
         return
-    distance = 1.0 if here.shape != made.shape else float((here - made).norm() / made.norm().clamp_min(1e-12))
-    if distance > OTHER_BASE:
+    then, now = (torch.cat(side) for side in zip(*pairs))
+    distance = float((now - then).norm() / then.norm().clamp_min(1e-12))
+    if not distance <= OTHER_BASE:  # not-a-number too
         message = f"{file}: this adapter was made for another base model (weights differ by {distance:.1%})"
         if not any_base:
             raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")

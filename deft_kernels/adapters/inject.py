@@ -11,6 +11,9 @@ from ..config import DEFAULT_TARGETS, DeftConfig
 from ..nn.bank import Bank
 from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
 
+# Modules that use their layers' weights directly, torch's fast paths among them.
+READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
 
 def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "default") -> list[str]:
     """Put a new adapter on the model's target layers, in place.
@@ -53,6 +56,15 @@ def attach(
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) before adding another")
     if "" in names:
         raise TypeError(f"the model itself is a {type(model).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
+    for name in names:
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, READS_WEIGHTS):
+            raise TypeError(
+                f"{name}: a {type(parent).__name__} reads its layers' weights without calling them, so that an adapter "
+                "would have no effect; leave it out by exclude_modules"
+            )
+        if _base(modules[name]).weight.is_meta:
+            raise ValueError(f"{name}: its weight is on the meta device (not loaded, or offloaded); load it first")
 
     wrappers: dict[int, DeftLayer] = {}  # by identity, so that a module used in two places stays one
     old, new = [], []
@@ -61,16 +73,13 @@ def attach(
         if isinstance(module, DeftLayer):
             old.append((name, module))
         elif id(module) not in wrappers:
-            try:
-                wrappers[id(module)] = DeftConv2d(module) if isinstance(module, nn.Conv2d) else DeftLinear(module)
-            except TypeError as error:
-                raise TypeError(f"{name}: {error}") from None
+            wrappers[id(module)] = wrap(name, module)
             new.append((name, wrappers[id(module)]))
     done: list[DeftLayer] = []
     try:
         for name, layer in old + new:
             layer.train(modules[name].training)
-            layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name])
+            layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name], trainable)
             done.append(layer)
             for p in layer.adapter_tensors(adapter_name).values():
                 if not torch.isfinite(p).all():
@@ -82,19 +91,18 @@ def attach(
 
     bank = model.__dict__.get("_deft_bank")
     if bank is None:
-        bank = Bank(model)
-        bank.frozen = [name for name, p in model.named_parameters() if p.requires_grad]
-        model.__dict__["_deft_bank"] = bank
-    model.requires_grad_(False)
+        bank = model.__dict__["_deft_bank"] = Bank(model)
+        adapters = {id(p) for layer in layers.values() for n in layer.configs for p in layer.adapter_tensors(n).values()}
+        bank.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
+        for p in bank.frozen:
+            p.requires_grad_(False)
     for name, module in list(modules.items()):
         if id(module) in wrappers:
+            module.requires_grad_(False)
             _replace(model, name, wrappers[id(module)])
     bank.layers += [layer for _, layer in new]
     if activate:
         set_adapters(model, adapter_name)
-    for layer in done:
-        for p in layer.adapter_tensors(adapter_name).values():
-            p.requires_grad_(trainable)
     return names
 
 
@@ -102,10 +110,7 @@ def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
     """Names of the layers that a config targets, matched as PEFT matches them: a list entry is a full name or the end of
     one after a dot, a string is a regular expression for the full name, "all-linear" is every linear layer but a language
     model's output layer."""
-    inner = tuple(f"{name}." for name in adapted_layers(model))
-    modules = {k: v for k, v in model.named_modules(remove_duplicate=False) if not k.startswith(inner)} if inner else {
-        **dict(model.named_modules(remove_duplicate=False))
-    }  # fmt: skip
+    modules = outer_modules(model)
     targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -141,6 +146,14 @@ def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
     return names
 
 
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The model's modules by name, without the insides of adapted layers; a module used in two places has both names."""
+    if isinstance(model, DeftLayer):
+        return {"": model}
+    inner = tuple(f"{name}." for name in adapted_layers(model, remove_duplicate=False))
+    return {name: m for name, m in model.named_modules(remove_duplicate=False) if not name.startswith(inner)}
+
+
 def _base(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, DeftLayer) else module
 
@@ -158,14 +171,25 @@ def _excluded(name: str, config: DeftConfig) -> bool:
     return any(name == e or name.endswith(f".{e}") for e in excludes)
 
 
+def wrap(name: str, module: nn.Module) -> DeftLayer:
+    """The module as an adapted layer without an adapter yet; itself if it is one. TypeError names what cannot be adapted."""
+    if isinstance(module, DeftLayer):
+        return module
+    try:
+        return DeftConv2d(module) if isinstance(module, nn.Conv2d) else DeftLinear(module)
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from None
+
+
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, DeftLayer]:
+def adapted_layers(model: nn.Module, remove_duplicate: bool = True) -> dict[str, DeftLayer]:
     """The adapted layers of a model by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, DeftLayer)}
+    modules = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: module for name, module in modules if isinstance(module, DeftLayer)}
 
 
 def require_layers(model: nn.Module, adapter_names=()) -> dict[str, DeftLayer]:
@@ -206,6 +230,7 @@ def set_adapters(model: nn.Module, names: list[str] | str, weights: list[float] 
         names: one name, several, or an empty list for the base model.
         weights: any real number for each adapter, or one for all; None: 1.
 
+    An adapter that becomes inactive stops requiring grad, and does so again when it is active as it did before.
     Raises ValueError for an unknown name or a weight that is not finite, RuntimeError while an adapter is merged.
     """
     chosen = named_weights(names, weights)
@@ -214,10 +239,6 @@ def set_adapters(model: nn.Module, names: list[str] | str, weights: list[float] 
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) first, or use deft_kernels.hotswap")
     for layer in layers.values():
         layer.set_adapters(chosen)
-        for name in layer.configs:
-            if name not in chosen:
-                for p in layer.adapter_tensors(name).values():
-                    p.requires_grad_(False)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -235,19 +256,21 @@ def eject(model: nn.Module) -> None:
     from .merge import unmerge
 
     layers = require_layers(model)
+    if "" in layers:
+        raise TypeError(f"this is the adapted layer itself: its original is {type(model).__name__}.base_layer")
     if any(layer.is_merged for layer in layers.values()):
         unmerge(model)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, module in modules.items():
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DeftLayer):
             _replace(model, name, module.base_layer)
-    for module in modules.values():
+    for layer in layers.values():  # a bank further out may still list it
+        layer.set_adapters({})
+    for module in model.modules():
         bank = module.__dict__.pop("_deft_bank", None)
         if bank is not None:
             bank.remove()
-            parameters = dict(module.named_parameters())
-            for name in bank.frozen:
-                parameters[name].requires_grad_(True)
+            for p in bank.frozen:
+                p.requires_grad_(True)
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str = "default") -> dict[str, list[Tensor]]:

@@ -1,16 +1,14 @@
 """merge, unmerge, hot-swap: adapters into the weights, in the storage that the weights have, from a pristine snapshot."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig
 from ..nn.layers import DeftLayer, writes
 from ..nn.prepare import Factors, beside, decompose
 from .files import attach_adapter, read_adapter
-from .inject import named_weights, require_layers
+from .inject import named_weights, outer_modules, require_layers, wrap
 
 SNAPSHOTS = ("device", "host")
 
@@ -27,35 +25,37 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device") 
 
     Raises:
         RuntimeError: something is merged already (use `hotswap`).
-        ValueError: unknown adapter, parameters with NaN, a layer without a dense weight, two layers that share a weight.
-        The model is then as it was.
+        ValueError: unknown adapter, parameters with NaN, a layer without a dense weight, a weight that another layer shares.
+        The model is then as it was. Where writing itself fails (no memory, an interrupt), the pristine weights are put back.
     """
     if snapshot not in SNAPSHOTS:
         raise ValueError(f"snapshot {snapshot!r}: expected one of {', '.join(SNAPSHOTS)}")
     layers = require_layers(model)
     if any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("adapters are merged already: call deft_kernels.unmerge(model), or hotswap to change them")
-    active = {name: w for layer in layers.values() for name, w in layer.strengths.items()}
-    if names is not None:
-        chosen = named_weights(names, weights)
+    if names is None and weights is None:
+        chosen = {key: dict(layer.strengths) for key, layer in layers.items() if layer.strengths}
     else:
-        chosen = active if weights is None else named_weights(list(active), weights)
-    if not chosen:
+        everywhere = named_weights(list(_active(layers)) if names is None else names, weights)
+        require_layers(model, everywhere)
+        chosen = _spread(layers, everywhere)
+    if not any(chosen.values()):
         raise ValueError("nothing to merge: no adapter is active and none was named")
-    require_layers(model, chosen)
+    _check_mergeable(model, {key: layers[key] for key in chosen})
     _write(layers, chosen, snapshot)
 
 
-def unmerge(model: nn.Module) -> None:
+def unmerge(model: nn.Module, force: bool = False) -> None:
     """Put the pristine weights back, bit for bit.
 
-    Raises RuntimeError when nothing is merged, or when a weight was written to while an adapter was merged into it (which
-    the snapshot cannot know of).
+    Raises RuntimeError when nothing is merged, or when a weight was written to while an adapter was merged into it: what
+    was written would be lost. `force` puts the snapshot back all the same.
     """
     layers = require_layers(model)
     if not any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("nothing is merged: call deft_kernels.merge(model) first")
-    _check_untouched(layers)
+    if not force:
+        _check_untouched(layers)
     for layer in layers.values():
         _restore(layer)
         layer.is_merged = False
@@ -69,55 +69,76 @@ def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> 
             last hot-swap loaded, under the name "hotswap".
         weight: its strength.
 
-    Raises as `merge` and `load_adapter` do; the model is then as it was.
+    Raises as `merge` and `load_adapter` do.
     """
     layers = require_layers(model)
     _check_untouched(layers)
     on_host = any(layer.merged and layer._pristine.device != layer.weight.device for layer in layers.values())
     name = str(path_or_name)
-    if not any(name in layer.configs for layer in layers.values()):
+    if any(name in layer.configs for layer in layers.values()):
+        chosen = _spread(layers, named_weights(name, weight))
+        _check_mergeable(model, {key: layers[key] for key in chosen})
+    else:
+        name, everywhere = "hotswap", named_weights("hotswap", weight)
         loaded = read_adapter(model, path_or_name)  # all that can be wrong with a file is found here
-        name = "hotswap"
+        modules = outer_modules(model)
+        _check_mergeable(model, {key: wrap(key, modules[key]) for key in loaded.tensors})
         for layer in layers.values():
             if name in layer.configs:
                 layer.delete_adapter(name)
         attach_adapter(model, loaded, name, activate=False)
         layers = require_layers(model)
-    _write(layers, named_weights(name, weight), "host" if on_host else "device")
+        chosen = _spread(layers, everywhere)
+    _write(layers, chosen, "host" if on_host else "device")
+
+
+def _active(layers: dict[str, DeftLayer]) -> dict[str, None]:
+    return {name: None for layer in layers.values() for name in layer.active}
+
+
+def _spread(layers: dict[str, DeftLayer], weights: dict[str, float]) -> dict[str, dict[str, float]]:
+    """The same strengths for every layer that has any of the adapters."""
+    chosen = {key: {name: w for name, w in weights.items() if name in layer.configs} for key, layer in layers.items()}
+    return {key: names for key, names in chosen.items() if names}
+
+
+def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer]) -> None:
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            owners[id(p)] = owners.get(id(p), 0) + 1
+    for name, layer in targets.items():
+        if layer.pristine_weight() is None:
+            raise ValueError(f"{name}: cannot merge into this layer: its weight is quantised, sharded or hooked")
+        if owners[id(layer.weight)] > 1:
+            raise ValueError(
+                f"{name}: another layer shares its weight, and would be changed with it; exclude it from the targets"
+            )
 
 
 @torch.no_grad()
-def _write(layers: dict[str, DeftLayer], chosen: dict[str, float], snapshot: str) -> None:
-    """Merge `chosen` from the pristine weights, whatever is merged now; layers that it does not touch are restored."""
-    targets = {name: layer for name, layer in layers.items() if any(k in layer.configs for k in chosen)}
-    seen: dict[int, str] = {}
-    for name, layer in targets.items():
-        if layer.pristine_weight() is None:
-            raise ValueError(f"{name}: cannot merge into this layer: its weight is quantised, sharded, offloaded or hooked")
-        other = seen.setdefault(id(layer.weight), name)
-        if other != name:
-            raise ValueError(f"{name} and {other} share one weight: merging would adapt it twice; exclude one of them")
+def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], snapshot: str) -> None:
+    """Merge `chosen` (layer -> adapter -> strength) from the pristine weights, whatever is merged now."""
+    targets = {name: layers[name] for name in chosen}
     _check_finite(targets, chosen)
-    B, K, R = _factors(targets.values(), chosen)
+    B, K, R = _factors(targets, chosen)
     pristine = {name: layer._pristine for name, layer in targets.items()}
     for name, layer in targets.items():
         if pristine[name] is None:
             pristine[name] = _snapshot(layer.weight, snapshot)
-
     try:
         _write_from(pristine, targets, B, K, R)
     except BaseException:  # out of memory, an interrupt: no half-merged model
         for name, layer in targets.items():
-            layer.merged, layer._pristine = dict(chosen), pristine[name]
+            layer.merged, layer._pristine = chosen[name], pristine[name]
         for layer in layers.values():
             _restore(layer)
             layer.is_merged = False
         raise
     for name, layer in layers.items():
-        layer.is_merged, layer._factors = True, None
+        layer.is_merged = True
         if name in targets:
-            layer._pristine = pristine[name]
-            layer.merged = {k: w for k, w in chosen.items() if k in layer.configs}
+            layer._pristine, layer.merged = pristine[name], chosen[name]
             layer._merged_version = writes(layer.weight)
         else:
             _restore(layer)
@@ -139,29 +160,28 @@ def _write_from(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, K
             stored.copy_(written.view(stored.shape))  # strides of which (out, in*kh*kw) cannot be a view
 
 
-def _factors(layers: Iterable[DeftLayer], chosen: dict[str, float]) -> tuple[list[Tensor | None], ...]:
+def _factors(targets: dict[str, DeftLayer], chosen) -> tuple[list[Tensor | None], ...]:
     """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
-    entries = [(layer, name) for layer in layers for name in chosen if name in layer.configs]
-    P = [layer.deft_P[name].detach() for layer, name in entries]
-    lora = [isinstance(layer.configs[name], LoraConfig) for layer, name in entries]
-    methods = ["lora" if lo else layer.configs[name].decomposition_method for lo, (layer, name) in zip(lora, entries)]
-    bases, removals, _ = decompose(P, methods)
-    parts: dict[DeftLayer, list[Factors]] = {}
-    for (layer, name), b, k in zip(entries, bases, removals):
-        tensors, weight = layer.adapter_tensors(name), chosen[name]
+    entries = [(key, name, weight) for key in targets for name, weight in chosen[key].items()]
+    bases, removals, _ = decompose(
+        [targets[key].deft_P[name].detach() for key, name, _ in entries],
+        [targets[key].configs[name].method for key, name, _ in entries],
+    )
+    parts: dict[str, list[Factors]] = {key: [] for key in targets}
+    for (key, name, weight), b, k in zip(entries, bases, removals):
+        tensors = {role: p.detach() for role, p in targets[key].adapter_tensors(name).items()}
         r = tensors.get("R")
         if r is not None:
-            r = r.detach() * (weight * layer.configs[name].scale(b.shape[1]))
-            if "gate" in tensors:
-                r = r * torch.sigmoid(tensors["gate"].detach())
-        parts.setdefault(layer, []).append(Factors(b, None, None if k is None else k * weight, r))
-    return tuple([beside(f, role, layer.shape[1]) for layer, f in parts.items()] for role in "BKR")
+            r = r * (weight * targets[key].configs[name].scale(b.shape[1]))
+            r = r * torch.sigmoid(tensors["gate"]) if "gate" in tensors else r
+        parts[key].append(Factors(b, None, None if k is None else k * weight, r))
+    return tuple([beside(f, role, targets[key].shape[1]) for key, f in parts.items()] for role in "BKR")
 
 
-def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, float]) -> None:
+def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]]) -> None:
     named = [
         (f"{name}.deft_{role}.{adapter}", p.detach())
-        for name, layer in layers.items() for adapter in chosen for role, p in layer.adapter_tensors(adapter).items()
+        for name, layer in layers.items() for adapter in chosen[name] for role, p in layer.adapter_tensors(adapter).items()
     ]  # fmt: skip
     norms = torch.stack([n.float().cpu() for n in torch._foreach_norm([p for _, p in named], float("inf"))])
     bad = [key for (key, _), finite in zip(named, norms.isfinite().tolist()) if not finite]
@@ -187,6 +207,6 @@ def _check_untouched(layers: dict[str, DeftLayer]) -> None:
     for name, layer in layers.items():
         if layer.merged and layer._merged_version != writes(layer.weight):
             raise RuntimeError(
-                f"{name}: the weight was written to while an adapter was merged into it, so the pristine one is unknown; "
-                "load the base model's weights again (eject is then not possible either)"
+                f"{name}: the weight was written to while an adapter was merged into it, and putting the pristine "
+                "one back would undo that: deft_kernels.unmerge(model, force=True) does so all the same"
             )

@@ -1,42 +1,66 @@
 """The bank: every adapted layer of one model prepared together, in one autograd node per forward of the model."""
 
+import weakref
+
 import torch
 from torch import nn
+
+
+class _Pending:
+    """Lives as long as a forward's graph waits for its backward."""
 
 
 class Bank:
     """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready.
 
-    The factors serve calls within that forward, and a recomputation of it by non-reentrant checkpointing during the
-    backward. Whenever else a layer is called, or under reentrant checkpointing (whose segments each walk their own
-    graph), it prepares for itself.
+    The factors serve calls within that forward, and its recomputation by non-reentrant checkpointing during the backward.
+    Whenever else a layer is called, or under reentrant checkpointing (whose segments each walk their own graph), it
+    prepares for itself.
+
+    A layer's form is chosen from the rows it saw last, but never changed while a backward is outstanding: what
+    checkpointing recomputes must keep what the forward kept.
     """
 
     def __init__(self, root: nn.Module):
         self.layers: list = []
         self.inside = False
-        self.frozen: list[str] = []  # parameters of the model that required grad before it was adapted
-        self._hooks = root.register_forward_pre_hook(self._enter), root.register_forward_hook(self._leave)
+        self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
+        self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
+        self._hooks = (
+            root.register_forward_pre_hook(self._enter),
+            root.register_forward_hook(self._leave, always_call=True),
+        )
 
     def _enter(self, root, args) -> None:
         from .layers import prepare_layers
 
+        eager = not torch.compiler.is_compiling()
         layers = [layer for layer in self.layers if layer.adapts]
-        for layer, factors in zip(layers, prepare_layers(layers)):
-            layer._factors = factors
-            if layer._bank is not self:  # set here, so that a layer copied or pickled by itself takes no bank along
-                layer._bank = self
+        if eager and not self._pending:
+            for layer in layers:
+                layer._by_activation = layer.prefers_activation(layer.tokens)
+        prepared = prepare_layers(layers)
+        for layer, factors in zip(layers, prepared):
+            layer._bank = self  # set here, so that a layer copied or pickled by itself takes no bank along
+            layer._keep(factors)
+        if eager and prepared and prepared[0][0].B.grad_fn is not None:
+            pending = prepared[0][0].B.grad_fn.pending = _Pending()  # dropped by Prepare's backward
+            self._pending.add(pending)
         self.inside = True
 
     def _leave(self, root, args, output) -> None:
         self.inside = False
-        if not torch.is_grad_enabled():  # no backward will come back for them
-            for layer in self.layers:
-                layer._factors = None
+        for layer in self.layers:
+            layer._passing = None
 
     def remove(self) -> None:
-        """Take the hooks off the model; the layers prepare for themselves from then on."""
+        """Take the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
-        for layer in self.layers:
-            layer._bank = layer._factors = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "inside": False, "_pending": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._pending = weakref.WeakSet()

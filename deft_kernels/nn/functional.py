@@ -71,7 +71,7 @@ class ActivationLinear(torch.autograd.Function):
     """y = y0 + h B^T with h = x R^T - (y0 - b) K, for a base layer known by its output y0 alone.
 
     Keeps x and h (T, r). K's gradient, -(y0 - b)^T dh = -W (dh^T x)^T, is taken by passing the r rows of dh^T x through
-    the base layer, so that y0 need not be kept.
+    the base layer, so that y0 need not be kept: the base layer (and hooks on it) is called once more in the backward.
     """
 
     @staticmethod
@@ -84,7 +84,8 @@ class ActivationLinear(torch.autograd.Function):
             h = h - plain @ K
             if bias is not None:
                 h = h + bias.to(K.dtype) @ K
-        ctx.base = base
+        device = x.device.type
+        ctx.base, ctx.autocast = base, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(x, h, bias, B, K, R)
         return torch.addmm(plain, h, B.t()).view(y0.shape)
 
@@ -101,7 +102,8 @@ class ActivationLinear(torch.autograd.Function):
         if nR or nK:
             dR = dh.t() @ rows
         if nK:
-            out = ctx.base(dR)
+            with torch.autocast(*ctx.autocast):
+                out = ctx.base(dR)
             dK = (out if bias is None else out - bias.to(out.dtype)).t().neg().to(K.dtype)
         if nx:
             dx = (dh @ R).view(x.shape) if R is not None else None

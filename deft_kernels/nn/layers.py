@@ -51,15 +51,18 @@ class DeftLayer(nn.Module):
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
         self._pristine: Tensor | None = None  # the base weight as it was before the merge
         self._merged_version: int | None = None
+        self.tokens: int | None = None  # rows of the last input: what the bank chooses the form from
+        self._by_activation = False  # the form that the bank prepares for
         self._bank = None
-        self._factors: list[Factors] | None = None
-        self._tokens: int | None = None  # rows of the last input: a hint for the bank's choice of form
+        self._factors: list[Factors] | None = None  # the bank's, of the last forward with grad
+        self._passing: list[Factors] | None = None  # the bank's, of a forward without grad that is under way
         self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
+        self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
         self.register_buffer("_scales", torch.empty(2, 0), persistent=False)
         if config is not None:
-            base_layer.requires_grad_(False)
             self.add_adapter(adapter_name, config)
             self.set_adapters({adapter_name: 1.0})
+            base_layer.requires_grad_(False)
 
     # The base layer --------------------------------------------------------------------------------------------------
 
@@ -89,7 +92,7 @@ class DeftLayer(nn.Module):
 
     def dense_weight(self) -> Tensor | None:
         """W (m, n) where the base layer is a plain, local one; None where only its output can be relied on (quantised,
-        sharded, offloaded, hooked)."""
+        sharded, hooked)."""
         base = self.base_layer
         weight = base._parameters.get("weight")
         plain = (
@@ -117,8 +120,12 @@ class DeftLayer(nn.Module):
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, name: str, config: DeftConfig, tensors: dict[str, Tensor] | None = None) -> None:
-        """Add an adapter, inactive: at its start (`config.init_weights`), or with the given P, R and gate."""
+    @torch.inference_mode(False)  # whatever the caller is in, parameters and scales must be able to train later
+    def add_adapter(
+        self, name: str, config: DeftConfig, tensors: dict[str, Tensor] | None = None, trainable: bool = True
+    ) -> None:
+        """Add an adapter, inactive: at its start (`config.init_weights`), or with the given P, R and gate. `trainable`
+        says whether its parameters require grad once it is active."""
         if name in self.configs:
             raise ValueError(f"adapter {name!r} exists already on this layer")
         m, n = self.shape
@@ -128,8 +135,10 @@ class DeftLayer(nn.Module):
             tensors = self._start(r, config, device)
         for key, store in (("P", self.deft_P), ("R", self.deft_R), ("gate", self.deft_gate)):
             if key in tensors:
-                store[name] = nn.Parameter(tensors[key].detach().to(device, self.master_dtype, copy=True))
+                value = tensors[key].detach().to(device, self.master_dtype, copy=True)
+                store[name] = nn.Parameter(value, requires_grad=False)
         self.configs[name] = config
+        self._resting[name] = set(self.adapter_tensors(name)) if trainable else set()
 
     @torch.no_grad()
     def _start(self, r: int, config: DeftConfig, device) -> dict[str, Tensor]:
@@ -172,14 +181,28 @@ class DeftLayer(nn.Module):
             if name in store:
                 del store[name]
         self.configs.pop(name)
+        self._resting.pop(name, None)
         self.set_adapters({k: w for k, w in self.strengths.items() if k != name})
 
     def set_adapters(self, weights: dict[str, float]) -> None:
-        """Make exactly these adapters active, each at its strength (any real number)."""
+        """Make exactly these adapters active, each at its strength (any real number). The parameters of the others rest:
+        they require no grad until their adapter is active again."""
+        before = self.active
         self.strengths = {name: float(w) for name, w in weights.items() if name in self.configs}
         self.active = list(self.strengths)
+        for name in before:
+            if name in self.configs and name not in self.strengths:
+                tensors = self.adapter_tensors(name)
+                self._resting[name] = {role for role, p in tensors.items() if p.requires_grad}
+                for p in tensors.values():
+                    p.requires_grad_(False)
+        for name in self.active:
+            for role in self._resting.pop(name, ()):
+                self.adapter_tensors(name)[role].requires_grad_(True)
+        self._factors = self._passing = None
         self._write_scales()
 
+    @torch.inference_mode(False)
     def _write_scales(self) -> None:
         """Strength times alpha/r of the injection, and the strength of the removal, of every active adapter. Tensors,
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
@@ -223,17 +246,34 @@ class DeftLayer(nn.Module):
             return self.base_layer(x, *args, **kwargs)
         rows = self._rows(x)
         factors = self._shared_factors()
-        if factors is None or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
+        usable = factors is not None and factors[0].B.device == x.device
+        if not usable or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
             (factors,) = prepare_layers([self], rows)
         if not torch.compiler.is_compiling():
-            self._tokens = rows
+            self.tokens = rows
         return self._adapted(x, factors, args, kwargs)
+
+    def prefers_activation(self, rows: int | None) -> bool:
+        """Whether the activation form is the cheaper one for so many rows; False where they are not known yet."""
+        if rows is None or not isinstance(self, DeftLinear):
+            return False
+        removing = sum(self.rank(name) for name in self.active if not isinstance(self.configs[name], LoraConfig))
+        return activation_is_cheaper(rows, *self.shape, removing)
+
+    def _keep(self, factors: list[Factors]) -> None:
+        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with."""
+        if torch.is_grad_enabled():
+            self._factors, self._passing = factors, None
+        else:
+            self._passing = factors
 
     def _shared_factors(self) -> list[Factors] | None:
         """The bank's factors where they are valid now; see `Bank`."""
         if self._bank is None:
             return None
         if self._bank.inside:
+            if self._passing is not None:
+                return self._passing
             if not torch.compiler.is_compiling():
                 self._inner_no_grad = not torch.is_grad_enabled()
             return self._factors
@@ -248,6 +288,11 @@ class DeftLayer(nn.Module):
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         raise NotImplementedError
 
+    def _check_dtype(self, x: Tensor) -> None:
+        """What the base layer itself would refuse: an input that is not of its weight's dtype, outside autocast."""
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"input is {x.dtype}, but the layer's weight is {self.weight.dtype}")
+
     def dropout(self, name: str) -> float:
         """Dropout probability on an adapter's injection now."""
         return self.configs[name].dropout if self.training else 0.0
@@ -255,7 +300,7 @@ class DeftLayer(nn.Module):
     # Pickling, copying: what belongs to one forward stays behind ------------------------------------------------------
 
     def __getstate__(self):
-        return {**self.__dict__, "_factors": None, "_bank": None}
+        return {**self.__dict__, "_factors": None, "_passing": None, "_bank": None}
 
     def __setstate__(self, state):
         super().__setstate__(state)
@@ -276,16 +321,12 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
     for layer in layers:
         weight = layer.frozen_weight()
-        tokens = layer._tokens if rows is None else rows
-        if weight is not None and tokens is not None and isinstance(layer, DeftLinear):
-            if activation_is_cheaper(tokens, *layer.shape, sum(layer.rank(k) for k in layer.active)):
-                weight = None
+        if layer._by_activation if rows is None else layer.prefers_activation(rows):
+            weight = None
         fold = not any(layer.dropout(name) for name in layer.active)
         dtype = compute_dtype(layer.base_layer.weight)
         for name in layer.active:
-            config = layer.configs[name]
-            method = "lora" if isinstance(config, LoraConfig) else config.decomposition_method
-            specs.append(Spec(method, weight is not None, fold, dtype))
+            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             P.append(layer.deft_P[name])
             R.append(layer.adapter_tensors(name).get("R"))
             W.append(weight)
@@ -304,9 +345,16 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """Autocast's dtype where it is on for the weight's device, else the weight's own (float32 for integer storage)."""
-    if torch.is_autocast_enabled(weight.device.type):
+    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(weight.device.type)
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
+
+
+def autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype where that is on; as in torch, float64 stays."""
+    if x.dtype in (torch.float32, torch.float16, torch.bfloat16) and torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 class DeftLinear(DeftLayer):
@@ -368,9 +416,9 @@ class DeftLinear(DeftLayer):
         B, A, K = (beside(factors, role, self.shape[1]) for role in "BAK")
         folded = not any(self.dropout(name) for name in self.active)
         R = beside(factors, "R", self.shape[1]) if folded else None
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast(x)
         if A is not None:
+            self._check_dtype(x)
             y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
             y = self.base_layer(x, *args, **kwargs)
@@ -418,8 +466,7 @@ class DeftConv2d(DeftLayer):
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         A = beside(factors, "A", self.shape[1])
         folded = not any(self.dropout(name) for name in self.active)
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocast(x)
         base, batched = self.base_layer, x.dim() == 4
         padded, padding = self._pad(x if batched else x[None])
         geometry = (base.stride, padding, base.dilation)
@@ -431,6 +478,7 @@ class DeftConv2d(DeftLayer):
             return F.conv2d(h, B.to(h.dtype)[:, :, None, None])
 
         if A is not None:
+            self._check_dtype(x)
             B, weight = beside(factors, "B", self.shape[1]), base.weight.detach()
             y = LowRankConv2d.apply(padded, weight, self.bias, B.to(x.dtype), A.to(x.dtype), geometry)
         else:
@@ -454,8 +502,8 @@ class DeftConv2d(DeftLayer):
         if base.padding_mode != "zeros":
             return F.pad(x, base._reversed_padding_repeated_twice, base.padding_mode), (0, 0)
         if isinstance(base.padding, str):
-            left_right = base._reversed_padding_repeated_twice
-            return (F.pad(x, left_right) if any(left_right) else x), (0, 0)
+            left, right, top, bottom = sides = base._reversed_padding_repeated_twice
+            return (x, (top, left)) if (left, top) == (right, bottom) else (F.pad(x, sides), (0, 0))
         return x, base.padding
 
 

@@ -109,6 +109,7 @@ class Prepare(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         specs, L = ctx.specs, len(ctx.specs)
+        ctx.pending = None  # see Bank
         injection, removal, *saved = ctx.saved_tensors
         P, B, R, W = (saved[i * L : (i + 1) * L] for i in range(4))
         svd = dict(zip(ctx.svd, zip(saved[4 * L :: 2], saved[4 * L + 1 :: 2])))

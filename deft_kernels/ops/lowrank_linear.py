@@ -10,7 +10,6 @@ Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a tr
 import torch
 from torch import Tensor
 
-from .. import reference  # noqa: F401  (the oracle of this file's kernels)
 from ._dispatch import define, differentiable, fake, kernel
 
 define(
@@ -23,9 +22,10 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-# A skinny product runs at a fraction of a square one's rate, so its multiply-adds count for more. Measured on CPUs with
-# 1 <= r <= 64 (benchmarks/test_layer.py); the rule is about orders of magnitude, not about the third digit.
-SKINNY = 2
+# Multiply-adds do not all cost the same. Both figures were read off a CPU at r = 16 (components of the layers that
+# benchmarks/test_layer.py runs); the rules are about orders of magnitude.
+SKINNY = 2  # a product with a rank-r side runs at about half a square one's rate
+PASS = 8  # reading and writing an element of y0 once costs about as much as this many multiply-adds
 
 
 def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
@@ -37,9 +37,11 @@ def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
 
 
 def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
-    """Whether the activation form costs less than projecting A first: (y0 - b) K and a pass over y0 (counted as 8
-    multiply-adds an element: it is bandwidth-bound) against K^T W."""
-    return tokens * m * (r + 8) < m * n * r
+    """Whether (y0 - b) K and a pass over y0 cost less than projecting A = s R - K^T W first: T m (r + PASS) < m n r.
+
+    `r` counts the adapters that remove something; a LoRA has nothing to project.
+    """
+    return tokens * m * (r + PASS) < m * n * r
 
 
 @fake("lowrank_linear")

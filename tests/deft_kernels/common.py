@@ -45,7 +45,7 @@ def make(kind: str, dtype=torch.float64):
     return layer
 
 
-def example(kind: str, rows: int = 3, dtype=torch.float64) -> torch.Tensor:
+def example(kind: str, rows: int = 5, dtype=torch.float64) -> torch.Tensor:
     """A random input for a kind of layer; `rows` of them, or a small image."""
     if kind.startswith("conv2d"):
         channels = LAYERS[kind]().in_channels
@@ -68,14 +68,15 @@ def weight_matrix(base: nn.Module) -> torch.Tensor:
     return weight.t() if isinstance(base, Conv1D) else weight.flatten(1)
 
 
-def small_model() -> nn.Module:
+def small_model(width: int = 8) -> nn.Module:
     """Attention-like blocks with diffusers' names, a convolution, and checkpointing by request."""
 
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.to_q, self.to_k, self.to_v = nn.Linear(8, 8), nn.Linear(8, 8, bias=False), nn.Linear(8, 8)
-            self.to_out = nn.ModuleList([nn.Linear(8, 8), nn.Dropout(0.0)])
+            self.to_q, self.to_v = nn.Linear(width, width), nn.Linear(width, width)
+            self.to_k = nn.Linear(width, width, bias=False)
+            self.to_out = nn.ModuleList([nn.Linear(width, width), nn.Dropout(0.0)])
 
         def forward(self, x):
             scores = torch.softmax(self.to_q(x) @ self.to_k(x).mT, -1)
@@ -86,7 +87,7 @@ def small_model() -> nn.Module:
 
         def __init__(self):
             super().__init__()
-            self.conv_in = nn.Conv2d(3, 8, 3, padding=1)
+            self.conv_in = nn.Conv2d(3, width, 3, padding=1)
             self.blocks = nn.ModuleList([Block(), Block()])
 
         def forward(self, x):
@@ -99,6 +100,19 @@ def small_model() -> nn.Module:
             return x
 
     return Model()
+
+
+FORMS = ("activation", "factor", "merged")
+
+
+def force_form(monkeypatch, form: str) -> None:
+    """Every layer in this form, whatever would be cheapest; convolutions have no activation form of their own."""
+    from deft_kernels.nn import functional, layers
+    from deft_kernels.ops import lowrank_linear
+
+    monkeypatch.setattr(layers, "activation_is_cheaper", lambda *shape: form == "activation")
+    for module in (functional, lowrank_linear):
+        monkeypatch.setattr(module, "merged_is_cheaper", lambda *shape: form == "merged")
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -81,6 +81,31 @@ def test_gradient_checkpointing(use_reentrant, prepared):
         assert prepared["backward"] == [9, 9]
 
 
+@pytest.mark.parametrize("between", ["nothing", "no_grad forward", "another forward", "a shorter forward"])
+def test_checkpointing_with_other_forwards_before_the_backward(between):
+    """What is recomputed keeps what the forward kept, whatever the bank has prepared since."""
+    torch.manual_seed(3)
+    model = small_model(width=64).double()
+    dk.inject_adapter(model, dk.DeftConfig(r=16, init_weights=False, target_modules=ALL))
+    model.checkpointing = False
+    x = torch.randn(1, 3, 2, 2, dtype=torch.float64)
+    expected = loss_and_gradients(model, x)
+    for _ in range(3):  # the form changes after the first step
+        model.zero_grad()
+        loss = model(x).square().mean()
+        extra = 0.0
+        if between == "no_grad forward":
+            with torch.no_grad():
+                model(x)
+        elif between == "another forward":
+            extra = model(x).square().mean() * 0
+        elif between == "a shorter forward":
+            extra = model(torch.randn(1, 3, 5, 5, dtype=torch.float64)).square().mean() * 0
+        (loss + extra).backward()
+        torch.testing.assert_close((loss.detach(), gradients(model)), expected)
+    assert model.blocks[0].to_q._by_activation or between == "a shorter forward"
+
+
 def test_accumulation_over_forwards_and_over_backwards():
     model, x = adapted_model()
     y = torch.randn_like(x)
@@ -112,7 +137,8 @@ def test_factors_follow_the_parameters():
         before = model(x)
         model.conv_in.deft_P["default"].data.add_(0.1)  # not even the version counter moves
         assert not torch.equal(model(x), before)
-    assert all(layer._factors is None for layer in model.__dict__["_deft_bank"].layers)  # nothing is kept without grad
+    layers = model.__dict__["_deft_bank"].layers
+    assert all(layer._factors is None and layer._passing is None for layer in layers)  # nothing is kept without grad
 
 
 def test_a_layer_frozen_or_unused_gets_no_gradient():
@@ -130,6 +156,11 @@ def test_an_exception_in_the_forward_leaves_no_trace():
     expected = loss_and_gradients(model, x)
     with pytest.raises(RuntimeError):
         model(x[:, :2])
+    inner = torch.randn(2, 16, 8, dtype=torch.float64)
+    one = model.blocks[0](inner)
+    dk.set_adapters(model, "default", 0.1)
+    assert not torch.allclose(model.blocks[0](inner), one)  # nothing of that forward is left over
+    dk.set_adapters(model, "default")
     torch.testing.assert_close(loss_and_gradients(model, x), expected)
 
 

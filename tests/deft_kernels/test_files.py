@@ -70,6 +70,7 @@ def test_diffusers_bare_keys_are_read(tmp_path):
 
 
 def mutated(folder, change):
+    """Change the tensors of a file, which then carries no configuration any more, as PEFT's do not."""
     file = folder / "adapter_model.safetensors"
     state = load_file(file)
     change(state)
@@ -85,11 +86,16 @@ KEY = "base_model.model.blocks.0.to_q.deft_P"
 
 @pytest.mark.parametrize("change,message", [
     (lambda s: s.pop(KEY), r"1 tensors are missing: blocks.0.to_q \(P\)"),
-    (lambda s: rename(s, KEY, KEY.replace("to_q", "to_z")), r"1 of 14 keys fit no adaptable layer of Model: .*to_z.deft_P"),
+    (lambda s: rename(s, KEY, KEY.replace("to_q", "to_z")), r"1 of 14 keys fit no adaptable layer of Model.*to_z.deft_P"),
     (lambda s: s.update({KEY.replace("_P", "_gate"): torch.ones(())}), r"1 tensors are extra: blocks.0.to_q \(gate\)"),
     (lambda s: s.update({KEY: torch.ones(9, 3)}), r"wrong shapes: blocks.0.to_q \(P: \(9, 3\), expected \(8, 3\)\)"),
     (lambda s: s[KEY].fill_(float("nan")), r"P of blocks.0.to_q has values that are not finite"),
     (lambda s: s.clear(), r"holds no adapter tensors"),
+    (lambda s: [s.pop(KEY), s.pop(KEY.replace("_P", "_R"))], r"1 layers are targeted but missing: blocks.0.to_q"),
+    (lambda s: rename(s, KEY, KEY.replace("deft_P", "lora_B.weight")), r"1 of 14 keys .* none of a DEFT adapter: .*lora_B"),
+    (lambda s: s.update({KEY.removeprefix("base_model.model."): s[KEY] + 1}), r"P of blocks.0.to_q is there twice"),
+    (lambda s: s.update({KEY: s[KEY].to(torch.float8_e4m3fn).fill_(float("nan"))}), r"P of blocks.0.to_q has values that"),
+    (lambda s: s.update({KEY: s[KEY].long()}), r"P of blocks.0.to_q has values that"),
 ])  # fmt: skip
 def test_wrong_tensors(tmp_path, change, message):
     _, folder = saved(tmp_path)
@@ -108,10 +114,12 @@ def test_wrong_tensors(tmp_path, change, message):
     ({"decomposition_method": "lu"}, "unknown decomposition_method 'lu'"),
     ({"modules_to_save": ["conv_out"]}, "options that these layers do not have: modules_to_save"),
     ({"para": True}, r"tensors are extra: .*\(R\)"),
+    ({"use_bdlora": {"x": 1}}, "options that these layers do not have: use_bdlora"),
     (None, "not readable JSON"),
 ])  # fmt: skip
 def test_wrong_configurations(tmp_path, change, message):
     _, folder = saved(tmp_path)
+    mutated(folder, lambda state: None)
     file = folder / "adapter_config.json"
     file.write_text("{" if change is None else json.dumps({**json.loads(file.read_text()), **change}))
     model = seeded_model()
@@ -119,6 +127,41 @@ def test_wrong_configurations(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         dk.load_adapter(model, folder)
     assert_untouched(model, before)
+
+
+def test_two_files_of_different_adapters(tmp_path):
+    _, folder = saved(tmp_path)
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"qr"', '"relu"'))
+    with pytest.raises(ValueError, match="are not of one adapter: they differ in decomposition_method"):
+        dk.load_adapter(seeded_model(), folder)
+
+
+def test_a_pissa_lora_is_refused(tmp_path):
+    _, folder = saved(tmp_path, "lora")
+    mutated(folder, lambda state: None)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "init_lora_weights": "pissa"}))
+    with pytest.raises(ValueError, match="options that these layers do not have: init_lora_weights='pissa'"):
+        dk.load_adapter(seeded_model(), folder)
+
+
+def test_nan_is_not_saved(tmp_path):
+    model, folder = saved(tmp_path)
+    whole = (folder / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad)[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="P of conv_in has values that are not finite: adapter 'default' is not saved"):
+        dk.save_adapter(model, folder)
+    assert (folder / "adapter_model.safetensors").read_bytes() == whole
+
+
+def test_a_model_with_a_part_called_base_layers(tmp_path):
+    model = torch.nn.ModuleDict({"base_layers": torch.nn.ModuleList([torch.nn.Linear(4, 4)])})
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear"))
+    dk.save_adapter(model, tmp_path)
+    dk.eject(model)
+    assert dk.load_adapter(model, tmp_path) == ["base_layers.0"]
 
 
 def test_missing_and_truncated_files(tmp_path):
@@ -160,7 +203,6 @@ def test_damaged_bytes_never_crash_or_change_the_model(tmp_path):
             refused += 1
         else:  # a digit of some value has changed: a valid adapter still
             dk.eject(model)
-            model.requires_grad_(True)
         assert_untouched(model, before)
         files[which].write_bytes(whole[which])
     assert refused > 100

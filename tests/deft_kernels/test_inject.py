@@ -99,6 +99,64 @@ def test_strengths():
         dk.set_adapters(model, "a")
 
 
+def test_trainability_rests_with_an_inactive_adapter():
+    model = small_model()
+
+    def trainable():
+        return sorted({name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad})
+
+    dk.inject_adapter(model, dk.DeftConfig(r=2), "a")
+    dk.inject_adapter(model, dk.DeftConfig(r=2), "b")
+    assert trainable() == ["b"]
+    dk.set_adapters(model, "a")
+    assert trainable() == ["a"]
+    dk.set_adapters(model, [])
+    assert trainable() == []
+    dk.set_adapters(model, ["a", "b"])
+    assert trainable() == ["a", "b"]
+    for p in dk.adapter_parameters(model, "b")["P"]:
+        p.requires_grad_(False)
+    dk.set_adapters(model, "a")
+    dk.set_adapters(model, "b")
+    assert {p.requires_grad for p in dk.adapter_parameters(model, "b")["P"]} == {False}
+    assert {p.requires_grad for p in dk.adapter_parameters(model, "b")["R"]} == {True}
+    model.conv_in.requires_grad_(True)  # somebody trains another part as well
+    dk.inject_adapter(model, dk.DeftConfig(r=2), "c")
+    assert model.conv_in.weight.requires_grad
+
+
+@pytest.mark.parametrize("outer_first", [False, True])
+def test_nested_roots(outer_first):
+    model, x = small_model(), torch.randn(2, 3, 4, 4)
+    base, before = model(x), fingerprint(model)
+    roots = [model, model.blocks[0]] if outer_first else [model.blocks[0], model]
+    for root, name in zip(roots, "ab"):
+        dk.inject_adapter(root, dk.DeftConfig(r=2, init_weights=False), name)
+    assert not torch.allclose(model(x), base)
+    model(x).sum().backward()
+    dk.eject(model.blocks[0])
+    model(x).sum().backward()
+    dk.eject(model)
+    torch.testing.assert_close(model(x), base, rtol=1e-6, atol=1e-6)
+    assert_untouched(model, before)
+
+
+def test_modules_that_read_weights_directly_are_refused():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2), "linear": nn.Linear(8, 8)})
+    with pytest.raises(TypeError, match=r"attention.out_proj: a MultiheadAttention reads its layers' weights"):
+        dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear"))
+    assert dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear", exclude_modules=["out_proj"])) == [
+        "linear"
+    ]
+    with torch.device("meta"):
+        model = small_model()
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        dk.inject_adapter(model, dk.DeftConfig(r=2))
+    layer = dk.DeftLinear(nn.Linear(4, 4), dk.DeftConfig(r=2))
+    with pytest.raises(TypeError, match="this is the adapted layer itself"):
+        dk.eject(layer)
+
+
 def test_adapter_parameters_by_role():
     model = small_model()
     dk.inject_adapter(model, dk.DeftConfig(r=2, gate=True))

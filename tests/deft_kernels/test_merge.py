@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from common import CONFIGS, small_model
+from safetensors.torch import load_file, save
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -41,19 +42,37 @@ def addresses(model):
 
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_merged_equals_unmerged_within_rounding(method, dtype):
-    model, x = model_with_adapters([method], dtype), torch.randn(2, 3, 4, 4).to(dtype)
-    before, where = bits(model), addresses(model)
+def test_merged_weights_are_exact_to_one_rounding(method, dtype):
+    model = model_with_adapters([method], dtype)
     with torch.no_grad():
-        unmerged = model(x)
-        dk.merge(model)
-        merged = model(x)
-    assert addresses(model) == where and not same_bits(model, before)
-    assert (merged - unmerged).double().norm() <= 16 * torch.finfo(dtype).eps * unmerged.double().norm()
+        for layer in adapted_layers(model).values():  # large enough that not merging would show in any dtype
+            for p in layer.adapter_tensors(method).values():
+                p.copy_(torch.randn_like(p) * 0.5)
+    before, where = bits(model), addresses(model)
+    exact, eps = copy.deepcopy(model).double(), torch.finfo(dtype).eps
+    inputs = {k: torch.randn(9, 3, 4, 4) if "conv" in k else torch.randn(9, 8) for k in adapted_layers(model)}
+
+    def outputs(model):
+        with torch.no_grad():
+            return {
+                k: layer(inputs[k].to(dtype).to(layer.weight.dtype)).double() for k, layer in adapted_layers(model).items()
+            }
+
+    unmerged, truth = outputs(model), outputs(exact)
+    dk.merge(model)
+    dk.merge(exact)
+    merged = outputs(model)
+    assert addresses(model) == where
+    for key, layer in adapted_layers(model).items():
+        pristine, W = before[f"{key}.base_layer.weight"].double(), adapted_layers(exact)[key].weight
+        fp32_accumulation = 1e-6 * W.abs().max() if dtype != torch.float64 else 1e-14 * W.abs().max()
+        assert ((layer.weight.double() - W).abs() <= eps / 2 * W.abs() + fp32_accumulation).all()
+        assert (W - pristine).norm() > 8 * eps * W.norm()
+        error, unmerged_error = ((y[key] - truth[key]).norm() for y in (merged, unmerged))
+        assert error <= 2 * unmerged_error + eps * truth[key].norm()
     dk.unmerge(model)
     assert same_bits(model, before)
-    with torch.no_grad():
-        assert torch.equal(model(x), unmerged)
+    assert all(torch.equal(y, unmerged[k]) for k, y in outputs(model).items())
 
 
 def test_merge_of_several_takes_each_from_the_pristine_weight():
@@ -222,19 +241,65 @@ def test_training_while_merged_is_refused():
 
 def test_a_weight_written_to_while_merged_is_noticed():
     model = model_with_adapters(["qr"])
+    before = bits(model)
     dk.merge(model)
     with torch.no_grad():
         adapted_layers(model)["blocks.0.to_q"].weight.mul_(2)
-    with pytest.raises(RuntimeError, match=r"blocks.0.to_q: the weight was written to while an adapter was merged"):
-        dk.unmerge(model)
+    for call in (dk.unmerge, dk.eject, lambda m: dk.hotswap(m, "qr")):
+        with pytest.raises(RuntimeError, match=r"blocks.0.to_q: the weight was written to while an adapter was merged"):
+            call(model)
+    dk.unmerge(model, force=True)
+    assert same_bits(model, before)
 
 
 def test_shared_weights_are_refused():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[1].weight = model[0].weight
     dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear"))
-    with pytest.raises(ValueError, match="1 and 0 share one weight"):
+    with pytest.raises(ValueError, match="0: another layer shares its weight"):
         dk.merge(model)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 6, bias=False))
+    model[1].weight = model[0].weight
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="1: another layer shares its weight"):
+        dk.merge(model)
+
+
+def test_each_layer_is_merged_at_its_own_strength():
+    model, x = model_with_adapters(["qr"], torch.float64), torch.randn(2, 3, 4, 4).double()
+    dk.set_adapters(model.blocks[0], "qr", 0.2)
+    expected = model(x)
+    dk.merge(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_a_refused_hotswap_leaves_everything_as_it_was(tmp_path):
+    model = model_with_adapters(["qr", "lora"])
+    dk.save_adapter(model, tmp_path / "a", "lora")
+    dk.merge(model, "qr")
+    dk.hotswap(model, tmp_path / "a")
+    merged, keys = bits(model), set(model.state_dict())
+    with pytest.raises(ValueError, match="not all finite"):
+        dk.hotswap(model, tmp_path / "a", float("nan"))
+    assert same_bits(model, merged) and set(model.state_dict()) == keys
+    assert adapted_layers(model)["blocks.1.to_v"].merged == {"hotswap": 1.0}
+
+    model = small_model()
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=["to_q"]))
+    dk.merge(model)
+    keys = set(model.state_dict())
+    model.blocks[1].to_v.register_forward_hook(lambda *args: None)
+    adapter = tmp_path / "a"
+    with pytest.raises(ValueError, match="another base"):
+        dk.hotswap(model, adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(_without_metadata(adapter / "adapter_model.safetensors"))
+    with pytest.raises(ValueError, match=r"blocks.1.to_v: cannot merge into this layer"):
+        dk.hotswap(model, adapter)
+    assert set(model.state_dict()) == keys and type(model.blocks[1].to_v) is nn.Linear
+
+
+def _without_metadata(file):
+    return save(load_file(file))
 
 
 def test_merged_model_moves_and_copies():

@@ -75,3 +75,10 @@ def test_backward_of_qr_and_svd_by_hand_equals_autograd(shape):
     U, S, Vh = torch.linalg.svd(P, full_matrices=False)
     (expected,) = torch.autograd.grad(U, P, G)
     torch.testing.assert_close(reference.left_singular_backward(G, U.detach(), S.detach(), Vh.detach()), expected)
+
+
+def test_convolution_is_one_with_the_merged_kernel():
+    x, W, bias = randn(2, 3, 6, 5), randn(4, 3, 3, 2), randn(4)
+    B, A = reference.factors(W.flatten(1), randn(4, 2), randn(2, 18))
+    merged = torch.nn.functional.conv2d(x, W + (B @ A).view(W.shape), bias, 2, 1, 1)
+    torch.testing.assert_close(reference.lowrank_conv2d(x, W, bias, B, A, 2, 1, 1), merged)
