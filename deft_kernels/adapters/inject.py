@@ -67,17 +67,15 @@ def attach(
             raise ValueError(f"{name}: its weight is on the meta device (not loaded, or offloaded); load it first")
 
     wrappers: dict[int, DeftLayer] = {}  # by identity, so that a module used in two places stays one
-    old, new = [], []
+    targets: list[tuple[str, DeftLayer]] = []
     for name in names:
         module = modules[name]
-        if isinstance(module, DeftLayer):
-            old.append((name, module))
-        elif id(module) not in wrappers:
+        if id(module) not in wrappers:
             wrappers[id(module)] = wrap(name, module)
-            new.append((name, wrappers[id(module)]))
+            targets.append((name, wrappers[id(module)]))
     done: list[DeftLayer] = []
     try:
-        for name, layer in old + new:
+        for name, layer in targets:
             layer.train(modules[name].training)
             layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name], trainable)
             done.append(layer)
@@ -96,11 +94,12 @@ def attach(
         bank.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
         for p in bank.frozen:
             p.requires_grad_(False)
-    for name, module in list(modules.items()):
-        if id(module) in wrappers:
+    bank.layers += [layer for name, layer in targets if layer is not modules[name]]
+    for name, module in modules.items():
+        layer = wrappers.get(id(module), module)
+        if layer is not module:
             module.requires_grad_(False)
-            _replace(model, name, wrappers[id(module)])
-    bank.layers += [layer for _, layer in new]
+            _replace(model, name, layer)
     if activate:
         set_adapters(model, adapter_name)
     return names

@@ -77,6 +77,8 @@ def test_a_module_used_in_two_places_stays_one():
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.Linear(4, 4))})
     dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear"))
     assert model["a"] is model["b"][0] and isinstance(model["a"], dk.DeftLinear)
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules="all-linear"), "second")
+    dk.merge(model, ["default", "second"])
     dk.eject(model)
     assert model["a"] is shared and model["b"][0] is shared
 
