@@ -164,12 +164,12 @@ def _factors(targets: dict[str, DeftLayer], chosen) -> tuple[list[Tensor | None]
     """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
     entries = [(key, name, weight) for key in targets for name, weight in chosen[key].items()]
     bases, removals, _ = decompose(
-        [targets[key].deft_P[name].detach() for key, name, _ in entries],
+        [targets[key].masters(name)["P"] for key, name, _ in entries],
         [targets[key].configs[name].method for key, name, _ in entries],
     )
     parts: dict[str, list[Factors]] = {key: [] for key in targets}
     for (key, name, weight), b, k in zip(entries, bases, removals):
-        tensors = {role: p.detach() for role, p in targets[key].adapter_tensors(name).items()}
+        tensors = targets[key].masters(name)
         r = tensors.get("R")
         if r is not None:
             r = r * (weight * targets[key].configs[name].scale(b.shape[1]))

@@ -18,7 +18,8 @@ class Bank:
     prepares for itself.
 
     A layer's form is chosen from the rows it saw last, but never changed while a backward is outstanding: what
-    checkpointing recomputes must keep what the forward kept.
+    checkpointing recomputes must keep what the forward kept. As with any checkpointed module, the adapters and strengths
+    that were active in the forward must still be so when it is recomputed.
     """
 
     def __init__(self, root: nn.Module):

@@ -175,6 +175,10 @@ class DeftLayer(nn.Module):
         stores = {"P": self.deft_P, "R": self.deft_R, "gate": self.deft_gate}
         return {role: store[name] for role, store in stores.items() if name in store}
 
+    def masters(self, name: str) -> dict[str, Tensor]:
+        """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them."""
+        return {role: p.to(self.master_dtype) for role, p in self.adapter_tensors(name).items()}
+
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter."""
         for store in (self.deft_P, self.deft_R, self.deft_gate):
@@ -327,10 +331,11 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
         dtype = compute_dtype(layer.base_layer.weight)
         for name in layer.active:
             specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
-            P.append(layer.deft_P[name])
-            R.append(layer.adapter_tensors(name).get("R"))
+            tensors = layer.masters(name)
+            P.append(tensors["P"])
+            R.append(tensors.get("R"))
             W.append(weight)
-            gates.append(layer.adapter_tensors(name).get("gate"))
+            gates.append(tensors.get("gate"))
         scales.append(layer._scales)
         counts.append(len(layer.active))
     if not specs:

@@ -153,9 +153,10 @@ class Prepare(torch.autograd.Function):
         qr = [i for i in range(L) if specs[i].method == "qr" and dP[i] is not None]
         for i, g in zip(qr, _ops.orthonormalize_backward([dP[i] for i in qr], [B[i] for i in qr], [P[i] for i in qr])):
             dP[i] = g
-        for i in ctx.svd:
-            if dP[i] is not None:
-                dP[i] = reference.left_singular_backward(dP[i], B[i], *svd[i])
+        with torch.autocast(injection.device.type, enabled=False):  # a backward called inside autocast stays float32 here
+            for i in ctx.svd:
+                if dP[i] is not None:
+                    dP[i] = reference.left_singular_backward(dP[i], B[i], *svd[i])
         return None, dinjection, None, *dP, *dR, *[None] * L
 
 

@@ -314,6 +314,16 @@ def test_state_dict_round_trip(method):
     assert torch.equal(other(x), layer(x))
 
 
+def test_a_half_precision_state_dict_assigned():
+    layer, x = adapted("linear", "qr-gate-alpha", torch.float32), torch.randn(4, 6)
+    layer.load_state_dict({k: v.half() if "deft" in k else v for k, v in layer.state_dict().items()}, assign=True)
+    assert layer.deft_P["default"].dtype == torch.float16
+    y = layer(x)
+    y.sum().backward()
+    dk.merge(layer)
+    torch.testing.assert_close(layer.eval()(x), y)
+
+
 def test_requires_grad_toggles():
     layer, x = adapted("linear", "qr"), example("linear", 50)
     full = torch.autograd.grad(layer(x).square().sum(), [layer.deft_P["default"], layer.deft_R["default"]])
