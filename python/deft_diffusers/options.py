@@ -146,5 +146,5 @@ class DemoOptions:
     """What `deft demo` takes."""
 
     output_dir: str = option("Demonstration", "where demo.png and the adapter go", "outputs/demo", metavar="DIR")
-    max_train_steps: int = option("Demonstration", "optimizer steps", 300, metavar="N")
+    max_train_steps: int = option("Demonstration", "optimizer steps", 600, metavar="N")
     seed: int = option("Demonstration", "of training and pictures", 0)

@@ -252,7 +252,7 @@ def test_demo_shows_before_and_after_and_gives_the_base_back(tiny, tmp_path, cap
 
     monkeypatch.setattr(demo.dk, "unmerge", lambda model: None)  # a base model that is not restored is no success
     code, out, err = run(line, capsys)
-    assert code == 2 and "did not restore 32 base parameters" in err and "back to the bit" not in out
+    assert code == 2 and re.search(r"did not restore \d+ base parameters", err) and "back to the bit" not in out
 
 
 def test_demo_checks_its_options_first(capsys, tmp_path):
