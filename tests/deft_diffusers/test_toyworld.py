@@ -9,7 +9,7 @@ from deft_diffusers.toyworld import CLASSES, COLOURS, MODEL_DIR, PATTERNS, SCENE
 from PIL import Image
 
 SIZE_LIMIT = 16_000_000  # bytes of the shipped folder
-DRAWING_PSNR, PHOTO_PSNR = 26.0, 24.0  # dB, floors under what the shipped autoencoder reaches (see its README.md)
+DRAWING_PSNR, PHOTO_PSNR = 22.5, 25.0  # dB, floors under what the shipped autoencoder reaches (see its README.md)
 
 
 def _pixels(image):
@@ -33,9 +33,7 @@ def test_a_seed_fixes_picture_caption_and_attributes():
     for seed in (0, 1, 97):
         a, b = sample(np.random.default_rng(seed)), sample(np.random.default_rng(seed))
         assert np.array_equal(_pixels(a[0]), _pixels(b[0])) and a[1:] == b[1:]
-    assert not np.array_equal(
-        _pixels(sample(np.random.default_rng(0))[0]), _pixels(sample(np.random.default_rng(1))[0])
-    )
+    assert not np.array_equal(_pixels(sample(np.random.default_rng(0))[0]), _pixels(sample(np.random.default_rng(1))[0]))
 
 
 def test_every_subject_draws_in_every_scene_and_is_distinct():
@@ -120,9 +118,7 @@ def test_pipeline_is_small_loads_without_a_word_and_computes_in_float32():
 
 def test_a_seed_fixes_the_sample(pipeline):
     def run(seed):
-        return _pixels(
-            pipeline("a red car", num_inference_steps=3, generator=torch.Generator().manual_seed(seed)).images[0]
-        )
+        return _pixels(pipeline("a red car", num_inference_steps=3, generator=torch.Generator().manual_seed(seed)).images[0])
 
     a, b, c = run(0), run(0), run(1)
     assert a.shape == (64, 64, 3) and np.array_equal(a, b) and not np.array_equal(a, c)

@@ -251,9 +251,7 @@ def _market(rng):
         draw.rectangle((x + 2, y, x + w - 2, h * _S), fill=_rgb(_jitter(rng, (86, 64, 52))))
         for k, sx in enumerate(np.arange(x, x + w - 1, w / 6)):
             stripe = fill if k % 2 else (244, 238, 226)
-            draw.polygon(
-                [(sx + 2, y - 12), (sx + w / 6 + 2, y - 12), (sx + w / 6, y + 7), (sx, y + 7)], fill=_rgb(stripe)
-            )
+            draw.polygon([(sx + 2, y - 12), (sx + w / 6 + 2, y - 12), (sx + w / 6, y + 7), (sx, y + 7)], fill=_rgb(stripe))
         draw.rectangle((x + 2, h * _S - 18, x + w - 3, h * _S + 3), fill=_rgb(_jitter(rng, (150, 104, 62))))
         for fx in np.arange(x + 5, x + w - 4, 6):
             fruit = ((220, 60, 40), (244, 170, 40), (110, 170, 60), (160, 60, 130))[rng.integers(4)]
@@ -356,9 +354,7 @@ class _Figure:
                 draw.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=fill)
 
     def ink(self, colour, points, width=None):
-        self.inks.append(
-            (_rgb(colour), self.place(points), None if width is None else max(1, round(width * self.unit)))
-        )
+        self.inks.append((_rgb(colour), self.place(points), None if width is None else max(1, round(width * self.unit))))
 
     def ink_oval(self, colour, x, y, rx, ry, turn=0.0):
         self.ink(colour, self.ring(x, y, rx, ry, turn))
@@ -367,9 +363,7 @@ class _Figure:
         rng = self.rng
         ys, xs = np.mgrid[0:_S, 0:_S].astype(np.float32)
         bright = sum(colour) / 3 > 95
-        second = np.asarray(
-            _mix(colour, (24, 18, 14), 0.68) if bright else _mix(colour, (240, 236, 226), 0.62), np.float32
-        )
+        second = np.asarray(_mix(colour, (24, 18, 14), 0.68) if bright else _mix(colour, (240, 236, 226), 0.62), np.float32)
         body = np.broadcast_to(np.asarray(colour, np.float32), (_S, _S, 3))
         if pattern == "striped":
             turn = rng.choice([rng.uniform(-0.35, 0.35), math.pi / 2 + rng.uniform(-0.35, 0.35)])
@@ -389,9 +383,7 @@ class _Figure:
         soft = self.mask.filter(ImageFilter.GaussianBlur(7))
         soft = np.roll(np.asarray(soft, np.float32) / 255, (int(light[1] * 6), int(light[0] * 6)), (0, 1))
         tone = np.asarray(self.tone, np.float32) / 190
-        body = body * (tone * (0.62 + 0.46 * soft) + 0.035 * _noise(rng, 20, 64))[..., None] + 14 * (
-            soft[..., None] - 0.6
-        )
+        body = body * (tone * (0.62 + 0.46 * soft) + 0.035 * _noise(rng, 20, 64))[..., None] + 14 * (soft[..., None] - 0.6)
         image = Image.fromarray(np.clip(body, 0, 255).astype(np.uint8))
         canvas.paste(image, (0, 0), self.mask)
         draw = ImageDraw.Draw(canvas)
@@ -425,9 +417,7 @@ def _cat_head(f, x, y, r, iris, eye=0.2):
     f.ink((214, 104, 112), [(x - r * 0.15, y + r * 0.2), (x + r * 0.15, y + r * 0.2), (x, y + r * 0.38)])
     for side in (-1, 1):
         for k in (-0.12, 0.12):
-            f.ink(
-                (240, 240, 236), [(x + side * r * 0.4, y + r * 0.4), (x + side * r * 1.3, y + r * (0.4 + k * 2))], 0.012
-            )
+            f.ink((240, 240, 236), [(x + side * r * 0.4, y + r * 0.4), (x + side * r * 1.3, y + r * (0.4 + k * 2))], 0.012)
 
 
 def _cat(f):
