@@ -136,12 +136,10 @@ def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
     K_i None leaves out the removal (LoRA), R_i None the injection (PaRa); `injection` and `removal` are (layers,).
     """
     out = []
-    for i, (k, w, r) in enumerate(zip(K, W, R)):
-        A = None if r is None else r * injection[i].to(r.dtype)
-        if k is not None:
-            removed = (k.mT @ w.to(k.dtype)) * removal[i].to(k.dtype)
-            A = -removed if A is None else A - removed
-        out.append(A)
+    for k, w, r, s, t in zip(K, W, R, injection, removal):
+        injected = 0 if r is None else r * s.to(r.dtype)
+        # K^T laid out by rows: BLAS reads W faster beside it
+        out.append(injected if k is None else injected - (k * t.to(k.dtype)).mT.contiguous() @ w.to(k.dtype))
     return out
 
 

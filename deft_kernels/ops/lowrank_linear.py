@@ -22,18 +22,17 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
-# Multiply-adds do not all cost the same. Both figures were read off a CPU at r = 16 (components of the layers that
-# benchmarks/test_layer.py runs); the rules are about orders of magnitude.
-SKINNY = 2  # a product with a rank-r side runs at about half a square one's rate
-PASS = 8  # reading and writing an element of y0 once costs about as much as this many multiply-adds
+# Reading and writing an element of y0 once costs about as much as this many multiply-adds of a product with a rank-r side
+# (read off a CPU at r = 16; the rule is about orders of magnitude).
+PASS = 8
 
 
 def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
-    """Whether a step in merged form costs less than in factor form: SKINNY T (n + m) >= 2 m n, whatever r is.
+    """Whether a step in merged form costs less than in factor form: T (n + m) >= 2 m n, whatever r is.
 
     Never in half precision, where rounding W' would lose an update smaller than half a unit of W.
     """
-    return dtype in (torch.float32, torch.float64) and SKINNY * tokens * (m + n) >= 2 * m * n
+    return dtype in (torch.float32, torch.float64) and tokens * (m + n) >= 2 * m * n
 
 
 def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:

@@ -29,6 +29,10 @@ def _by_shape(function, *lists):
         groups[t.shape, t.dtype, t.device].append(i)
     out = [None] * len(lists[0])
     for members in groups.values():
+        if len(members) == 1:
+            (i,) = members
+            out[i] = function(*(tensors[i] for tensors in lists)).contiguous()
+            continue
         result = function(*(torch.stack([tensors[i] for i in members]) for tensors in lists))
         for i, t in zip(members, result.unbind()):
             # contiguous and on its own storage: a custom operator's outputs may not alias one another
