@@ -3,8 +3,27 @@
 Importing this package is cheap; torch and diffusers are imported by the modules that need them.
 """
 
+import json
+from pathlib import Path
+
 __version__ = "0.1.0"
 
 
 class UserError(ValueError):
     """Something the user can put right: the command line prints it as one line and exits with code 2."""
+
+
+def read_json(path):
+    """What a JSON file holds; UserError names one that cannot be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def read_text(path):
+    """A text file in UTF-8, with or without a byte-order mark; UserError names one that is not."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text: {error}") from error

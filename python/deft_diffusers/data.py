@@ -1,4 +1,4 @@
-"""Pictures and captions from a folder: every kind of file that PIL reads becomes an undistorted RGB square."""
+"""Pictures and captions from a folder: whatever their kind and shape, they become undistorted RGB squares."""
 
 import re
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from . import UserError
+from . import UserError, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass
@@ -27,7 +27,8 @@ def to_rgb(image):
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         # PIL's own conversion clips these at 255 instead of scaling.
         values = np.asarray(image).astype(np.float64)
-        white = 65535 if image.mode != "F" else 1 if values.max() <= 1 else 255
+        brightest = values.max()
+        white = 1 if image.mode == "F" and brightest <= 1 else 255 if image.mode in "IF" and brightest <= 255 else 65535
         image = Image.fromarray((values * (255 / white)).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -73,7 +74,7 @@ def read_captions(paths, prompt=None):
     captions = []
     for path in paths:
         beside = path.with_suffix(".txt")
-        text = " ".join(beside.read_text(encoding="utf-8").split()) if beside.is_file() else ""
+        text = " ".join(read_text(beside).split()) if beside.is_file() else ""
         if not (text or prompt):
             raise UserError(f"{path} has no caption ({beside.name}) and there is no --instance_prompt")
         captions.append(text or prompt)

@@ -23,6 +23,7 @@ MODEL = "toyworld"
 FACE = (65, 0, 365, 300)  # the cat's face in scikit-image's `chelsea`, a photograph by Stéfan van der Walt, CC0
 PROMPT = "a photo of sks cat"
 SCENES = ("in the snow", "on the beach", "in a forest")
+MARK = ".deft-demo"  # in the output folder: what stands there may be replaced
 PICTURES = 2  # of the subject alone, before and after
 DRAW = {"num_inference_steps": 30, "guidance_scale": 2.0}
 # One photograph that its subject fills says nothing about what the word for it means elsewhere. So the face is also cut
@@ -66,9 +67,9 @@ def photograph():
 
 
 def cut_out(photo, scene, rng):
-    """The face, an oval with a soft edge, somewhere in the lower part of a scene."""
-    side = int(rng.uniform(0.53, 0.7) * scene.width)
-    x, y = int(rng.integers(0, scene.width - side + 1)), scene.height - side - int(rng.uniform(0, 0.18) * scene.height)
+    """The face, an oval with a soft edge, in the lower middle of a scene."""
+    side = int(rng.uniform(0.66, 0.72) * scene.width)
+    x, y = (scene.width - side) // 2, scene.height - side - int(rng.uniform(0.04, 0.1) * scene.height)
     oval = Image.new("L", photo.size)
     ImageDraw.Draw(oval).ellipse((8, 2, photo.width - 8, photo.height - 2), fill=255)
     oval = oval.filter(ImageFilter.GaussianBlur(8))
@@ -80,7 +81,7 @@ def cut_out(photo, scene, rng):
 def write_pictures(folder, photo, family):
     """The training folder: copies of the photograph, its cut-outs and what to keep, the latter two with their captions."""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir()
     for k in range(COPIES):
         photo.save(folder / f"photo-{k}.png")
     places = [*PLACES.items()] * VIEWS
@@ -152,6 +153,10 @@ def demo(options):
     check_options(training)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
+    if not (folder / MARK).is_file():
+        taken = [name for name in ("pictures", "adapter", "demo.png") if (folder / name).exists()]
+        if taken:
+            raise UserError(f"{folder / taken[0]} is not this demonstration's; choose another --output_dir")
     clock = Clock()
     with clock.part("load the base model"):
         photo = photograph()
@@ -166,11 +171,15 @@ def demo(options):
     with clock.part("draw before"):
         before = list(generate(family, jobs, len(jobs), **DRAW))
 
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MARK).write_text("made by `deft demo`, which replaces what stands beside this file\n")
     with clock.part("draw scenes to train on"):
         write_pictures(folder / "pictures", photo, family)
-    print(
-        f"trained on: the photograph, {len(PLACES) * VIEWS} drawn scenes with its face in them, {len(KEEP)} drawings to keep"
+    note = (
+        f"Trained on the photograph, on its face cut out and put into {len(PLACES)} other drawn places, and on "
+        f"{len(KEEP)} drawings to keep; the three places shown here were not among them."
     )
+    print(note)
     with clock.part("train"):
         adapter = train(training, family)
         dk.eject(family.model)
@@ -184,7 +193,7 @@ def demo(options):
     restored = fingerprints(base)
 
     labels = ["the photograph", *[f"seed {seed}" for _, seed in jobs[:PICTURES]], *[f"… {scene}" for scene in SCENES]]
-    page = grid([[photo, *before], [photo, *after]], labels, ["before", "after"], f"“{PROMPT}”", cell=192)
+    page = grid([[photo, *before], [photo, *after]], labels, ["before", "after"], f"“{PROMPT}”", note)
     page.save(folder / "demo.png")
     print(f"\nbase parameters: {len(base)}; changed by the merge: {sum(pristine[n] != merged[n] for n in base)}")
     for name, prints in (("before", pristine), ("merged", merged), ("unmerged", restored)):

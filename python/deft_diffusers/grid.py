@@ -18,11 +18,12 @@ def _wrap(font, text, width):
     return lines
 
 
-def grid(rows, column_labels=None, row_labels=None, title=None, cell=192):
+def grid(rows, column_labels=None, row_labels=None, title=None, note=None, cell=192):
     """One picture of many.
 
     `rows` is a list of lists of PIL images (None leaves a cell empty); each is scaled to fit a square of `cell` pixels.
-    Labels wrap at the width of a cell: `column_labels` above the columns, `row_labels` left of the rows, `title` on top.
+    Labels wrap at the width of a cell, `title` and `note` at that of the page: `column_labels` above the columns,
+    `row_labels` left of the rows, `title` on top, `note` below.
     """
     font, bold = ImageFont.load_default(TEXT), ImageFont.load_default(TEXT + 5)
     line = TEXT + 4
@@ -30,12 +31,18 @@ def grid(rows, column_labels=None, row_labels=None, title=None, cell=192):
     above = [_wrap(font, text, cell) for text in column_labels or []]
     left = [_wrap(font, text, cell) for text in row_labels or []]
     label_width = int(max(font.getlength(t) for lines in left for t in lines)) + MARGIN if left else 0
-    head = (TEXT + 5 + 2 * MARGIN if title else 0) + (max(map(len, above)) * line + MARGIN if above else 0)
-    size = (label_width + columns * (cell + MARGIN) + MARGIN, head + len(rows) * (cell + MARGIN) + MARGIN)
+    width = label_width + columns * (cell + MARGIN) + MARGIN
+    titles = _wrap(bold, title, width - 2 * MARGIN) if title else []
+    notes = _wrap(font, note, width - 2 * MARGIN) if note else []
+    head = (len(titles) * (line + 5) + MARGIN if title else 0) + (max(map(len, above)) * line + MARGIN if above else 0)
+    foot = head + len(rows) * (cell + MARGIN) + MARGIN
+    size = (width, foot + len(notes) * line + (MARGIN if note else 0))
     page = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(page)
-    if title:
-        draw.text((MARGIN, MARGIN), title, INK, bold)
+    for n, text in enumerate(titles):
+        draw.text((MARGIN, MARGIN + n * (line + 5)), text, INK, bold)
+    for n, text in enumerate(notes):
+        draw.text((MARGIN, foot + n * line), text, INK, font)
     for k, lines in enumerate(above):
         x = label_width + MARGIN + k * (cell + MARGIN) + cell / 2
         for n, text in enumerate(lines):

@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field
 METHODS = ("deft", "para", "lora")
 DECOMPOSITIONS = ("qr", "svd", "relu", "none")
 PRECISIONS = ("no", "fp16", "bf16")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
 
 def option(group, help, default=MISSING, **more):

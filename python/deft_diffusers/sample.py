@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from tqdm import tqdm
 
 import deft_kernels as dk
 
-from . import UserError
+from . import UserError, read_json, read_text
 from .families import load_family
 from .grid import grid
 
+RECORD, GRID = "samples.json", "grid.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,10 +67,7 @@ def _read_prompts(options):
         raise UserError("give the texts either with --prompt or with --prompts_file")
     if not options.prompts_file:
         return options.prompt
-    try:
-        lines = Path(options.prompts_file).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --prompts_file: {error}") from error
+    lines = read_text(options.prompts_file).splitlines()
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"{options.prompts_file} holds no text")
@@ -88,17 +87,30 @@ def _device_and_dtype(options):
 
 
 def _clear(folder, overwrite):
-    """Makes room for new samples: UserError if the folder holds some, which `overwrite` deletes, and nothing else."""
-    record = folder / "samples.json"
+    """Makes room for new samples: UserError if the folder holds pictures, unless they are recorded ones that `overwrite`
+    deletes, and nothing else."""
+    record, grid_file = folder / RECORD, folder / GRID
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
     if not record.is_file():
+        foreign = [p for p in (grid_file, *folder.glob("[0-9][0-9][0-9][0-9].png")) if p.exists()]
+        if foreign:
+            raise UserError(f"{foreign[0]} is in the way and not on record as a sample; choose another --output_dir")
         return
     if not overwrite:
         raise UserError(f"{folder} holds samples already; choose another --output_dir or add --overwrite_output_dir")
-    for sample in json.loads(record.read_text())["samples"]:
-        (folder / Path(sample["file"]).name).unlink(missing_ok=True)
-    record.unlink()
+    try:
+        files = [Path(sample["file"]).name for sample in read_json(record)["samples"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{record} is no record of samples; choose another --output_dir") from error
+    for name in (*files, GRID, RECORD):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write_record(folder, record):
+    part = folder / f".{RECORD}.part"
+    part.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(part, folder / RECORD)
 
 
 def sample(options):
@@ -138,21 +150,22 @@ def sample(options):
     # The pipeline ignores a height without a width.
     settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --output_dir {folder}: {error}") from error
+
     record = {"settings": dataclasses.asdict(options) | settings, "samples": []}
     images = []
-    try:
-        for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings)):
-            if not images:
-                _clear(folder, options.overwrite_output_dir)
-                folder.mkdir(parents=True, exist_ok=True)
-            file = f"{len(images):04d}.png"
-            image.save(folder / file)
-            images.append(image)
-            record["samples"].append({"file": file, "prompt": prompt, "seed": seed})
-    finally:
-        if images:  # what was drawn before a stop stays, and is on record
-            (folder / "samples.json").write_text(json.dumps(record, indent=2) + "\n")
+    for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings)):
+        if not images:
+            _clear(folder, options.overwrite_output_dir)
+        file = f"{len(images):04d}.png"
+        record["samples"].append({"file": file, "prompt": prompt, "seed": seed})
+        _write_record(folder, record)  # first, so that a picture is never there without its record
+        image.save(folder / file)
+        images.append(image)
     rows = [images[k : k + n] for k in range(0, len(images), n)]
-    grid(rows, [f"seed {options.seed + k}" for k in range(n)], prompts).save(folder / "grid.png")
+    grid(rows, [f"seed {options.seed + k}" for k in range(n)], prompts).save(folder / GRID)
     print(f"{len(images)} picture{'s' * (len(images) != 1)} in {folder}")
     return images

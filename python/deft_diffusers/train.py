@@ -2,8 +2,8 @@
 
 Every random draw is a function of the seed and of what is drawn: the order of the pictures of the epoch; crop, mirror,
 latent noise, noise and timestep of the number of the sample since the start; dropout of the step and process. So a run that
-was stopped and resumed takes the same steps as one that was not, and n processes with batch b train the same adapter as one
-with batch n·b.
+was stopped and resumed takes the same steps as one that was not, and, without dropout, n processes with batch b train the
+same adapter as one with batch n·b.
 """
 
 import contextlib
@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import shlex
 import shutil
 import signal
 import sys
@@ -27,7 +29,7 @@ from tqdm import tqdm
 
 import deft_kernels as dk
 
-from . import UserError, data
+from . import UserError, data, read_json
 from .families import load_family
 from .grid import grid
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
@@ -77,6 +79,8 @@ def check_options(options):
         raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant; use constant_with_warmup")
     if options.method == "para" and (options.gate or options.learning_rate_P is not None):
         raise UserError("--method para has no R: --gate does not apply, and P's learning rate is --learning_rate")
+    if options.method == "para" and (options.dropout or options.alpha is not None or not options.init_weights):
+        raise UserError("--method para injects nothing: --dropout, --alpha and --no-init_weights do not apply")
     if options.method == "lora" and (options.decomposition_method or options.gate):
         raise UserError("--decomposition_method and --gate do not apply to --method lora")
 
@@ -85,9 +89,9 @@ def _targets(text, family):
     """What `--target_modules` means: a list of names, or a regular expression or keyword as one string."""
     if text is None:
         return list(family.target_modules)
-    if text == "all-linear" or not all(c.isalnum() or c in "_.," for c in text):
+    if text == "all-linear" or not all(c.isalnum() or c in "_., " for c in text):
         return text
-    return text.split(",")
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def adapter_config(options, family):
@@ -225,9 +229,16 @@ def _find_resume(options, folder):
 
 
 def _check_same_run(checkpoint, settings):
-    before = json.loads((checkpoint / SETTINGS).read_text())
+    before = read_json(checkpoint / SETTINGS)
+    if _step_of(checkpoint) > settings["max_train_steps"]:
+        raise UserError(f"{checkpoint} is beyond --max_train_steps {settings['max_train_steps']}")
+    fixed = set(settings) - FREE_TO_CHANGE
+    if settings["lr_scheduler"] not in ("constant", "constant_with_warmup"):
+        fixed.add("max_train_steps")  # the schedule's length
+    if settings["dropout"]:
+        fixed |= {"train_batch_size", "gradient_accumulation_steps", "num_processes"}
     for name, value in settings.items():
-        if name not in FREE_TO_CHANGE and before.get(name) != value:
+        if name in fixed and before.get(name) != value:
             raise UserError(
                 f"{checkpoint} was trained with {name} {before.get(name)}, not {value}: resume with the same options"
             )
@@ -247,9 +258,12 @@ def _write_json(path, value):
 
 def _publish(part, target):
     """Puts the finished folder `part` in place of `target` in one step, so that nobody ever sees half of it."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, old)
     os.replace(part, target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # training -----------------------------------------------------------------------------------------------------------
@@ -313,7 +327,10 @@ class Run:
     # checkpoints
 
     def _restore(self, checkpoint):
-        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"cannot read {checkpoint / STATE}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
@@ -472,7 +489,7 @@ tags: [text-to-image, diffusers, {options.method}]
 {picture}
 ```bash
 deft sample --pretrained_model_name_or_path {options.pretrained_model_name_or_path} \\
-    --adapter {options.output_dir} --prompt "{prompt}"
+    --adapter {shlex.quote(str(options.output_dir))} --prompt {shlex.quote(prompt)}
 ```
 
 {losses}

@@ -4,12 +4,11 @@ A family wraps a pipeline and says what differs between kinds: how text and pict
 picture is drawn, and which layers an adapter goes to by default. `StableDiffusion` is the pattern to follow.
 """
 
-import json
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
-from .. import UserError
+from .. import UserError, read_json
 from .stable_diffusion import StableDiffusion
 
 INDEX = "model_index.json"
@@ -56,7 +55,8 @@ def load_family(name, dtype):
     source = _locate(name)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    kind = json.loads(_index(source).read_text())["_class_name"]
+    index = read_json(_index(source))
+    kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
     return FAMILIES[kind].load(source, dtype)
