@@ -38,10 +38,10 @@ P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference tra
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25, "guidance_scale": 7.5}
 STATE, SETTINGS, LOG = "state.pt", "training_args.json", "loss.jsonl"
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, CARD = "adapter_model.safetensors", "README.md"
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
-MARKS = ("checkpoint-[0-9]*", ADAPTER, "adapter_config.json", SETTINGS, LOG)
-PICTURES = ("validation*.png",)
+MARKS = ("checkpoint-[0-9]*", ADAPTER, "adapter_config.json", SETTINGS, LOG, CARD)
+PICTURES = ("validation*.png", ".checkpoint-[0-9]*")
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
@@ -471,7 +471,7 @@ class Run:
             return
         dk.save_adapter(self.family.model, self.folder)
         self.validate("validation.png")
-        (self.folder / "README.md").write_text(_card(self.options, self.settings, self.log))
+        (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
 
 
 def _card(options, settings, log):

@@ -258,3 +258,59 @@ def test_demo_shows_before_and_after_and_gives_the_base_back(tiny, tmp_path, cap
 def test_demo_checks_its_options_first(capsys, tmp_path):
     code, _, err = run(["demo", "--output_dir", tmp_path / "out", "--max_train_steps", 0], capsys)
     assert code == 2 and "--max_train_steps must be at least 1" in err and not (tmp_path / "out").exists()
+
+
+def test_demo_replaces_only_what_is_its_own(tiny, tmp_path, capsys, monkeypatch):
+    from deft_diffusers import demo
+
+    monkeypatch.setattr(demo, "MODEL", str(tiny))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "wedding.jpg").write_bytes(b"precious")
+    code, _, err = run(["demo", "--output_dir", tmp_path], capsys)
+    assert code == 2 and "pictures is not this demonstration's" in err
+    assert (tmp_path / "pictures" / "wedding.jpg").read_bytes() == b"precious"
+
+
+# what the user already has ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_of_the_users_is_overwritten(train_words, sample_words, capsys):
+    out = train_words["--output_dir"]
+    out.mkdir()
+    (out / "README.md").write_text("my own notes")
+    code, _, err = run(words("train", train_words), capsys)
+    assert code == 2 and "holds a run already (README.md)" in err
+    assert (out / "README.md").read_text() == "my own notes"
+    (out / "0000.png").write_bytes(b"mine")
+    code, _, err = run(words("sample", sample_words), capsys)
+    assert code == 2 and "0000.png is in the way" in err and (out / "0000.png").read_bytes() == b"mine"
+    for content in ("{", "[]", '{"samples": [3]}'):
+        (out / "samples.json").write_text(content)
+        code, _, err = run([*words("sample", sample_words), "--overwrite_output_dir"], capsys)
+        assert code == 2 and "samples.json" in err.strip().splitlines()[-1] and "Traceback" not in err
+        assert (out / "0000.png").read_bytes() == b"mine"
+
+
+def test_damaged_files_are_named(train_words, tiny, tmp_path, capsys):
+    broken = tmp_path / "model"
+    broken.mkdir()
+    for content, message in (("{", "model_index.json"), ("{}", "is a None, which is not supported")):
+        (broken / "model_index.json").write_text(content)
+        code, _, err = run(words("train", train_words | {"--pretrained_model_name_or_path": broken}), capsys)
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    code, _, err = run(words("train", train_words | {"--checkpointing_steps": 1}), capsys)
+    assert code == 0, err
+    resume = train_words | {"--resume_from_checkpoint": "latest"}
+    checkpoint = train_words["--output_dir"] / "checkpoint-2"
+    code, _, err = run(words("train", resume | {"--max_train_steps": 1}), capsys)
+    assert code == 2 and "checkpoint-2 is beyond --max_train_steps 1" in err
+    state = (checkpoint / "state.pt").read_bytes()
+    (checkpoint / "state.pt").write_bytes(state[: len(state) // 2])
+    code, _, err = run(words("train", resume), capsys)
+    assert code == 2 and "cannot read" in err and "state.pt" in err
+
+
+@pytest.mark.parametrize("flag", [["--dropout", "0.5"], ["--alpha", "4"], ["--no-init_weights"]])
+def test_para_refuses_what_would_do_nothing(flag, train_words, capsys):
+    code, _, err = run([*words("train", train_words | {"--method": "para"}), *flag], capsys)
+    assert code == 2 and "--method para injects nothing" in err

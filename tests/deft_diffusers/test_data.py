@@ -46,6 +46,11 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(suffix, tmp_path):
     assert got[0, :, 0].tolist() == [0, 1, 128, 255] and (got[..., 0] == got[..., 2]).all()
 
 
+def test_eight_bits_in_a_wide_mode_stay_as_they_are(tmp_path):
+    values = np.array([[0, 100, 252]] * 3, np.int32)
+    assert pixels(roundtrip(Image.fromarray(values), tmp_path / "a.tiff"))[0, :, 0].tolist() == [0, 100, 252]
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "CMYK"])
 def test_other_modes_become_rgb(mode, tmp_path):
     got = pixels(roundtrip(Image.new("RGB", (6, 5), "white").convert(mode), tmp_path / "a.tif"))
@@ -96,6 +101,11 @@ def test_captions(tmp_path):
     assert data.read_captions([first, second], "a dog") == ["a cat on a mat", "a dog"]
     with pytest.raises(UserError, match=r"b\.png has no caption \(b\.txt\)"):
         data.read_captions([first, second])
+    (tmp_path / "a.txt").write_bytes("un café".encode("utf-8-sig"))
+    assert data.read_captions([first]) == ["un café"]
+    (tmp_path / "a.txt").write_bytes("un café".encode("latin-1"))
+    with pytest.raises(UserError, match=r"cannot read .*a\.txt as UTF-8 text"):
+        data.read_captions([first])
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
