@@ -5,6 +5,10 @@
 Every random choice is a function of the seed and of the step, so a run that was stopped and started again takes the
 same steps as one that was not. The UNet's learning rate is constant and falls only at the end, so a longer run begins
 like a shorter one. The pipeline lies in `<output_dir>/model` and is renewed whenever the UNet's checkpoint is written.
+
+    python -m deft_diffusers.toyworld.train --report work/toyworld/model
+
+prints the figures of a pipeline that are on its card, and writes samples.png into its folder.
 """
 
 import argparse
@@ -19,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from tqdm import tqdm
 
 from . import world
@@ -42,6 +46,17 @@ PHOTOS = (
     "gravel",
     "camera",
 )
+# what the file of each stage depends on, beside the arguments of the stages before it; totals of steps may grow
+STAGE_ARGUMENTS = {
+    "vae": ("seed", "bf16", "vae_images", "encoder_steps", "vae_batch_size", "vae_lr", "kl_weight"),
+    "latents": ("images",),
+    "unet": ("batch_size", "lr", "warmup", "fall", "ema", "caption_dropout"),
+}
+REPORT_PICTURES, REPORT_TIMESTEP = 64, 700  # at 700 a latent is mostly noise, so that the caption matters
+# other drawings than training's, whose seeds are --seed + 1 to + 4
+REPORT_SEEDS = {"psnr": 71, "loss": 73, "caption": 74, "noise": 0}
+REPORT_PHOTOS = ("chelsea", "astronaut", "coffee", "rocket")  # the first is in no training set, see PHOTOS
+WRONG_BY = 3  # a wrong subject, colour or scene is so many places further in its list
 GRID_PROMPTS = (
     "a photo of an orange cat",
     "a photo of a striped grey cat in the snow",
@@ -301,6 +316,32 @@ def _save(path, **state):
     os.replace(str(path) + ".part", path)
 
 
+def _settings(args, stage):
+    """The arguments that the file of `stage` depends on."""
+    stages = list(STAGE_ARGUMENTS)
+    names = [name for s in stages[: stages.index(stage) + 1] for name in STAGE_ARGUMENTS[s]]
+    values = {name: getattr(args, name) for name in names}
+    if stage != "vae":  # the latents are those of the encoder as far as it was trained
+        values["encoder_steps"] = min(args.encoder_steps, args.vae_steps)
+    return values
+
+
+def _load(path, args, device="cpu"):
+    """The state in `path`, or None without that file; SystemExit if it was made with other arguments."""
+    if not path.exists():
+        return None
+    state = torch.load(path, map_location=device)
+    way_out = f"give that again, or delete {path.name} and the files of later stages, or take another --output_dir"
+    for name, value in _settings(args, path.stem).items():
+        was = state.get("settings", {}).get(name)
+        if was != value:
+            raise SystemExit(f"{path} was made with {name} = {was}, not {value}: {way_out}")
+    steps = getattr(args, f"{path.stem}_steps", math.inf)
+    if state.get("step", 0) > steps:
+        raise SystemExit(f"{path} has done step {state['step']}, past --{path.stem}_steps {steps}: {way_out}")
+    return state
+
+
 def _rate(step, steps, warm, fall):
     """Share of the full learning rate: linear warm-up, constant, then a cosine over the last `fall` of the steps."""
     down = max(1, int(steps * fall))
@@ -323,8 +364,7 @@ def train_vae(args, device):
     vae = new_vae().to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.vae_lr, betas=(0.9, 0.99), weight_decay=1e-4)
     start = 0
-    if path.exists():
-        state = torch.load(path, map_location=device)
+    if state := _load(path, args, device):
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -366,15 +406,21 @@ def train_vae(args, device):
                 )
             scale = round(1 / latents.float().std().item(), 4)
             vae.register_to_config(scaling_factor=scale)
-            _save(path, vae=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, scaling_factor=scale)
+            _save(
+                path,
+                vae=vae.state_dict(),
+                optimizer=optimizer.state_dict(),
+                step=step + 1,
+                scaling_factor=scale,
+                settings=_settings(args, "vae"),
+            )
     return vae.eval()
 
 
 def cache_latents(args, device, vae, tokenizer):
     """Draws the training pictures and encodes them: scaled latents (N, 4, 16, 16) fp16, token ids (N, MAX_TOKENS)."""
     path = args.output_dir / "latents.pt"
-    if path.exists():
-        state = torch.load(path)
+    if state := _load(path, args):
         return state["latents"], state["ids"]
     drawn = _many(draw_one, args.images, args.seed + 4, args.workers, "drawing")
     ids = torch.cat([encode(tokenizer, [t for _, t in drawn[k : k + 1000]]) for k in range(0, len(drawn), 1000)])
@@ -384,7 +430,7 @@ def cache_latents(args, device, vae, tokenizer):
             x = _to_float(np.stack([p for p, _ in drawn[k : k + 64]]), device).contiguous(memory_format=torch.channels_last)
             latents.append((vae.encode(x).latent_dist.mean.float() * vae.config.scaling_factor).half().cpu())
     latents = torch.cat(latents).contiguous()
-    _save(path, latents=latents, ids=ids)
+    _save(path, latents=latents, ids=ids, settings=_settings(args, "latents"))
     return latents, ids
 
 
@@ -460,12 +506,13 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
     weight = (snr.clamp(max=MIN_SNR) / (snr + 1)).to(device)
     empty = encode(tokenizer[0], [""])[0]
     start, losses = 0, []
-    if path.exists():
-        state = torch.load(path, map_location=device)
+    if state := _load(path, args, device):
         models.load_state_dict(state["models"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
         start, losses = state["step"], state["losses"]
+        if start == args.unet_steps:  # nothing left to do but to take over a decoder that went on
+            export(args.output_dir / "model", vae, ema[1], tokenizer, ema[0])
     bar = tqdm(range(start, args.unet_steps), initial=start, total=args.unet_steps, desc="unet", mininterval=5)
     for step in bar:
         g = _generator(args.seed, 1, step)
@@ -497,6 +544,7 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
                 optimizer=optimizer.state_dict(),
                 step=step + 1,
                 losses=losses,
+                settings=_settings(args, "unet"),
             )
             export(args.output_dir / "model", vae, ema[1], tokenizer, ema[0])
         if last or (step + 1) % args.grid_every == 0:
@@ -505,15 +553,76 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
     return losses
 
 
+# report ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def figures(pipeline):
+    """The figures on the card, {name: value}: PSNR in dB of the autoencoder's round trip, and the denoising loss of drawings
+    (mean squared error of v) with the right caption and with one that names a wrong subject, colour or scene."""
+    from skimage import data
+
+    vae = pipeline.vae
+
+    def round_trip(images):
+        x = _to_float(np.stack([np.asarray(i) for i in images]), vae.device)
+        return psnr(x, vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)).tolist()
+
+    fresh = [world.sample(np.random.default_rng((REPORT_SEEDS["psnr"], k)))[0] for k in range(REPORT_PICTURES)]
+    photos = [Image.fromarray(getattr(data, name)()).convert("RGB") for name in REPORT_PHOTOS]
+    photos = [ImageOps.fit(p, (world.SIZE, world.SIZE), Image.LANCZOS) for p in photos]
+    found = {"PSNR, fresh drawings": float(np.mean(round_trip(fresh)))}
+    found |= {f"PSNR, {name}": value for name, value in zip(REPORT_PHOTOS, round_trip(photos))}
+
+    lists = world.CLASSES, list(world.COLOURS), list(world.SCENES)
+    images, texts = [], {"right caption": [], "wrong subject": [], "wrong colour": [], "wrong scene": []}
+    for k in range(REPORT_PICTURES):
+        rng = np.random.default_rng((REPORT_SEEDS["loss"], k))
+        chosen = [rng.integers(len(names)) for names in lists]
+        subject, colour, scene = (names[c] for names, c in zip(lists, chosen))
+        images.append(world.draw(subject, colour, "plain", scene, rng))
+        for wrong, said in zip((None, 0, 1, 2), texts.values()):
+            moved = [c + WRONG_BY * (place == wrong) for place, c in enumerate(chosen)]
+            subject, colour, scene = (names[c % len(names)] for names, c in zip(lists, moved))
+            said.append(world.caption(subject, colour, None, scene, np.random.default_rng((REPORT_SEEDS["caption"], k))))
+    latents = vae.encode(_to_float(np.stack([np.asarray(i) for i in images]), vae.device)).latent_dist.mean
+    latents = latents * vae.config.scaling_factor
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(REPORT_SEEDS["noise"])).to(vae.device)
+    t = torch.full((len(latents),), REPORT_TIMESTEP, device=vae.device)
+    losses = {}
+    for name, said in texts.items():
+        ids = encode(pipeline.tokenizer, said).to(vae.device)
+        losses[name] = v_loss(pipeline.unet, pipeline.text_encoder, pipeline.scheduler, latents, ids, noise, t)
+        found[f"loss, {name}"] = losses[name].mean().item()
+        if name != "right caption":
+            found[f"loss, {name}, share higher"] = (losses[name] > losses["right caption"]).float().mean().item()
+    return found
+
+
+def report(args):
+    """Prints `figures` of the pipeline in `args.report` as the rows of the card's table, and writes samples.png there."""
+    from diffusers import StableDiffusionPipeline
+
+    if not (args.report / "model_index.json").exists():
+        raise SystemExit(f"{args.report} is not a pipeline's folder: it has no model_index.json")
+    found = figures(StableDiffusionPipeline.from_pretrained(args.report).to(args.device))
+    for name, value in found.items():
+        print(f"| {name} | {value:.{1 if name.startswith('PSNR') else 3}f} |")
+    grid = sample_grid(args.report, GRID_PROMPTS[: args.grid_prompts], columns=8, device=args.device, repeats=2)
+    grid.save(args.report / "samples.png", optimize=True)
+    return found
+
+
 def parser():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add(
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument(
         "--output_dir",
         type=Path,
-        required=True,
-        help="where checkpoints, grids and model/ go; run again with the same folder to resume",
+        help="train; where checkpoints, grids and model/ go; run again with the same folder and arguments to resume",
     )
+    what.add_argument("--report", type=Path, metavar="DIR", help="print the card's figures of the pipeline in DIR")
     add("--seed", type=int, default=0, help="seed of everything drawn and trained")
     add(
         "--vae_images",
@@ -555,6 +664,8 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    if args.report:
+        return report(args)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     device = torch.device(args.device)
     tokenizer = build_tokenizer(world_words())
