@@ -79,21 +79,23 @@ def _(x, W, bias, B, A):
 
 @kernel("lowrank_linear_backward", "reference")
 def _(dy, x, h, W, B, A, needs):
-    """dx, dB, dA, dbias; an empty tensor for each that is not needed. One read of dy and of x for the thin products."""
+    """dx, dB, dA, dbias; an empty tensor for each that is not needed. The thin products come first and together: they
+    share dy and x, which the large product would push out of the cache."""
     dx = dB = dA = dbias = None
     g = dy.reshape(-1, dy.shape[-1])
     W = W.to(g.dtype)
     merged = merged_is_cheaper(g.shape[0], *W.shape, g.dtype)
     if needs[2] or (needs[0] and not merged):
         dh = g @ B
+    if needs[1] or needs[2]:
+        rows = x.reshape(-1, x.shape[-1])
+    if needs[1]:
+        dB = g.t() @ (h if h.shape[0] == rows.shape[0] else rows @ A.t())
+    if needs[2]:
+        dA = dh.t() @ rows
     if needs[0]:
         dx = g @ torch.addmm(W, B, A) if merged else (g @ W).addmm_(dh, A)
         dx = dx.view(*dy.shape[:-1], W.shape[1])
-    if needs[1]:
-        rows = x.reshape(-1, x.shape[-1])
-        dB = g.t() @ (h if h.shape[0] == rows.shape[0] else rows @ A.t())
-    if needs[2]:
-        dA = dh.t() @ x.reshape(-1, x.shape[-1])
     if needs[3]:
         dbias = g.sum(0)
     return tuple(dy.new_empty(0) if t is None else t for t in (dx, dB, dA, dbias))
