@@ -82,7 +82,7 @@ def attach(
             for p in layer.adapter_tensors(adapter_name).values():
                 if not torch.isfinite(p).all():
                     raise ValueError(f"{name}: the adapter's first values are not finite; its base weight has NaN or inf")
-    except Exception:
+    except BaseException:  # an interrupt too: the model stays as it was
         for layer in done:
             layer.delete_adapter(adapter_name)
         raise

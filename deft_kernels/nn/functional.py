@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..ops.lowrank_linear import LowRankLinear, lowrank_linear, merged_is_cheaper
+from ..ops.lowrank_linear import lowrank_linear, merged_is_cheaper
 from .prepare import Spec, prepare
 
 
@@ -167,6 +167,3 @@ class LowRankConv2d(torch.autograd.Function):
             h = torch.nn.functional.conv2d(x, thin, None, *ctx.geometry) if h is None else h
             dB = dy.transpose(0, 1).flatten(1) @ h.transpose(0, 1).flatten(1).t()
         return dx, None, dy.sum((0, 2, 3)) if nb else None, dB, dA.flatten(1) if nA else None, None
-
-
-__all__ = ["ActivationLinear", "LowRankConv2d", "LowRankLinear", "deft_linear", "deft_weight"]

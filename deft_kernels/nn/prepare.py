@@ -100,7 +100,7 @@ class Prepare(torch.autograd.Function):
         ctx.save_for_backward(
             injection, removal, *P, *(None if s.method == "lora" else b for s, b in zip(specs, B)),
             *(R if ctx.needs_input_grad[1] else [None] * L),
-            *(w if i in projected else None for i, w in enumerate(W)), *(t for usv in svd.values() for t in usv[1:]),
+            *(None if A is None else w for A, w in zip(A_out, W)), *(t for usv in svd.values() for t in usv[1:]),
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         return tuple(_cast([*B, *A_out, *K_out, *R_out], [spec.dtype for spec in specs] * 4))

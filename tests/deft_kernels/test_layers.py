@@ -224,6 +224,16 @@ def test_saved_bytes_are_loras_plus_the_factors(size, rows, method):
     assert ours.bytes() < 4 * rows * (size[0] + size[1])  # what keeping any T x out would exceed
 
 
+@pytest.mark.parametrize("size,rows,keeps_h", [(640, 4096, False), (1280, 1024, True)])
+def test_saved_bytes_at_sdxls_shapes(size, rows, keeps_h):
+    """To the byte: x, the factors, two scales, and h = x A^T only in the factor form."""
+    base, x, r = nn.Linear(size, size), torch.randn(rows, size, requires_grad=True), 16
+    layer = dk.DeftLinear(base, dk.DeftConfig(r=r))
+    with Recorder(layer) as saved:
+        layer(x)
+    assert saved.bytes() == 4 * (rows * size + 2 * r * size + rows * r * keeps_h + 2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "conv1d", "opaque"])
 @pytest.mark.parametrize("form", ["activation", "factor"])
