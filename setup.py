@@ -11,5 +11,5 @@ setup(
     version=version,
     packages=find_packages(include=["deft_kernels*"]) + find_packages("python"),
     package_dir={"deft_diffusers": "python/deft_diffusers"},
-    package_data={"deft_diffusers.toyworld": ["model/**/*", "model/*"]},
+    package_data={"deft_kernels.triton": ["configs/*.json"], "deft_diffusers.toyworld": ["model/**/*", "model/*"]},
 )

@@ -1,6 +1,7 @@
 """The house itself: dependencies run downwards, torch alone is enough, and the wheel holds what it should."""
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["reference", "config", "ops", "nn", "adapters"]  # each may import those before it
+LAYERS = ["reference", "config", "triton", "ops", "nn", "adapters"]  # each may import those before it
+EXTRAS = {"triton": ["triton"], "adapters": ["safetensors"]}  # and these packages
 
 
 def imports(file: Path):
@@ -29,7 +31,7 @@ def test_dependencies_run_downwards(file):
     for level, module in imports(file):
         top = module.split(".")[0]
         if level == 0:
-            allowed = {"torch", *sys.stdlib_module_names} | ({"safetensors"} if here == "adapters" else set())
+            allowed = {"torch", *sys.stdlib_module_names, *EXTRAS.get(here, ())}
             assert top in allowed, f"{inside} imports {module}"
         elif level == len(inside.parts) and here in LAYERS:  # from the package's own top
             assert LAYERS.index(top) < LAYERS.index(here), f"{inside} imports {module}, which is above it"
@@ -49,7 +51,9 @@ layer(torch.randn(5, 4)).sum().backward()
 dk.merge(layer), dk.unmerge(layer)
 print(sorted(k for k, v in dk.backends()["merge"].items() if v == "serves"))
 """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "['reference']", run.stderr
 
 
@@ -81,6 +85,7 @@ def test_wheel(tmp_path):
     for name in files:
         if name.endswith(".py") and name.startswith(("deft_kernels/", "python/")):
             assert name.removeprefix("python/") in names
+    assert "deft_kernels/triton/configs/default.json" in names
     model = {n.removeprefix("python/") for n in files if n.startswith("python/deft_diffusers/toyworld/model/")}
     assert model <= set(names), model - set(names)
     assert not any(n.startswith(("tests", "benchmarks")) for n in names)

@@ -5,6 +5,8 @@ Every kernel registers itself under an operation's name with a predicate that sa
 forced backend that cannot serve raises.
 """
 
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -13,7 +15,7 @@ import torch
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # order of preference under `auto`
 
 library = torch.library.Library("deft_kernels", "DEF")
-_kernels: dict[str, dict[str, tuple[Callable, Callable | None]]] = {}
+_kernels: dict[str, dict[str, tuple[Callable, Callable | None, Callable[[], str | None] | None]]] = {}
 
 
 def define(schema: str, through: Callable | None = None) -> None:
@@ -50,15 +52,50 @@ def differentiable(name: str, function: Callable) -> None:
 below_autograd = torch._C._AutoDispatchBelowAutograd  # for an operation's Function to reach its own kernel
 
 
-def kernel(name: str, backend: str, cannot: Callable[..., str | None] | None = None):
-    """Register a backend's kernel for an operation; `cannot(*args)` returns why it cannot serve, or None."""
+def kernel(name: str, backend: str, cannot: Callable[..., str | None] | None = None, absent=None):
+    """Register a backend's kernel for an operation. `cannot(*args)` returns why it cannot serve these arguments, or None;
+    `absent()` why it cannot serve any on this machine."""
     assert backend in BACKENDS and name in _kernels
 
     def register(fn: Callable) -> Callable:
-        _kernels[name][backend] = (fn, cannot)
+        _kernels[name][backend] = (fn, cannot, absent)
         return fn
 
     return register
+
+
+def triton_kernels(file: str, *names: str) -> None:
+    """Register the functions of these names in ../triton/<file>.py, each with its `cannot_<name>`. Triton is imported when
+    the first of them is asked for: it need not be installed."""
+
+    def function(name: str) -> Callable:
+        return getattr(importlib.import_module(f"..triton.{file}", __package__), name)
+
+    for name in names:
+        kernel(
+            name,
+            "triton",
+            cannot=lambda *args, name=name: _without_triton() or function(f"cannot_{name}")(*args),
+            absent=_without_triton,
+        )(lambda *args, name=name: function(name)(*args))
+
+
+def _without_triton() -> str | None:
+    if not torch.cuda.is_available():
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "no GPU: torch.cuda.is_available() is False"
+        if requested() != "triton":
+            return "no GPU, and Triton's slow interpreter serves only where it is forced"
+    return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+def check_layer(operation: str, i: int, W: torch.Tensor, **others: torch.Tensor | None) -> None:
+    """The border of an operation over lists: a weight of a floating type, and everything on its device."""
+    if not W.is_floating_point():
+        raise ValueError(f"{operation}: W[{i}] is {W.dtype}, expected a floating type")
+    for name, t in others.items():
+        if t is not None and t.device != W.device:
+            raise ValueError(f"{operation}: W[{i}] is on {W.device}, {name}[{i}] on {t.device}")
 
 
 def requested() -> str:
@@ -98,19 +135,22 @@ def backends() -> dict[str, dict[str, str]]:
     """What serves each operation here, and why another backend does not.
 
     Returns:
-        `{operation: {backend: "serves" | "available" | "<why not>"}}` under the current `DEFT_KERNELS_BACKEND`;
-        "serves" marks the one that is asked first, "available" one that could be forced.
+        `{operation: {backend: what}}` under the current `DEFT_KERNELS_BACKEND`, where `what` is "serves" for the backend
+        that is asked first, "serves what those before it cannot" for one that `auto` falls back to, for instance for
+        tensors on another device or in float64, "available" for one that is not asked now but could be, or the reason why
+        a backend is absent.
     """
     forced = requested()
     table: dict[str, dict[str, str]] = {}
     for name, kernels in _kernels.items():
-        order = [b for b in BACKENDS if b in kernels and forced in ("auto", b)]
-        table[name] = {}
+        row = table[name] = {}
         for backend in BACKENDS:
             if backend not in kernels:
-                table[name][backend] = f"this build has no {backend} kernel for it"
-            elif order and backend == order[0]:
-                table[name][backend] = "serves"
+                row[backend] = f"this build has no {backend} kernel for it"
+            elif (reason := kernels[backend][2] and kernels[backend][2]()) is not None:
+                row[backend] = reason
+            elif forced not in ("auto", backend):
+                row[backend] = "available"
             else:
-                table[name][backend] = "available"
+                row[backend] = "serves what those before it cannot" if "serves" in row.values() else "serves"
     return table

@@ -10,15 +10,15 @@ Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a tr
 import torch
 from torch import Tensor
 
-from ._dispatch import define, differentiable, fake, kernel
+from ._dispatch import define, differentiable, fake, kernel, triton_kernels
 
 define(
     "lowrank_linear(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A) -> Tensor",
-    through=lambda *args: torch.ops.deft_kernels.lowrank_linear_forward(*args)[0],
+    through=lambda *args: torch.ops.deft_kernels.lowrank_linear_forward(*args, _merged(*args[:2]))[0],
 )
-define("lowrank_linear_forward(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A) -> (Tensor, Tensor)")
+define("lowrank_linear_forward(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A, bool merged) -> (Tensor, Tensor)")
 define(
-    "lowrank_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor W, Tensor B, Tensor A, bool[4] needs)"
+    "lowrank_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor W, Tensor B, Tensor A, bool merged, bool[4] needs)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
@@ -35,6 +35,10 @@ def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64) and tokens * (m + n) >= 2 * m * n
 
 
+def _merged(x: Tensor, W: Tensor) -> bool:
+    return merged_is_cheaper(x.shape[:-1].numel(), *W.shape, x.dtype)
+
+
 def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
     """Whether (y0 - b) K and a pass over y0 cost less than projecting A = s R - K^T W first: T m (r + PASS) < m n r.
 
@@ -49,13 +53,12 @@ def _(x, W, bias, B, A):
 
 
 @fake("lowrank_linear_forward")
-def _(x, W, bias, B, A):
-    merged = merged_is_cheaper(x.numel() // max(x.shape[-1], 1), *W.shape, x.dtype)
+def _(x, W, bias, B, A, merged):
     return x.new_empty(*x.shape[:-1], W.shape[0]), x.new_empty(0 if merged else x.shape[:-1].numel(), A.shape[0])
 
 
 @fake("lowrank_linear_backward")
-def _(dy, x, h, W, B, A, needs):
+def _(dy, x, h, W, B, A, merged, needs):
     like = (x, B, A, B[:, 0])
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if need else t.new_empty(0)
@@ -64,12 +67,12 @@ def _(dy, x, h, W, B, A, needs):
 
 
 @kernel("lowrank_linear_forward", "reference")
-def _(x, W, bias, B, A):
+def _(x, W, bias, B, A, merged):
     """Returns y and h (T, r), or an empty h where the form makes none."""
     rows = x.reshape(-1, x.shape[-1])
     W = W.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    if merged_is_cheaper(rows.shape[0], *W.shape, x.dtype):
+    if merged:
         y, h = torch.nn.functional.linear(rows, torch.addmm(W, B, A), bias), x.new_empty(0, A.shape[0])
     else:
         h = rows @ A.t()
@@ -78,13 +81,12 @@ def _(x, W, bias, B, A):
 
 
 @kernel("lowrank_linear_backward", "reference")
-def _(dy, x, h, W, B, A, needs):
+def _(dy, x, h, W, B, A, merged, needs):
     """dx, dB, dA, dbias; an empty tensor for each that is not needed. The thin products come first and together: they
     share dy and x, which the large product would push out of the cache."""
     dx = dB = dA = dbias = None
     g = dy.reshape(-1, dy.shape[-1])
     W = W.to(g.dtype)
-    merged = merged_is_cheaper(g.shape[0], *W.shape, g.dtype)
     if needs[2] or (needs[0] and not merged):
         dh = g @ B
     if needs[1] or needs[2]:
@@ -101,12 +103,16 @@ def _(dy, x, h, W, B, A, needs):
     return tuple(dy.new_empty(0) if t is None else t for t in (dx, dB, dA, dbias))
 
 
+triton_kernels("lowrank_linear", "lowrank_linear_forward", "lowrank_linear_backward")
+
+
 class LowRankLinear(torch.autograd.Function):
     """Keeps x and h (T, r), nothing of size T x m."""
 
     @staticmethod
     def forward(ctx, x, W, bias, B, A):
-        y, h = torch.ops.deft_kernels.lowrank_linear_forward(x, W, bias, B, A)
+        ctx.merged = _merged(x, W)
+        y, h = torch.ops.deft_kernels.lowrank_linear_forward(x, W, bias, B, A, ctx.merged)
         train = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         ctx.save_for_backward(x if train else x.new_empty(0), h, W, B, A)
         return y
@@ -116,7 +122,9 @@ class LowRankLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, h, W, B, A = ctx.saved_tensors
         nx, _, nb, nB, nA = ctx.needs_input_grad
-        dx, dB, dA, dbias = torch.ops.deft_kernels.lowrank_linear_backward(dy.to(B.dtype), x, h, W, B, A, [nx, nB, nA, nb])
+        dx, dB, dA, dbias = torch.ops.deft_kernels.lowrank_linear_backward(
+            dy.to(B.dtype), x, h, W, B, A, ctx.merged, [nx, nB, nA, nb]
+        )
         return dx if nx else None, None, dbias if nb else None, dB if nB else None, dA if nA else None
 
 

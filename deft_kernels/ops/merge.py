@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, define, differentiable, fake, kernel
+from ._dispatch import below_autograd, check_layer, define, differentiable, fake, kernel, triton_kernels
 
 define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]")
 define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()")
@@ -27,6 +27,9 @@ kernel("merge", "reference")(reference.merge)
 def _(out, W, B, K, R):
     for i in range(len(out)):  # a layer at a time: W' exists twice for one layer only
         out[i].copy_(reference.merge(W[i : i + 1], B[i : i + 1], K[i : i + 1], R[i : i + 1])[0])
+
+
+triton_kernels("merge", "merge", "merge_into")
 
 
 class Merge(torch.autograd.Function):
@@ -66,10 +69,12 @@ def merge(W, B, K, R) -> list[Tensor]:
             in. K_i None removes nothing, R_i None injects nothing.
 
     Differentiable once in all four. `torch.ops.deft_kernels.merge_into` writes into given tensors, W's own allowed.
-    Raises ValueError naming the layer whose shapes do not fit.
+    Raises ValueError naming the layer whose shapes do not fit, whose tensors are on several devices, or whose weight is
+    not of a floating type.
     """
     for i, (w, b, k, r) in enumerate(zip(W, B, K, R, strict=True)):
         m, n = w.shape
+        check_layer("merge", i, w, B=b, K=k, R=r)
         if b.shape[0] != m or (k is not None and k.shape != b.shape) or (r is not None and r.shape != (b.shape[1], n)):
             raise ValueError(f"merge: factors of layer {i} do not fit its weight {tuple(w.shape)}")
         if k is None and r is None:

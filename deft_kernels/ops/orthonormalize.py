@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, define, differentiable, fake, kernel
+from ._dispatch import below_autograd, define, differentiable, fake, kernel, triton_kernels
 
 define("orthonormalize(Tensor[] P) -> Tensor[]")
 define("orthonormalize_backward(Tensor[] dQ, Tensor[] Q, Tensor[] P) -> Tensor[]")
@@ -48,6 +48,9 @@ def _(P):
 @kernel("orthonormalize_backward", "reference")
 def _(dQ, Q, P):
     return _by_shape(lambda *one: reference.orthonormalize_backward(*([t] for t in one))[0], dQ, Q, P)
+
+
+triton_kernels("orthonormalize", "orthonormalize", "orthonormalize_backward")
 
 
 class Orthonormalize(torch.autograd.Function):

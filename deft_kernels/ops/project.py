@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, define, differentiable, fake, kernel
+from ._dispatch import below_autograd, check_layer, define, differentiable, fake, kernel, triton_kernels
 
 define("project(Tensor?[] K, Tensor[] W, Tensor?[] R, Tensor injection, Tensor removal) -> Tensor[]")
 define("project_backward(Tensor[] dA, Tensor?[] W, Tensor injection, Tensor removal) -> (Tensor[], Tensor[])")
@@ -23,6 +23,7 @@ def _(dA, W, injection, removal):
 
 kernel("project", "reference")(reference.project)
 kernel("project_backward", "reference")(reference.project_backward)
+triton_kernels("project", "project", "project_backward")
 
 
 class Project(torch.autograd.Function):
@@ -62,11 +63,13 @@ def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
         R: injections (r_i, n_i) in K's dtype, or None for a layer into which nothing is injected.
         injection, removal: one factor per layer, shape (layers,), on the layers' device.
 
-    Differentiable once in K, R and injection. Raises ValueError naming the layer whose shapes do not fit.
+    Differentiable once in K, R and injection. Raises ValueError naming the layer whose shapes do
+    not fit, whose tensors are on several devices, or whose weight is not of a floating type or requires grad.
     """
     for i, (k, w, r) in enumerate(zip(K, W, R, strict=True)):
         if k is None and r is None:
             raise ValueError(f"project: layer {i} has neither K nor R")
+        check_layer("project", i, w, K=k, R=r)
         if k is not None and k.shape[0] != w.shape[0]:
             raise ValueError(f"project: K[{i}] {tuple(k.shape)} does not fit W[{i}] {tuple(w.shape)}")
         if r is not None and (r.shape[1] != w.shape[1] or (k is not None and r.shape[0] != k.shape[1])):

@@ -1,0 +1,404 @@
+"""The Triton kernels against the reference: in the interpreter where there is no GPU (float32, float16), else on the GPU.
+
+The rule for numbers: with the same inputs, the distance from the float64 reference is at most twice that of the reference
+run in the operation's own type, plus half a unit in the last place of the result, and of the terms summed in float32 (the
+same maths on absolute values): one rounding each, which in plain torch a single number may by luck not have.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import gradients, small_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import deft_kernels as dk
+from deft_kernels import ops, reference
+from deft_kernels.ops import lowrank_linear as op
+
+pytest.importorskip("triton")
+launch = pytest.importorskip("deft_kernels.triton.launch")
+from deft_kernels.triton import lowrank_linear as kernels  # noqa: E402
+from deft_kernels.triton import merge as merging  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+deft = torch.ops.deft_kernels
+
+# The interpreter takes milliseconds for each block, so sizes are small; blocks have 16 to 128 rows and columns, so these
+# have none, one and several of them, whole and not.
+sizes = st.one_of(st.integers(1, 40), st.sampled_from([1, 16, 48, 63, 64, 65, 96, 128, 130, 144, 257]))
+ranks = st.one_of(st.integers(1, 20), st.sampled_from([4, 8, 16, 32, 33, 64]))
+seeds = st.integers(0, 2**31)
+types = st.sampled_from(TYPES)
+
+
+def cases(count: int):
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def forced(monkeypatch):
+    monkeypatch.setenv("DEFT_KERNELS_BACKEND", "triton")
+
+
+class Draw:
+    """Tensors that float64, float32 and the kernels' type all hold exactly."""
+
+    def __init__(self, seed: int, dtype: torch.dtype):
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+
+    def __call__(self, *shape, dtype=None, scale=1.0, transposed=False):
+        values = torch.randn(*shape, generator=self.generator) * scale
+        values = values.to(dtype or self.dtype).to(DEVICE)
+        return values.t().contiguous().t() if transposed else values
+
+
+def double(t):
+    return t.double() if isinstance(t, torch.Tensor) else t
+
+
+def size(t):
+    return t.double().abs() if isinstance(t, torch.Tensor) else t
+
+
+def assert_as_close_as_plain(ours, plain, truth, terms, name=""):
+    assert ours.shape == truth.shape and ours.dtype == plain.dtype, name
+    assert ours.isfinite().all(), f"{name} has values that are not finite"
+    error, allowed = (ours.double() - truth).norm().item(), (plain.double() - truth).norm().item()
+    result, summed = torch.finfo(ours.dtype).eps / 2 * truth.norm().item(), 2**-24 * terms.norm().item()
+    assert error <= 2 * allowed + result + summed, (name, error, allowed)
+
+
+# orthonormalize -------------------------------------------------------------------------------------------------------
+
+
+@cases(40)
+@given(st.lists(st.tuples(sizes, ranks), min_size=1, max_size=2), seeds)
+def test_orthonormalize(shapes, seed):
+    draw = Draw(seed, torch.float32)
+    P = [draw(m + (r if m < r else 0), r, scale=10.0 ** (i - 1)) for i, (m, r) in enumerate(shapes)]
+    Q = deft.orthonormalize(P)
+    dQ = [draw(*q.shape) for q in Q]
+    dP = deft.orthonormalize_backward(dQ, Q, P)
+    exact = [p.double().requires_grad_() for p in P]
+    truth = reference.orthonormalize(exact)
+    grads = torch.autograd.grad(truth, exact, [d.double() for d in dQ])
+    plain = reference.orthonormalize(P)
+    for p, q, t, grad, ours, d in zip(P, Q, truth, grads, dP, dQ):
+        condition = torch.linalg.cond(p.double()).item()
+        eye = torch.eye(q.shape[1], dtype=torch.float64, device=DEVICE)
+        assert (q.double().T @ q.double() - eye).norm() <= 1e-5
+        assert (q - t).norm() <= 3e-6 * condition * math.sqrt(q.shape[1])  # signs included
+        assert (ours - grad).norm() <= 2e-6 * condition**2 * (d.norm() / p.norm()) * q.shape[1] + 1e-6 * grad.norm()
+        if condition < 1e2:
+            (plain_q,) = reference.orthonormalize([p])
+            (plain_grad,) = reference.orthonormalize_backward([d], [plain_q], [p])
+            assert (q - t).norm() <= 2 * (plain_q - t).norm() + 1e-6 * t.norm()
+            assert (ours - grad).norm() <= 2 * (plain_grad - grad).norm() + 1e-6 * grad.norm()
+    assert [q.shape for q in plain] == [q.shape for q in Q]
+
+
+def conditioned(m: int, r: int, condition: float) -> torch.Tensor:
+    u, v = torch.linalg.qr(torch.randn(m, r).double())[0], torch.linalg.qr(torch.randn(r, r).double())[0]
+    return ((u * torch.logspace(0, -math.log10(condition), r).double()) @ v).float().to(DEVICE)
+
+
+@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("m,r", [(200, 8), (70, 33)])
+def test_orthonormalize_up_to_a_condition_of_a_million(m, r, condition):
+    P = conditioned(m, r, condition)
+    (Q,) = deft.orthonormalize([P])
+    assert (Q.double().T @ Q.double() - torch.eye(r, device=DEVICE)).norm() <= 1e-5
+    (truth,), (plain,) = reference.orthonormalize([P.double()]), reference.orthonormalize([P])
+    assert (Q - truth).norm() <= 4 * (plain - truth).norm() + 1e-6  # both lose cond(P) digits, not the same ones
+
+
+def test_orthonormalize_of_anything_is_orthonormal():
+    twice = torch.randn(60, 3)
+    P = {
+        "zeros": torch.zeros(30, 4), "rank one": torch.randn(50, 1) @ torch.randn(1, 5), "twice": torch.cat([twice] * 2, 1),
+        "identity": torch.eye(40)[:, :7], "triangle": torch.cat([torch.randn(3, 3).triu(), torch.zeros(20, 3)]),
+        "square": torch.randn(16, 16), "one": torch.full((1, 1), -2.0), "a zero column": torch.randn(40, 5),
+        "huge and tiny columns": torch.randn(64, 6) * torch.tensor([1e-30, 1e30, 1, 1e-3, 1e10, 1e-12]),
+        "second panel depends": torch.randn(90, 40),
+    }  # fmt: skip
+    P["a zero column"][:, 2] = 0
+    P["second panel depends"][:, 35] = P["second panel depends"][:, 1]
+    P = {name: p.to(DEVICE) for name, p in P.items()}
+    for (name, p), q in zip(P.items(), deft.orthonormalize(list(P.values()))):
+        assert (q.double().T @ q.double() - torch.eye(q.shape[1], device=DEVICE)).norm() <= 1e-5, name
+        if name in ("identity", "triangle", "square", "one", "huge and tiny columns"):  # of full rank: Q is unique
+            torch.testing.assert_close(q, torch.linalg.qr(p.double()).Q.float(), rtol=1e-4, atol=1e-5, msg=name)
+        # span: what full rank there is lies in Q
+        torch.testing.assert_close(q @ (q.T @ p), p, rtol=1e-4, atol=2e-5 * p.abs().max().item())
+
+
+# project --------------------------------------------------------------------------------------------------------------
+
+layer = st.tuples(sizes, sizes, ranks, st.sampled_from(["both", "K", "R"]), st.booleans())
+
+
+@cases(100)
+@given(st.lists(layer, min_size=1, max_size=4), types, seeds, st.sampled_from([1.0, 1e-6, 1e4]))
+def test_project(layers, dtype, seed, scale):
+    draw = Draw(seed, dtype)
+    W = [draw(m, n, transposed=transposed) for m, n, _, _, transposed in layers]
+    K = [draw(m, r, dtype=torch.float32, scale=scale) if has != "R" else None for m, n, r, has, _ in layers]
+    R = [draw(r, n, dtype=torch.float32, scale=scale) if has != "K" else None for m, n, r, has, _ in layers]
+    injection, removal = draw(len(W), dtype=torch.float32), draw(len(W), dtype=torch.float32)
+    A = deft.project(K, W, R, injection, removal)
+    doubles = [[double(t) for t in list_] for list_ in (K, W, R)]
+    truth = reference.project(*doubles, injection.double(), removal.double())
+    plain = reference.project(K, W, R, injection, removal)
+    terms = reference.project(*([size(t) for t in list_] for list_ in (K, W, R)), size(injection), -size(removal))
+    for i, four in enumerate(zip(A, plain, truth, terms)):
+        assert_as_close_as_plain(*four, f"A[{i}]")
+
+    dA = [draw(*a.shape, dtype=torch.float32, scale=scale) for a in A]
+    some = [w if k is not None else None for k, w in zip(K, W)]
+    ours = deft.project_backward(dA, some, injection, removal)
+    plain = reference.project_backward(dA, some, injection, removal)
+    truth = reference.project_backward([d.double() for d in dA], map(double, some), injection.double(), removal.double())
+    terms = reference.project_backward([*map(size, dA)], map(size, some), size(injection), size(removal))
+    for name, grads in zip(("dK", "dR"), zip(ours, plain, truth, terms)):
+        for i, four in enumerate(zip(*grads)):
+            assert_as_close_as_plain(*four, f"{name}[{i}]")
+
+
+# merge ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tall", [False, True])
+@cases(50)
+@given(st.lists(layer, min_size=1, max_size=4), types, seeds)
+def test_merge(monkeypatch, tall, layers, dtype, seed):
+    monkeypatch.setattr(merging, "is_tall", lambda w, rank: tall)
+    draw = Draw(seed, dtype)
+    W = [draw(m, n, transposed=transposed) for m, n, _, _, transposed in layers]
+    B = [draw(m, r, dtype=torch.float32, scale=0.1) for m, n, r, _, _ in layers]
+    K = [draw(m, r, dtype=torch.float32, scale=0.1) if has != "R" else None for m, n, r, has, _ in layers]
+    R = [draw(r, n, dtype=torch.float32, scale=0.1) if has != "K" else None for m, n, r, has, _ in layers]
+    merged = deft.merge(W, B, K, R)
+    exact = reference.merge(*([double(t) for t in list_] for list_ in (W, B, K, R)))
+    minus = [None if k is None else -size(k) for k in K]
+    terms = reference.merge([*map(size, W)], [*map(size, B)], minus, [*map(size, R)])
+    for i, four in enumerate(zip(merged, reference.merge(W, B, K, R), exact, terms)):
+        assert_as_close_as_plain(*four, f"W'[{i}]")
+    snapshot = [w.clone() for w in W]
+    deft.merge_into(W, snapshot, B, K, R)  # from a snapshot,
+    for w, expected in zip(W, merged):
+        assert torch.equal(w, expected)
+    deft.merge_into(snapshot, snapshot, B, K, R)  # and in place
+    for w, expected in zip(snapshot, merged):
+        assert torch.equal(w, expected)
+
+
+def test_tall_layers_are_those_whose_strips_the_cache_does_not_hold(monkeypatch):
+    monkeypatch.setattr(merging, "chip", lambda device: (132, 50 << 20))
+    assert not merging.is_tall(torch.empty(1280, 2048, dtype=torch.bfloat16, device=DEVICE), 16)  # SDXL
+    assert merging.is_tall(torch.empty(15360, 3072, dtype=torch.bfloat16, device=DEVICE), 16)  # FLUX
+
+
+# lowrank_linear -------------------------------------------------------------------------------------------------------
+
+
+def force(monkeypatch, form: str):
+    monkeypatch.setattr(kernels, "choice", lambda what, *_: form if what == "product" or form == "chain" else "kernel")
+    monkeypatch.setattr(op, "merged_is_cheaper", lambda *shape: form == "merged")
+
+
+@pytest.mark.parametrize("form", ["chain", "expand", "fused", "merged"])
+@cases(60)
+@given(sizes, sizes, sizes, ranks, types, seeds, st.sampled_from(["", "bias", "leading", "strided", "transposed W"]))
+def test_lowrank_linear(monkeypatch, form, T, m, n, r, dtype, seed, kind):
+    if form == "merged" and dtype != torch.float32:
+        return
+    force(monkeypatch, form)
+    draw = Draw(seed, dtype)
+    x, dy = draw(T, n, transposed=kind == "strided"), draw(T, m, transposed=kind == "strided")
+    if kind == "leading":
+        x, dy = draw(2, T, n).transpose(0, 1), draw(T, 2, m)
+    W, B, A = draw(m, n, transposed=kind == "transposed W"), draw(m, r), draw(r, n)
+    bias = draw(m) if kind == "bias" else None
+
+    def run(function, *tensors):
+        x, W, bias, B, A, dy = tensors
+        inputs = [t.detach().clone().requires_grad_() for t in (x, B, A, *([] if bias is None else [bias]))]
+        y = function(inputs[0], W, bias if bias is None else inputs[3], inputs[1], inputs[2])
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    tensors = (x, W, bias, B, A, dy)
+    truth = run(reference.lowrank_linear, *map(double, tensors))
+    plain = run(reference.lowrank_linear, *tensors)
+    ours, terms = run(ops.LowRankLinear.apply, *tensors), run(reference.lowrank_linear, *map(size, tensors))
+    for name, *four in zip(("y", "dx", "dB", "dA", "dbias"), ours, plain, truth, terms):
+        assert_as_close_as_plain(*four, name)
+    again = run(ops.LowRankLinear.apply, *tensors)
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))  # from run to run, to the bit
+
+
+@pytest.mark.parametrize("form", ["chain", "expand", "fused", "merged"])
+def test_lowrank_linear_of_nothing(monkeypatch, form):
+    force(monkeypatch, form)
+    x, W, B, A = (torch.randn(*s, device=DEVICE) for s in ((0, 6), (5, 6), (5, 2), (2, 6)))
+    B.requires_grad_(), A.requires_grad_(), x.requires_grad_()
+    y = ops.LowRankLinear.apply(x, W, None, B, A)
+    y.sum().backward()
+    assert y.shape == (0, 5) and x.grad.shape == (0, 6) and B.grad.abs().sum() == 0 and A.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1)])
+def test_only_what_is_needed(monkeypatch, needs):
+    force(monkeypatch, "expand")
+    x, W, B, A = (torch.randn(*s, device=DEVICE) for s in ((20, 6), (5, 6), (5, 2), (2, 6)))
+    inputs = [t for t, need in zip((x, B, A), needs) if need]
+    for t in inputs:
+        t.requires_grad_()
+    dy = torch.randn(20, 5, device=DEVICE)
+    ours = torch.autograd.grad(ops.LowRankLinear.apply(x, W, None, B, A), inputs, dy)
+    torch.testing.assert_close(ours, torch.autograd.grad(reference.lowrank_linear(x, W, None, B, A), inputs, dy))
+
+
+# All of it together ---------------------------------------------------------------------------------------------------
+
+
+def step(model, x):
+    loss = model(x).square().mean()
+    loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@pytest.mark.parametrize("method", ["qr", "relu", "none", "para", "lora"])
+def test_a_model_trains_and_merges_as_on_the_reference(monkeypatch, method):
+    config = dk.LoraConfig(r=3) if method == "lora" else dk.DeftConfig(
+        r=3, para=method == "para", decomposition_method="qr" if method == "para" else method, init_weights=False
+    )  # fmt: skip
+    results = {}
+    for backend in ("triton", "reference"):
+        torch.manual_seed(1)
+        monkeypatch.setenv("DEFT_KERNELS_BACKEND", backend)
+        model = small_model(width=12).to(DEVICE)
+        dk.inject_adapter(model, config)
+        x = torch.randn(1, 3, 4, 4, device=DEVICE)
+        results[backend] = [step(model, x)]
+        with torch.no_grad():
+            dk.merge(model)
+            results[backend].append(model(x))
+            dk.unmerge(model)
+            results[backend].append(model(x))
+    torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-4, atol=1e-5)
+
+
+def test_launches_of_a_whole_model(monkeypatch):
+    """Preparing and merging 560 layers of SDXL's proportions, an eightieth of their size: a launch or two each."""
+    counted = []
+    for module in (launch, kernels):
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: counted.append(kernel.__name__))
+    shapes = [(16, 16)] * 360 + [(16, 32)] * 120 + [(16, 16)] * 60 + [(16, 32)] * 20
+    W = [torch.randn(*s, device=DEVICE) for s in shapes]
+    P = [torch.randn(m, 4, device=DEVICE) for m, _ in shapes]
+    R = [torch.randn(4, n, device=DEVICE) for _, n in shapes]
+    ones = torch.ones(560, device=DEVICE)
+
+    def launches(function):
+        counted.clear()
+        function()
+        return list(counted)
+
+    assert launches(lambda: deft.orthonormalize(P)) == ["orthonormalize_kernel"]
+    assert launches(lambda: deft.project(P, W, R, ones, ones)) == ["project_kernel"]
+    assert launches(lambda: deft.project_backward(R, W, ones, ones)) == ["project_backward_kernel"]
+    assert launches(lambda: deft.orthonormalize_backward(P, P, P)) == ["orthonormalize_backward_kernel"]
+    assert launches(lambda: deft.merge_into(W, W, P, P, R)) == ["merge_kernel"]
+    monkeypatch.setattr(merging, "is_tall", lambda w, rank: w.shape[1] == 32)
+    assert launches(lambda: deft.merge_into(W, W, P, P, R)) == ["project_kernel", "merge_kernel"]
+    # sizes of no whole vectors have a launch of their own
+    W[5], R[5] = W[5][:, :15], R[5][:, :15].contiguous()
+    monkeypatch.setattr(merging, "is_tall", lambda w, rank: False)
+    assert launches(lambda: deft.merge_into(W, W, P, P, R)) == ["merge_kernel"] * 2
+
+
+def test_no_pointer_is_ever_stale():
+    """Tensors that move, shrink, die and come back at another's address between calls with the same shapes."""
+    draw, kept = Draw(0, torch.float32), []
+    for i in range(30):
+        m, n = (48, 32) if i % 3 else (32, 48)
+        W, K, R = [draw(m, n) for _ in range(3)], [draw(m, 4) for _ in range(3)], [draw(4, n) for _ in range(3)]
+        if i % 2:
+            kept.append(W[1])  # so that what comes next lies elsewhere
+        for _ in range(2):
+            for ours, truth in zip(deft.project(K, W, R, torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE)),
+                                   reference.project(K, W, R, torch.ones(3), torch.ones(3))):  # fmt: skip
+                torch.testing.assert_close(ours, truth)
+            W[0].data = W[0].clone()  # moved
+            W[2] = W[2].t().contiguous().t()  # and laid out anew
+            K[0].normal_()  # another value at the same place
+
+
+def test_a_weight_that_was_freed_is_named():
+    W, K = [torch.randn(8, 8, device=DEVICE) for _ in range(3)], [torch.randn(8, 2, device=DEVICE) for _ in range(3)]
+    W[1].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"layer 1: the memory of a tensor \(8, 8\) has been freed"):
+        deft.project(K, W, [None] * 3, torch.ones(3, device=DEVICE), torch.ones(3, device=DEVICE))
+    with pytest.raises(RuntimeError, match=r"layer 1: the memory of a tensor \(8, 8\) has been freed"):
+        deft.merge_into(W, W, K, K, [None] * 3)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda W, K: W.__setitem__(1, W[1].to(torch.complex64)), "layer 1: W is torch.complex64"),
+        (lambda W, K: W.__setitem__(1, W[1].to(torch.int8)), "layer 1: W is torch.int8"),
+        (lambda W, K: W.__setitem__(0, W[0].double()), "layer 0: W is torch.float64"),
+        (lambda W, K: K.__setitem__(1, torch.randn(130, 129, device=DEVICE)), "layer 1: rank 129 is more than the 128"),
+        (lambda W, K: K.__setitem__(0, K[0].half()), "layer 0: K is torch.float16, and the kernels take torch.float32"),
+    ],
+)
+def test_what_the_kernels_cannot_serve_is_named(change, message):
+    W, K = [torch.randn(130, 8, device=DEVICE) for _ in range(2)], [torch.randn(130, 2, device=DEVICE) for _ in range(2)]
+    change(W, K)
+    with pytest.raises(RuntimeError, match=message):
+        deft.project(K, W, [None, None], torch.ones(2, device=DEVICE), torch.ones(2, device=DEVICE))
+
+
+def test_auto_says_openly_what_serves(monkeypatch):
+    assert dk.backends()["project"]["triton"] == "serves"
+    monkeypatch.setenv("DEFT_KERNELS_BACKEND", "auto")
+    row = dk.backends()["project"]
+    if DEVICE.type == "cuda":
+        assert row["triton"] == "serves" and row["reference"] == "serves what those before it cannot"
+    else:
+        assert row["reference"] == "serves" and row["triton"].startswith("no GPU")
+    P = [torch.randn(5, 2, dtype=torch.float64, device=DEVICE)]  # no kernel takes it
+    torch.testing.assert_close(deft.orthonormalize(P), reference.orthonormalize(P))
+
+
+# Without running them -------------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_compiles_for_every_architecture(record_property, tmp_path):
+    """Every kernel x type x configuration, for five architectures; memory within limits, no spills in the default
+    configurations on sm_90, matrix instructions wherever there is a product."""
+    script, file = Path(__file__).with_name("compile_kernels.py"), tmp_path / "kernels.json"
+    run = subprocess.run([sys.executable, script, "--json", file], capture_output=True, text=True, check=False)
+    assert file.is_file(), run.stderr[-2000:]
+    print(run.stdout)
+    rows = json.loads(file.read_text())
+    assert not [row for row in rows if "error" in row]
+    assert {row["arch"] for row in rows} == {"sm_80", "sm_89", "sm_90", "sm_100", "gfx942"}
+    assert not [row for row in rows if row["arch"] == "sm_90" and row["spills"]]
+    products = [row for row in rows if not row["kernel"].endswith("thin sum")]
+    assert all(row["matrix"].strip() not in ("", "mfma 0") for row in products)
+    large = [r for r in products if r["arch"] == "sm_90" and r["type"] != "fp32" and "vectors" in r["access"]]
+    large = [r for r in large if not r["kernel"].startswith(("orthonormalize", "lowrank_linear expand"))]
+    assert large and all("wgmma" in row["matrix"] for row in large)
+    record_property("kernels", len(rows))
