@@ -69,6 +69,11 @@ def _cast(tensors: list[Tensor | None], dtypes: list[torch.dtype]) -> list[Tenso
     return out
 
 
+def _of(scales: Tensor, layers: list[int]) -> Tensor:
+    """Some entries of (L,), without an index that would have to be copied to the device first."""
+    return scales if len(layers) == len(scales) else torch.stack([scales[i] for i in layers]) if layers else scales[:0]
+
+
 class Prepare(torch.autograd.Function):
     """(specs, injection (L,), removal (L,), P..., R..., W...) -> B..., A..., K..., R... of every layer's `Factors`."""
 
@@ -80,14 +85,13 @@ class Prepare(torch.autograd.Function):
 
         # Which layers have an A at all: not a LoRA under dropout, whose only part is the injection.
         projected = [i for i, s in enumerate(specs) if s.project and (K[i] is not None or (s.fold and R[i] is not None))]
-        all_of_them = len(projected) == L
         A_out: list[Tensor | None] = [None] * L
         for i, A in zip(projected, _ops.project(
             [K[i] for i in projected],
             [W[i] for i in projected],
             [R[i] if specs[i].fold else None for i in projected],
-            injection if all_of_them else injection[projected],
-            removal if all_of_them else removal[projected],
+            _of(injection, projected),
+            _of(removal, projected),
         )):  # fmt: skip
             A_out[i] = A
         K_out = [None if s.project or k is None else removal[i].to(k.dtype) * k for i, (s, k) in enumerate(zip(specs, K))]
@@ -132,8 +136,8 @@ class Prepare(torch.autograd.Function):
         moved = _ops.project_backward(
             [dA[i].contiguous() for i in through_A],
             [W[i] if need_P[i] and specs[i].method != "lora" else None for i in through_A],
-            injection if len(through_A) == L else injection[through_A],
-            removal if len(through_A) == L else removal[through_A],
+            _of(injection, through_A),
+            _of(removal, through_A),
         )
         for i, gK, gR in zip(through_A, *moved):
             dK[i] = gK if gK.numel() else None

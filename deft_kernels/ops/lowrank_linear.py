@@ -131,6 +131,17 @@ class LowRankLinear(torch.autograd.Function):
 differentiable("lowrank_linear", LowRankLinear.apply)
 
 
+def _check(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor) -> None:
+    m, n = W.shape
+    if x.shape[-1] != n or B.shape[0] != m or A.shape != (B.shape[1], n) or (bias is not None and bias.shape != (m,)):
+        raise ValueError(
+            f"lowrank_linear: x {tuple(x.shape)}, W {tuple(W.shape)}, B {tuple(B.shape)}, A {tuple(A.shape)}"
+            f"{'' if bias is None else f', bias {tuple(bias.shape)}'} do not fit y = x W^T + b + (x A^T) B^T"
+        )
+    if W.requires_grad:
+        raise ValueError("lowrank_linear: W requires grad, but the factor form treats the base weight as frozen")
+
+
 def lowrank_linear(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor) -> Tensor:
     """y = x W^T + b + (x A^T) B^T.
 
@@ -141,12 +152,53 @@ def lowrank_linear(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tens
     Returns y (..., m) in x's dtype. Differentiable once in x, bias, B and A.
     Raises ValueError for shapes that do not fit or a W that requires grad.
     """
-    m, n = W.shape
-    if x.shape[-1] != n or B.shape[0] != m or A.shape != (B.shape[1], n) or (bias is not None and bias.shape != (m,)):
-        raise ValueError(
-            f"lowrank_linear: x {tuple(x.shape)}, W {tuple(W.shape)}, B {tuple(B.shape)}, A {tuple(A.shape)}"
-            f"{'' if bias is None else f', bias {tuple(bias.shape)}'} do not fit y = x W^T + b + (x A^T) B^T"
-        )
-    if W.requires_grad:
-        raise ValueError("lowrank_linear: W requires grad, but the factor form treats the base weight as frozen")
+    _check(x, W, bias, B, A)
     return LowRankLinear.apply(x, W, bias, B, A)
+
+
+class SharedLowRankLinear(torch.autograd.Function):
+    """Several layers on one x: their A stacked, so that x is read once for all h, once for all dA, and dx is written once
+    for all expansions. Keeps x and h (T, sum r)."""
+
+    @staticmethod
+    def forward(ctx, layers: int, x, *tensors):
+        W, bias, B, A = (tensors[i * layers : (i + 1) * layers] for i in range(4))
+        rows, D = x.reshape(-1, x.shape[-1]), torch.cat(A)
+        h = rows @ D.t()
+        y = [torch.nn.functional.linear(rows, w.to(x.dtype), None if b is None else b.to(x.dtype)) for w, b in zip(W, bias)]
+        for out, part, b in zip(y, h.split([a.shape[0] for a in A], 1), B):
+            out.addmm_(part, b.t())
+        ctx.layers, ctx.bias_types = layers, [None if b is None else b.dtype for b in bias]
+        ctx.save_for_backward(x, h, D, *W, *B)
+        return tuple(out.view(*x.shape[:-1], out.shape[1]) for out in y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *dy):
+        x, h, D, *rest = ctx.saved_tensors
+        W, B = rest[: ctx.layers], rest[ctx.layers :]
+        rows, ranks = x.reshape(-1, x.shape[-1]), [b.shape[1] for b in B]
+        g = [d.reshape(-1, d.shape[-1]).to(x.dtype) for d in dy]
+        dh = torch.cat([d @ b for d, b in zip(g, B)], 1)
+        dB = [d.t() @ part for d, part in zip(g, h.split(ranks, 1))]
+        dA = (dh.t() @ rows).split(ranks)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = g[0] @ W[0].to(x.dtype)
+            for d, w in zip(g[1:], W[1:]):
+                dx.addmm_(d, w.to(x.dtype))
+            dx = dx.addmm_(dh, D).view(x.shape)
+        dbias = [None if t is None else d.sum(0, dtype=t) for d, t in zip(g, ctx.bias_types)]
+        return None, dx, *[None] * ctx.layers, *dbias, *dB, *(a.contiguous() for a in dA)
+
+
+def lowrank_linear_shared(x: Tensor, W: list[Tensor], bias: list[Tensor | None], B: list[Tensor], A: list[Tensor]):
+    """y_i = x W_i^T + b_i + (x A_i^T) B_i^T of several layers that read the same x, as an attention's Q, K and V do.
+
+    Arguments and errors as `lowrank_linear`, in lists with one entry per layer; ranks and m_i may differ. Returns a tuple of
+    y_i (..., m_i). Against a call for each layer this saves, of L layers, L - 1 passes over x in the forward, and L - 1
+    over x and L - 1 over dx in the backward.
+    """
+    for w, b, B_i, A_i in zip(W, bias, B, A, strict=True):
+        _check(x, w, b, B_i, A_i)
+    return SharedLowRankLinear.apply(len(W), x, *W, *bias, *B, *A)

@@ -187,32 +187,30 @@ def launch(kernel, programs: int | tuple[int, ...], *arguments, device: torch.de
         kernel[programs if isinstance(programs, tuple) else (programs,)](*arguments, **meta)
 
 
-def groups(kernel: str, weights: list[Tensor | None], ranks: list[int], *companions: list[Tensor | None]):
+def groups(kernel: str, wide: list[list[Tensor | None]], ranks: list[int], *narrow: list[Tensor | None]):
     """The layers that can share a launch: (indices, device, the kernel's compile-time arguments) for each group.
 
-    They share the type of their weights, and whether all their matrices can be read in 16-byte vectors. `companions` are
-    further matrices of each layer. A layer without a weight joins any that cannot.
+    `wide` are lists of matrices (m, n), the weights first; `narrow` lists of contiguous float32 factors. Layers share a
+    launch where their weights are of one type and all their matrices can, or cannot, be read in 16-byte vectors. A layer
+    without a weight joins any that cannot.
     """
+    weights = wide[0]
     if not weights:
         return
     rank = padded(max(ranks))
-    device = next(t.device for tensors in (weights, *companions) for t in tensors if t is not None)
+    device = next(t.device for tensors in (*wide, *narrow) for t in tensors if t is not None)
     common = next((w.dtype for w in weights if w is not None), torch.float32)
     found: dict[tuple, list[int]] = {}
     for i, w in enumerate(weights):
-        vectors = w is not None and ranks[i] % 4 == 0 and all(_in_vectors(t[i], ranks[i]) for t in (weights, *companions))
+        vectors = w is not None and ranks[i] % 4 == 0 and all(in_vectors(t[i]) for t in wide)
+        vectors = vectors and all(address(t[i], i) % 16 == 0 for t in narrow)
         found.setdefault((common if w is None else w.dtype, vectors), []).append(i)
     for (dtype, vectors), members in found.items():
         meta = {"DTYPE": TYPES[dtype], "RANK": rank, "ALIGNED": vectors, "PIECES": pieces(dtype), "PRECISION": precision()}
         yield members, device, meta | configuration(kernel, dtype, rank, device, vectors)
 
 
-def _in_vectors(matrix: Tensor | None, rank: int) -> bool:
-    """Whether a kernel may read or write a matrix in vectors: what `tile.pointer` and `tile.size` promise the compiler."""
-    if matrix is None or matrix.numel() == 0:
-        return True
-    if address(matrix) % 16:
-        return False
-    if matrix.shape[1] == rank:  # contiguous (m, r)
-        return matrix.is_contiguous()
-    return matrix.stride(1) == 1 and matrix.stride(0) % 16 == 0 and matrix.shape[1] % 16 == 0
+def in_vectors(matrix: Tensor) -> bool:
+    """Whether a matrix can be read in vectors along its second dimension: what `tile.pointer` and `tile.size` promise."""
+    (rows, columns), start = matrix.stride(), matrix.data_ptr()
+    return columns == 1 and rows % 16 == 0 and matrix.shape[1] % 16 == 0 and start % 16 == 0

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import INTERPRETED, cannot_serve, chip, choice, configuration, launch, padded, precision
+from .launch import INTERPRETED, cannot_serve, chip, choice, configuration, in_vectors, launch, padded, precision
 
 GROUP = 8  # rows of tiles that programs walk through column by column, so that left and M stay in the L2 cache
 
@@ -243,14 +243,16 @@ def product(left: Tensor, M: Tensor, bias: Tensor | None, D: Tensor, E: Tensor) 
     H = left.new_empty(rows, r)
     rank, device = padded(r), left.device
     strides = (*D.stride(), *E.stride())
-    meta = {"RANK": rank, "PRECISION": precision(), **configuration(f"lowrank_linear {form}", left.dtype, rank, device)}
+    by_column = M.stride(0) == 1
+    vectors = in_vectors(left) and in_vectors(M.t() if by_column else M)
+    config = configuration(f"lowrank_linear {form}", left.dtype, rank, device, vectors)
+    meta = {"RANK": rank, "PRECISION": precision(), **config}
     if form == "expand":
         out = left @ M if bias is None else torch.addmm(bias, left, M)
         launch(expand_kernel, triton.cdiv(rows, meta["BM"]), left, D, E, out, H, rows, width, columns, r,
                *left.stride(), *strides, out.stride(0), device=device, **meta)  # fmt: skip
         return out, H
     out = left.new_empty(rows, columns)
-    by_column = M.stride(0) == 1
     tiles = triton.cdiv(rows, meta["BM"]) * triton.cdiv(columns, meta["BN"])
     operands, descriptors = (left, M), can_describe(left) and can_describe(M.t() if by_column else M)
     if descriptors:
@@ -282,7 +284,8 @@ def thin_products(dy: Tensor, h: Tensor, x: Tensor, dh: Tensor) -> tuple[Tensor,
     if choice("thin", dy.dtype, (rows, m, n, r), dy.device) == "chain" or 0 in (rows, m, n):
         return dy.t() @ h, dh.t() @ x
     rank, device = padded(r), dy.device
-    meta = {"RANK": rank, "PRECISION": precision(), **configuration("lowrank_linear thin", dy.dtype, rank, device)}
+    config = configuration("lowrank_linear thin", dy.dtype, rank, device, in_vectors(dy) and in_vectors(x))
+    meta = {"RANK": rank, "PRECISION": precision(), **config}
     m_tiles, n_tiles = triton.cdiv(m, meta["BN"]), triton.cdiv(n, meta["BN"])
     # as many parts as fill the multiprocessors twice, of no fewer than 4 blocks of rows
     part = max(triton.cdiv(rows * (m_tiles + n_tiles), 2 * chip(device)[0]), 4 * meta["BM"])

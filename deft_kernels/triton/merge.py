@@ -85,7 +85,7 @@ def merge_into(out, W, B, K, R) -> None:
         ones = torch.ones(len(tall), device=W[tall[0]].device)
         for i, A in zip(tall, project(*([tensors[i] for i in tall] for tensors in (K, W, R)), ones, ones)):
             K[i], R[i] = None, A
-    for members, device, meta in groups("merge", W, [b.shape[1] for b in B], out, B, K, R):
+    for members, device, meta in groups("merge", [W, out], [b.shape[1] for b in B], B, K, R):
         rows, tiles = [], []
         for i in members:
             (m, n), strips = W[i].shape, triton.cdiv(W[i].shape[1], meta["BN"])

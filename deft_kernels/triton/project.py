@@ -90,12 +90,12 @@ def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
     A = [torch.empty(r, w.shape[1], dtype=torch.float32, device=w.device) for r, w in zip(ranks, W)]
     K = [None if k is None else k.contiguous() for k in K]
     R = [None if r is None else r.contiguous() for r in R]
-    for members, device, meta in groups("project", W, ranks, K, R, A):
+    for members, device, meta in groups("project", [W], ranks, K, R, A):
         launch_layers(
             project_kernel,
             [(*(address(t[i], i) for t in (K, W, R, A)), *W[i].shape, ranks[i], *W[i].stride(), i, 0) for i in members],
             [triton.cdiv(W[i].shape[1], meta["BN"]) for i in members],
-            injection, removal, FIELDS=FIELDS, device=device, **meta,
+            injection.contiguous(), removal.contiguous(), FIELDS=FIELDS, device=device, **meta,
         )  # fmt: skip
     return A
 
@@ -156,11 +156,20 @@ def project_backward(dA, W, injection: Tensor, removal: Tensor) -> tuple[list[Te
     dK = [da.new_empty(0) if w is None else da.new_empty(w.shape[0], da.shape[0]) for da, w in zip(dA, W)]
     dR = [torch.empty_like(da) for da in dA]
     ranks = [da.shape[0] for da in dA]
-    for members, device, meta in groups("project_backward", W, ranks, dA, dK, dR):
+    for members, device, meta in groups("project_backward", [W], ranks, dA, dK, dR):
         rows, tiles = [], []
         for i in members:
             (r, n), (m, stride) = dA[i].shape, (0, (0, 0)) if W[i] is None else (W[i].shape[0], W[i].stride())
             tiles.append(triton.cdiv(m, meta["BM"]) or triton.cdiv(n, meta["BN"]))
             rows.append((*(address(t[i], i) for t in (dA, W, dR, dK)), m, n, r, *stride, i, tiles[-1]))
-        launch_layers(project_backward_kernel, rows, tiles, injection, removal, FIELDS=FIELDS, device=device, **meta)
+        launch_layers(
+            project_backward_kernel,
+            rows,
+            tiles,
+            injection.contiguous(),
+            removal.contiguous(),
+            FIELDS=FIELDS,
+            device=device,
+            **meta,
+        )
     return dK, dR

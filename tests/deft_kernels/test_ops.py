@@ -121,6 +121,32 @@ def test_error_is_at_most_twice_that_of_plain_torch(dtype, m, n, r, leading):
         assert error <= 2 * allowed, (name, error.item(), allowed.item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_that_share_x(dtype):
+    x, sizes = randn(3, 7, 6), [(5, 2), (9, 3), (4, 1)]
+    W, B, A = ([randn(m, 6) for m, _ in sizes], [randn(m, r) for m, r in sizes], [randn(r, 6) for _, r in sizes])
+    bias = [randn(5), None, randn(4)]
+    exact = [[t if t is None else t.to(dtype).double() for t in list_] for list_ in ([x], W, bias, B, A)]
+    dy = [randn(3, 7, m).to(dtype).double() for m, _ in sizes]
+
+    def run(function, dtype):
+        (x,), W, bias, B, A = ([t if t is None else t.to(dtype) for t in list_] for list_ in exact)
+        inputs = [t.requires_grad_() for t in (x, *B, *A, bias[0], bias[2])]
+        y = function(x, W, bias, B, A)
+        return [*y, *torch.autograd.grad(y, inputs, [d.to(dtype) for d in dy])]
+
+    def apart(x, *lists):
+        return [reference.lowrank_linear(x, *one) for one in zip(*lists)]
+
+    truth, plain, ours = run(apart, torch.float64), run(apart, dtype), run(ops.lowrank_linear_shared, dtype)
+    for t, p, o in zip(truth, plain, ours):
+        assert o.dtype == dtype and o.shape == t.shape
+        error, allowed = (o.double() - t).norm() / t.norm(), (p.double() - t).norm() / t.norm()
+        assert error <= 2 * allowed + torch.finfo(dtype).eps / 2
+    with pytest.raises(ValueError, match=r"B \(8, 3\).*do not fit"):
+        ops.lowrank_linear_shared(x, W, bias, [B[0], randn(8, 3), B[2]], A)
+
+
 def test_non_contiguous_inputs():
     x, W, B, A = randn(6, 30).T, randn(6, 5).T, randn(2, 5).T, randn(6, 2).T
     torch.testing.assert_close(lowrank_linear(x, W, None, B, A), reference.lowrank_linear(x, W, None, B, A))

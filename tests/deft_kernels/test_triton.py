@@ -25,6 +25,7 @@ pytest.importorskip("triton")
 launch = pytest.importorskip("deft_kernels.triton.launch")
 from deft_kernels.triton import lowrank_linear as kernels  # noqa: E402
 from deft_kernels.triton import merge as merging  # noqa: E402
+from deft_kernels.triton import project as projecting  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
@@ -325,6 +326,34 @@ def test_launches_of_a_whole_model(monkeypatch):
     W[5], R[5] = W[5][:, :15], R[5][:, :15].contiguous()
     monkeypatch.setattr(merging, "is_tall", lambda w, rank: False)
     assert launches(lambda: deft.merge_into(W, W, P, P, R)) == ["merge_kernel"] * 2
+
+
+@cases(60)
+@given(st.lists(st.tuples(sizes, sizes, ranks, st.booleans(), st.integers(0, 4)), min_size=1, max_size=6), types, seeds)
+def test_what_the_compiler_is_promised_is_true(monkeypatch, layers, dtype, seed):
+    """ALIGNED lets the compiler read vectors and drop masks: the interpreter would not notice a promise that is broken."""
+    seen = []
+
+    def launched(kernel, rows, tiles, *arguments, ALIGNED, **meta):
+        for row in rows if ALIGNED else ():
+            first = 5 if kernel is merging.merge_kernel else 4  # of the fields that are no pointers
+            pointers, (_, n, r, *strides) = row[:first], row[first:]
+            strides = [strides[:2], strides[2:4]] if kernel is merging.merge_kernel else [strides[:2]]
+            assert all(p % 16 == 0 for p in pointers) and n % 16 == 0 and r % 4 == 0
+            assert all(down % 16 == 0 and across == 1 for down, across in strides)
+        seen.append((ALIGNED, len(rows)))
+
+    for module in (projecting, merging):
+        monkeypatch.setattr(module, "launch_layers", launched)
+    draw = Draw(seed, dtype)
+    W = [draw(m, n + off, transposed=transposed)[:, off:] for m, n, _, transposed, off in layers]
+    K = [draw(m, r, dtype=torch.float32) for m, _, r, _, _ in layers]
+    R = [draw(r * n + off, dtype=torch.float32)[off:].view(r, n) for _, n, r, _, off in layers]
+    ones = torch.ones(len(W), device=DEVICE)
+    deft.project(K, W, R, ones, ones)
+    deft.project_backward(R, W, ones, ones)
+    deft.merge_into(W, W, K, K, R)
+    assert sum(count for _, count in seen) >= 3 * len(W)
 
 
 def test_no_pointer_is_ever_stale():
