@@ -71,7 +71,9 @@ def precision(exact: bool = False) -> str:
     keep float32's accuracy. AMD's matrix units take float32 as it is. `exact` ignores the setting."""
     if INTERPRETED or torch.version.hip:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not exact else "tf32x3"
+    asked = torch.backends.cuda.matmul.fp32_precision
+    asked = torch.backends.fp32_precision if asked == "none" else asked
+    return "tf32" if asked == "tf32" and not exact else "tf32x3"
 
 
 def pieces(dtype: torch.dtype) -> int:

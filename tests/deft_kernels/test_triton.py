@@ -356,6 +356,18 @@ def test_what_the_compiler_is_promised_is_true(monkeypatch, layers, dtype, seed)
     assert sum(count for _, count in seen) >= 3 * len(W)
 
 
+@pytest.mark.parametrize("asked,expected", [("highest", ("tf32x3", 3, 3)), ("high", ("tf32", 2, 1))])
+def test_float32_follows_torch_setting(monkeypatch, asked, expected):
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(asked)
+        assert (launch.precision(), launch.pieces(torch.bfloat16), launch.pieces(torch.float16)) == expected
+        assert launch.precision(exact=True) == "tf32x3"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_no_pointer_is_ever_stale():
     """Tensors that move, shrink, die and come back at another's address between calls with the same shapes."""
     draw, kept = Draw(0, torch.float32), []
@@ -409,6 +421,75 @@ def test_auto_says_openly_what_serves(monkeypatch):
         assert row["reference"] == "serves" and row["triton"].startswith("no GPU")
     P = [torch.randn(5, 2, dtype=torch.float64, device=DEVICE)]  # no kernel takes it
     torch.testing.assert_close(deft.orthonormalize(P), reference.orthonormalize(P))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_of_a_step_replays_with_new_values():
+    """Prepare, forward, backward and merge of a model, captured once: no synchronisation, tables that outlive the cache."""
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(torch.nn.Linear(96, 96) for _ in range(4))).cuda().requires_grad_(False)
+    dk.inject_adapter(layers, dk.DeftConfig(r=4, target_modules=["0", "1", "2", "3"], init_weights=False))
+    x = torch.randn(50, 96, device="cuda")
+    parameters = [p for p in layers.parameters() if p.requires_grad]
+
+    def run():
+        loss = layers(x).square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, parameters)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    launch._kept.cache_clear()
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(torch.randn_like(p) * 0.1)
+    graph.replay()
+    torch.testing.assert_close(captured, run(), rtol=0, atol=0)  # to the bit: nothing depends on the run
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    P, W = [torch.randn(320, 8, device="cuda") for _ in range(3)], [torch.randn(320, 640, device="cuda") for _ in range(3)]
+    R, ones = [torch.randn(8, 640, device="cuda") for _ in range(3)], torch.ones(3, device="cuda")
+    x = torch.randn(100, 640, device="cuda")
+
+    def everything():
+        Q = deft.orthonormalize(P)
+        A = deft.project(Q, W, R, ones, ones)
+        y, h = deft.lowrank_linear_forward(x, W[0], None, Q[0], A[0], False)
+        deft.lowrank_linear_backward(y, x, h, W[0], Q[0], A[0], False, [True] * 4)
+        dK, _ = deft.project_backward(A, W, ones, ones)
+        deft.orthonormalize_backward(dK, Q, P)
+        deft.merge(W, Q, Q, R)
+
+    everything()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        everything()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_more_than_2_to_the_31_elements(dtype):
+    T, n, m = (1 << 31) // 4096 + 100, 4096, 64
+    x, W = torch.randn(T, n, device="cuda", dtype=dtype), torch.randn(m, n, device="cuda", dtype=dtype)
+    B, A = torch.randn(m, 4, device="cuda", dtype=dtype), torch.randn(4, n, device="cuda", dtype=dtype) / 64
+    tail = slice(T - 50, T)
+    for form in ("chain", "expand", "fused"):
+        with pytest.MonkeyPatch.context() as patch:
+            force(patch, form)
+            y, h = deft.lowrank_linear_forward(x, W, None, B, A, False)
+            torch.testing.assert_close(y[tail], reference.lowrank_linear(x[tail], W, None, B, A), rtol=2e-2, atol=0.5)
+            dx, dB, dA, _ = deft.lowrank_linear_backward(y, x, h, W, B, A, False, [True, True, True, False])
+            assert dx[tail].isfinite().all() and dB.isfinite().all() and dA.isfinite().all()
 
 
 # Without running them -------------------------------------------------------------------------------------------------
