@@ -269,6 +269,28 @@ def test_only_what_is_needed(monkeypatch, needs):
     torch.testing.assert_close(ours, torch.autograd.grad(reference.lowrank_linear(x, W, None, B, A), inputs, dy))
 
 
+# As operations of torch -----------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    """Schemas, shape functions and autograd hold for what the kernels return, too."""
+    check, randn = torch.library.opcheck, lambda *shape: torch.randn(*shape, device=DEVICE)
+    P, W, R = [randn(20, 3), randn(9, 4)], [randn(20, 16), randn(9, 6)], [randn(3, 16), None]
+    Q, scales = deft.orthonormalize(P), (randn(2), randn(2))
+    check(deft.orthonormalize.default, (P,))
+    check(deft.orthonormalize_backward.default, ([randn(20, 3), randn(9, 4)], Q, P))
+    check(deft.project.default, ([Q[0], None], W, [None, randn(4, 6)], *scales))
+    check(deft.project_backward.default, ([randn(3, 16), randn(4, 6)], [W[0], None], *scales))
+    check(deft.merge.default, (W, P, Q, R))
+    check(deft.merge_into.default, ([randn(20, 16), randn(9, 6)], W, P, Q, R))
+    x, B, A = randn(2, 4, 16), randn(20, 3), randn(3, 16)
+    for merged in (False, True):
+        check(deft.lowrank_linear_forward.default, (x, W[0], None, B, A, merged))
+        h = deft.lowrank_linear_forward(x, W[0], None, B, A, merged)[1]
+        for needs in ([True] * 4, [False, True, True, False]):
+            check(deft.lowrank_linear_backward.default, (randn(2, 4, 20), x, h, W[0], B, A, merged, needs))
+
+
 # All of it together ---------------------------------------------------------------------------------------------------
 
 

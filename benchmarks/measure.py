@@ -1,0 +1,101 @@
+"""How the benchmarks take time, how much input they rotate through, and what they say of the machine."""
+
+import functools
+import importlib
+import importlib.util
+import re
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.conftest import context
+
+MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
+
+
+def environment() -> dict[str, str]:
+    """Device, driver, versions and commit, which ends in -dirty where the tree has changes."""
+    found = context() | {"triton": "not installed", "driver": "none"}
+    if importlib.util.find_spec("triton"):
+        found["triton"] = importlib.import_module("triton").__version__
+    if torch.cuda.is_available():
+        found["driver"] = f"HIP {torch.version.hip}" if torch.version.hip else "unknown: no nvidia-smi"
+        if not torch.version.hip and shutil.which("nvidia-smi"):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            found["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return found
+
+
+def file_name(text: str) -> str:
+    """A device's name as part of a path."""
+    return re.sub("[^A-Za-z0-9]+", "_", text)
+
+
+def copies(size: int, device: torch.device) -> int:
+    """How many inputs of `size` bytes to rotate through, so that none is still in the L2 cache when its turn comes."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return 1 if size > 4 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
+
+
+def wall_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
+    """Median seconds of one of `calls` (the same work on several inputs) by the clock on the wall, the host included;
+    `budget` seconds are spent on it, and 5 rounds at least."""
+    _round(calls, device)
+    return _median(lambda: _round(calls, device)[1], _round(calls, device)[1], budget) / len(calls)
+
+
+def device_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
+    """Median seconds of one of `calls` on the device, whose queue is full before the first begins: while it sleeps, the
+    host launches a whole round. (A queue holds about a thousand launches; what launches more, or waits for the device
+    in between, is timed with the host.) On a CPU the same as `wall_seconds`."""
+    if device.type != "cuda":
+        return wall_seconds(calls, device, budget)
+    _round(calls, device)
+    host, wall = _round(calls, device)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def one_round() -> float:
+        torch.cuda._sleep(int(1.5 * host * _cycles(device)))
+        begin.record()
+        for call in calls:
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return _median(one_round, wall, budget) / len(calls)
+
+
+@functools.lru_cache
+def _cycles(device: torch.device) -> float:
+    """Cycles of `torch.cuda._sleep` in a second."""
+    cycles = 50_000_000
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        begin.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+    return cycles / (begin.elapsed_time(end) / 1e3)
+
+
+def _round(calls: list[Callable], device: torch.device) -> tuple[float, float]:
+    """Seconds until the host, and until the device, is done with all calls."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    host = time.perf_counter() - start
+    wait()
+    return host, time.perf_counter() - start
+
+
+def _median(one_round: Callable[[], float], expected: float, budget: float) -> float:
+    return statistics.median(one_round() for _ in range(min(100, max(5, int(budget / expected)))))

@@ -1,0 +1,28 @@
+"""The layers that the benchmarks measure, in one place. W is (m, n) = (out, in); T counts the rows of x, in tokens."""
+
+RANK = 16
+
+# (m, n) -> how many: the attention projections of SDXL's UNet, which an adapter takes by default; 0.955 G weights
+SDXL = {(1280, 1280): 360, (1280, 2048): 120, (640, 640): 60, (640, 2048): 20}
+
+# 8 of the 38 `proj_mlp` of FLUX.1: layers so tall that a strip of them leaves the L2 cache before it is read again
+TALL = {(12288, 3072): 8}
+
+# Square projections with the tokens of a 1024-pixel image: (features, T)
+LINEAR = [(640, 4096), (1280, 4096), (3072, 4608)]
+
+# Where the forms of lowrank_linear are compared: (T, m, n)
+PROJECTIONS = [
+    (4096, 320, 320), (1024, 640, 640), (256, 1280, 1280), (77, 1280, 768),  # SD 1.5 at 512 pixels
+    (4096, 640, 640), (1024, 1280, 1280), (4096, 1280, 1280), (77, 640, 2048), (77, 1280, 2048),  # SDXL, one and four images
+    (4608, 3072, 3072), (512, 3072, 3072), (4608, 12288, 3072), (4608, 3072, 12288), (4608, 3072, 15360),  # FLUX.1
+]  # fmt: skip
+
+# What a CPU can try the code on in seconds
+TINY = {(64, 64): 3, (64, 96): 2}
+TINY_LINEAR = [(64, 96)]
+
+
+def each(layers: dict[tuple[int, int], int]) -> list[tuple[int, int]]:
+    """(m, n) of every layer."""
+    return [shape for shape, count in layers.items() for _ in range(count)]
