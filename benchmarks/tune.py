@@ -94,10 +94,19 @@ def tables(device: torch.device) -> dict:
     return launch.tuned(torch.cuda.get_device_name(device) if device.type == "cuda" else "default")
 
 
+def forget() -> None:
+    """What launches remember of the tables."""
+    from deft_kernels.triton import launch
+
+    launch.configuration.cache_clear()
+    launch.choice.cache_clear()
+
+
 def install(device: torch.device, kernel: str, key: str, candidate: dict) -> None:
     """From here on launches of a kernel use a candidate; lowrank_linear's take the form that has it."""
     os.environ["DEFT_KERNELS_BACKEND"] = "triton"
     tables(device)["kernels"][kernel][key] = candidate
+    forget()
     if kernel.startswith("lowrank_linear"):
         form = kernel.split()[1]
         choose(device, *(("thin", "kernel") if form == "thin" else ("product", form)))
@@ -105,6 +114,7 @@ def install(device: torch.device, kernel: str, key: str, candidate: dict) -> Non
 
 def choose(device: torch.device, what: str, form: str) -> None:
     tables(device)["choices"][what] = {kind: [{"shape": [1, 1, 1, 1], "form": form}] for kind in TYPES}
+    forget()
 
 
 def check(device: torch.device, kernel: str, key: str, candidate: dict) -> str | None:

@@ -29,25 +29,30 @@ TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: t
 def cannot_serve(layers: dict[str, list[Tensor | None]], ranks: list[int], float32: tuple[str, ...] = ()) -> str | None:
     """Why the tensors of these layers (role -> one for each layer) cannot be served, or None. The roles in `float32` must
     be that; the ranks are the layers'."""
-    first = next((t for tensors in layers.values() for t in tensors if t is not None), None)
-    if first is None:
+    kinds = {(t.device, t.dtype, t.layout) for tensors in layers.values() for t in tensors if t is not None}
+    if not kinds:
         return None
-    if first.device.type != "cuda" and not (INTERPRETED and first.device.type == "cpu"):
-        return f"tensors on the {first.device.type}, not on a GPU"
+    device = next(iter(kinds))[0]
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"tensors on the {device.type}, not on a GPU"
     for role, tensors in layers.items():
-        for i, t in enumerate(tensors):
-            if t is None:
-                continue
-            if t.device != first.device:
-                return f"layer {i}: tensors on {first.device} and {t.device}"
-            if role in float32 and t.dtype != torch.float32:
-                return f"layer {i}: {role} is {t.dtype}, and the kernels take torch.float32"
-            if t.dtype not in TYPES or t.layout != torch.strided:
-                return f"layer {i}: {role} is {t.dtype}, {t.layout}: the kernels take float32, bfloat16 and float16, strided"
+        types = (torch.float32,) if role in float32 else TYPES
+        if any(d != device or dtype not in types or layout != torch.strided for d, dtype, layout in kinds):
+            for i, t in enumerate(tensors):
+                if t is None:
+                    continue
+                if t.device != device:
+                    return f"layer {i}: tensors on {device} and {t.device}"
+                if t.dtype not in types or t.layout != torch.strided:
+                    return f"layer {i}: {role} is {t.dtype}, {t.layout}; the kernels take {names_of(types)}, strided"
     for i, rank in enumerate(ranks):
         if rank > MAX_RANK:
             return f"layer {i}: rank {rank} is more than the {MAX_RANK} that a kernel keeps on chip"
     return None
+
+
+def names_of(types) -> str:
+    return " or ".join(str(t).removeprefix("torch.") for t in types)
 
 
 def address(tensor: Tensor | None, layer: int = 0) -> int:
@@ -99,6 +104,7 @@ def tuned(device_name: str) -> dict:
     return found
 
 
+@functools.lru_cache
 def _tuned(device: torch.device) -> dict:
     return tuned(torch.cuda.get_device_name(device) if device.type == "cuda" else "default")
 
@@ -107,6 +113,7 @@ def _class(dtype: torch.dtype) -> str:
     return "float32" if dtype == torch.float32 else "half"
 
 
+@functools.lru_cache(maxsize=1024)
 def configuration(kernel: str, dtype: torch.dtype, rank: int, device: torch.device, vectors: bool = True) -> dict:
     """Block sizes, warps and stages of a kernel for operands of `dtype` and a padded rank; a kernel may have others where
     matrices cannot be read in vectors."""
@@ -117,11 +124,17 @@ def configuration(kernel: str, dtype: torch.dtype, rank: int, device: torch.devi
     return found
 
 
+@functools.lru_cache(maxsize=4096)
 def choice(what: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> str:
     """The form that was measured to be the fastest at the nearest shape (by ratios of its sizes)."""
     measured = _tuned(device)["choices"][what][_class(dtype)]
     sizes = [math.log(max(size, 1)) for size in shape]
     return min(measured, key=lambda entry: sum((a - math.log(b)) ** 2 for a, b in zip(sizes, entry["shape"])))["form"]
+
+
+def cdiv(size: int, block: int) -> int:
+    """Blocks that cover a size. (Triton's own is many times slower on the host, and is called for every layer.)"""
+    return -(-size // block)
 
 
 def padded(rank: int) -> int:

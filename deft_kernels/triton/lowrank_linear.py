@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import INTERPRETED, cannot_serve, chip, choice, configuration, in_vectors, launch, padded, precision
+from .launch import INTERPRETED, cannot_serve, cdiv, chip, choice, configuration, in_vectors, launch, padded, precision
 
 GROUP = 8  # rows of tiles that programs walk through column by column, so that left and M stay in the L2 cache
 
@@ -249,11 +249,11 @@ def product(left: Tensor, M: Tensor, bias: Tensor | None, D: Tensor, E: Tensor) 
     meta = {"RANK": rank, "PRECISION": precision(), **config}
     if form == "expand":
         out = left @ M if bias is None else torch.addmm(bias, left, M)
-        launch(expand_kernel, triton.cdiv(rows, meta["BM"]), left, D, E, out, H, rows, width, columns, r,
+        launch(expand_kernel, cdiv(rows, meta["BM"]), left, D, E, out, H, rows, width, columns, r,
                *left.stride(), *strides, out.stride(0), device=device, **meta)  # fmt: skip
         return out, H
     out = left.new_empty(rows, columns)
-    tiles = triton.cdiv(rows, meta["BM"]) * triton.cdiv(columns, meta["BN"])
+    tiles = cdiv(rows, meta["BM"]) * cdiv(columns, meta["BN"])
     operands, descriptors = (left, M), can_describe(left) and can_describe(M.t() if by_column else M)
     if descriptors:
         block = [meta["BN"], meta["BK"]] if by_column else [meta["BK"], meta["BN"]]
@@ -286,14 +286,14 @@ def thin_products(dy: Tensor, h: Tensor, x: Tensor, dh: Tensor) -> tuple[Tensor,
     rank, device = padded(r), dy.device
     config = configuration("lowrank_linear thin", dy.dtype, rank, device, in_vectors(dy) and in_vectors(x))
     meta = {"RANK": rank, "PRECISION": precision(), **config}
-    m_tiles, n_tiles = triton.cdiv(m, meta["BN"]), triton.cdiv(n, meta["BN"])
+    m_tiles, n_tiles = cdiv(m, meta["BN"]), cdiv(n, meta["BN"])
     # as many parts as fill the multiprocessors twice, of no fewer than 4 blocks of rows
-    part = max(triton.cdiv(rows * (m_tiles + n_tiles), 2 * chip(device)[0]), 4 * meta["BM"])
-    part = triton.cdiv(part, meta["BM"]) * meta["BM"]
-    parts = triton.cdiv(rows, part)
+    part = max(cdiv(rows * (m_tiles + n_tiles), 2 * chip(device)[0]), 4 * meta["BM"])
+    part = cdiv(part, meta["BM"]) * meta["BM"]
+    parts = cdiv(rows, part)
     partial = torch.empty(parts, m + n, rank, dtype=torch.float32, device=device)
     launch(thin_kernel, (m_tiles + n_tiles, parts), dy, h.contiguous(), x, dh.contiguous(), partial, rows, m, n, r,
            *dy.stride(), *x.stride(), m_tiles, part, device=device, **meta)  # fmt: skip
     dB, dA = dy.new_empty(m, r), dy.new_empty(r, n)
-    launch(thin_sum_kernel, triton.cdiv(m + n, 64), partial, dB, dA, parts, m, n, r, RANK=rank, BN=64, device=device)
+    launch(thin_sum_kernel, cdiv(m + n, 64), partial, dB, dA, parts, m, n, r, RANK=rank, BN=64, device=device)
     return dB, dA

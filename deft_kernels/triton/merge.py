@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import address, cannot_serve, chip, configuration, groups, launch_layers, padded
+from .launch import address, cannot_serve, cdiv, chip, configuration, groups, launch_layers, padded
 from .project import project, removed_strip
 from .tile import columns_of, find, pointer, size
 
@@ -88,9 +88,9 @@ def merge_into(out, W, B, K, R) -> None:
     for members, device, meta in groups("merge", [W, out], [b.shape[1] for b in B], B, K, R):
         rows, tiles = [], []
         for i in members:
-            (m, n), strips = W[i].shape, triton.cdiv(W[i].shape[1], meta["BN"])
+            (m, n), strips = W[i].shape, cdiv(W[i].shape[1], meta["BN"])
             part = m if K[i] is not None else 4 * meta["BM"]
-            tiles.append(strips * triton.cdiv(m, part) if m else 0)
+            tiles.append(strips * cdiv(m, part) if m else 0)
             pointers = (address(t[i], i) for t in (K, W, R, B, out))
             rows.append((*pointers, m, n, B[i].shape[1], *W[i].stride(), *out[i].stride(), part))
         launch_layers(merge_kernel, rows, tiles, FIELDS=FIELDS, device=device, **meta)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import address, cannot_serve, groups, launch_layers
+from .launch import address, cannot_serve, cdiv, groups, launch_layers
 from .tile import column_powers, columns_of, dot_pieces, find, pointer, row_powers, size
 
 FIELDS = 11  # K, W, R, A (backward: dA, W, dR, dK), m, n, r, W's strides, layer, tiles; what is missing has address 0
@@ -94,7 +94,7 @@ def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
         launch_layers(
             project_kernel,
             [(*(address(t[i], i) for t in (K, W, R, A)), *W[i].shape, ranks[i], *W[i].stride(), i, 0) for i in members],
-            [triton.cdiv(W[i].shape[1], meta["BN"]) for i in members],
+            [cdiv(W[i].shape[1], meta["BN"]) for i in members],
             injection.contiguous(), removal.contiguous(), FIELDS=FIELDS, device=device, **meta,
         )  # fmt: skip
     return A
@@ -160,7 +160,7 @@ def project_backward(dA, W, injection: Tensor, removal: Tensor) -> tuple[list[Te
         rows, tiles = [], []
         for i in members:
             (r, n), (m, stride) = dA[i].shape, (0, (0, 0)) if W[i] is None else (W[i].shape[0], W[i].stride())
-            tiles.append(triton.cdiv(m, meta["BM"]) or triton.cdiv(n, meta["BN"]))
+            tiles.append(cdiv(m, meta["BM"]) or cdiv(n, meta["BN"]))
             rows.append((*(address(t[i], i) for t in (dA, W, dR, dK)), m, n, r, *stride, i, tiles[-1]))
         launch_layers(
             project_backward_kernel,

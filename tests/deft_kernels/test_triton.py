@@ -423,7 +423,7 @@ def test_a_weight_that_was_freed_is_named():
         (lambda W, K: W.__setitem__(1, W[1].to(torch.int8)), "layer 1: W is torch.int8"),
         (lambda W, K: W.__setitem__(0, W[0].double()), "layer 0: W is torch.float64"),
         (lambda W, K: K.__setitem__(1, torch.randn(130, 129, device=DEVICE)), "layer 1: rank 129 is more than the 128"),
-        (lambda W, K: K.__setitem__(0, K[0].half()), "layer 0: K is torch.float16, and the kernels take torch.float32"),
+        (lambda W, K: K.__setitem__(0, K[0].half()), "layer 0: K is torch.float16, torch.strided; the kernels take float32"),
     ],
 )
 def test_what_the_kernels_cannot_serve_is_named(change, message):
