@@ -26,3 +26,12 @@ def seeded_and_poisoned():
     torch._dynamo.reset()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tables that tests have made, whichever process ran them."""
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties:
+            if name == "table":
+                terminalreporter.section(report.nodeid.partition("::")[2])
+                terminalreporter.write_line(value)

@@ -18,9 +18,9 @@ library = torch.library.Library("deft_kernels", "DEF")
 _kernels: dict[str, dict[str, tuple[Callable, Callable | None, Callable[[], str | None] | None]]] = {}
 
 
-def define(schema: str, through: Callable | None = None) -> None:
-    """Declare an operation by its schema. Its kernel is whatever backend `_pick` chooses at the call, or, for an
-    operation that only wraps another one, the function `through`."""
+def define(schema: str, check: Callable | None = None, through: Callable | None = None) -> None:
+    """Declare an operation by its schema. `check(*args)` raises ValueError where no backend could be right. Its kernel is
+    the backend's that `_pick` chooses at the call; an operation that only wraps another one has a function, `through`."""
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if through is not None:
@@ -29,6 +29,7 @@ def define(schema: str, through: Callable | None = None) -> None:
     _kernels[name] = {}
 
     def kernel(*args):
+        check(*args)
         serve = _pick(name, args)
         device = _device(args)
         if torch.is_autocast_enabled(device):  # the caller has chosen dtypes; matmuls in here must not be recast
@@ -89,8 +90,18 @@ def _without_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
+def check_lists(operation: str, **lists: list) -> None:
+    """The border of an operation over lists: one entry for each layer in every list."""
+    (first, layers), *others = ((name, len(values)) for name, values in lists.items())
+    for name, count in others:
+        if count != layers:
+            raise ValueError(f"{operation}: {layers} {first} but {count} {name}, expected one for each layer")
+
+
 def check_layer(operation: str, i: int, W: torch.Tensor, **others: torch.Tensor | None) -> None:
-    """The border of an operation over lists: a weight of a floating type, and everything on its device."""
+    """And of each layer: a matrix of a floating type, and everything on its device."""
+    if W.dim() != 2:
+        raise ValueError(f"{operation}: W[{i}] has shape {tuple(W.shape)}, expected (m, n)")
     if not W.is_floating_point():
         raise ValueError(f"{operation}: W[{i}] is {W.dtype}, expected a floating type")
     for name, t in others.items():

@@ -7,6 +7,8 @@ Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a tr
     activation  h = x R^T - (y0 - b) K, y = y0 + h B^T  needs no A, so that the forward spares K^T W (m n r)
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -16,10 +18,14 @@ define(
     "lowrank_linear(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A) -> Tensor",
     through=lambda *args: torch.ops.deft_kernels.lowrank_linear_forward(*args, _merged(*args[:2]))[0],
 )
-define("lowrank_linear_forward(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A, bool merged) -> (Tensor, Tensor)")
+define(
+    "lowrank_linear_forward(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A, bool merged) -> (Tensor, Tensor)",
+    lambda x, W, bias, B, A, merged: _check(x, W, bias, B, A),
+)
 define(
     "lowrank_linear_backward(Tensor dy, Tensor x, Tensor h, Tensor W, Tensor B, Tensor A, bool merged, bool[4] needs)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda dy, x, h, W, B, A, merged, needs: _check_backward(dy, x, h, W, B, A, needs),
 )
 
 # Reading and writing an element of y0 once costs about as much as this many multiply-adds of a product with a rank-r side
@@ -138,6 +144,20 @@ def _check(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tensor) -> N
             f"lowrank_linear: x {tuple(x.shape)}, W {tuple(W.shape)}, B {tuple(B.shape)}, A {tuple(A.shape)}"
             f"{'' if bias is None else f', bias {tuple(bias.shape)}'} do not fit y = x W^T + b + (x A^T) B^T"
         )
+    if not all(t is None or t.is_floating_point() for t in (x, W, bias)):
+        types = {"x": x.dtype, "W": W.dtype} | ({} if bias is None else {"bias": bias.dtype})
+        raise ValueError(f"lowrank_linear: {', '.join(f'{k} is {v}' for k, v in types.items())}; expected floating types")
+
+
+def _check_backward(dy: Tensor, x: Tensor, h: Tensor, W: Tensor, B: Tensor, A: Tensor, needs) -> None:
+    (m, n), r, rows = W.shape, A.shape[0], dy.shape[:-1].numel()
+    kept = not (needs[1] or needs[2]) or (x.shape[-1] == n and x.shape[:-1].numel() == rows)
+    if dy.shape[-1] != m or not kept or B.shape != (m, r) or A.shape[1] != n or h.shape not in ((rows, r), (0, r)):
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip("dy x h W B A".split(), (dy, x, h, W, B, A)))
+        raise ValueError(f"lowrank_linear_backward: {shapes} do not fit one another")
+
+
+def _frozen(W: Tensor) -> None:
     if W.requires_grad:
         raise ValueError("lowrank_linear: W requires grad, but the factor form treats the base weight as frozen")
 
@@ -150,10 +170,22 @@ def lowrank_linear(x: Tensor, W: Tensor, bias: Tensor | None, B: Tensor, A: Tens
         W: (m, n) frozen, cast to x's dtype where it differs; bias: (m,) or None.
 
     Returns y (..., m) in x's dtype. Differentiable once in x, bias, B and A.
-    Raises ValueError for shapes that do not fit or a W that requires grad.
+    Raises ValueError for shapes that do not fit, types that are not floating, or a W that requires grad.
     """
     _check(x, W, bias, B, A)
+    _frozen(W)
     return LowRankLinear.apply(x, W, bias, B, A)
+
+
+def _without_autocast(function):
+    """The caller has chosen dtypes; matmuls in here must not be recast (operations have this from `_dispatch`)."""
+
+    @functools.wraps(function)
+    def wrapped(ctx, *args):
+        with torch.autocast(next(a for a in args if isinstance(a, Tensor)).device.type, enabled=False):
+            return function(ctx, *args)
+
+    return wrapped
 
 
 class SharedLowRankLinear(torch.autograd.Function):
@@ -161,6 +193,7 @@ class SharedLowRankLinear(torch.autograd.Function):
     for all expansions. Keeps x and h (T, sum r)."""
 
     @staticmethod
+    @_without_autocast
     def forward(ctx, layers: int, x, *tensors):
         W, bias, B, A = (tensors[i * layers : (i + 1) * layers] for i in range(4))
         rows, D = x.reshape(-1, x.shape[-1]), torch.cat(A)
@@ -174,6 +207,7 @@ class SharedLowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @_without_autocast
     def backward(ctx, *dy):
         x, h, D, *rest = ctx.saved_tensors
         W, B = rest[: ctx.layers], rest[ctx.layers :]
@@ -197,8 +231,11 @@ def lowrank_linear_shared(x: Tensor, W: list[Tensor], bias: list[Tensor | None],
 
     Arguments and errors as `lowrank_linear`, in lists with one entry per layer; ranks and m_i may differ. Returns a tuple of
     y_i (..., m_i). Against a call for each layer this saves, of L layers, L - 1 passes over x in the forward, and L - 1
-    over x and L - 1 over dx in the backward.
+    over x and L - 1 over dx in the backward. It is made of library products on every backend.
     """
     for w, b, B_i, A_i in zip(W, bias, B, A, strict=True):
         _check(x, w, b, B_i, A_i)
+        _frozen(w)
+    if not W:
+        raise ValueError("lowrank_linear_shared: no layers")
     return SharedLowRankLinear.apply(len(W), x, *W, *bias, *B, *A)

@@ -4,10 +4,33 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, check_layer, define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import below_autograd, check_layer, check_lists, define, differentiable, fake, kernel, triton_kernels
 
-define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]")
-define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()")
+
+def _check(W, B, K, R) -> None:
+    check_lists("merge", W=W, B=B, K=K, R=R)
+    for i, (w, b, k, r) in enumerate(zip(W, B, K, R)):
+        check_layer("merge", i, w, B=b, K=k, R=r)
+        m, n = w.shape
+        fits = b.dim() == 2 and b.shape[0] == m and (k is None or k.shape == b.shape)
+        if not fits or (r is not None and r.shape != (b.shape[1], n)):
+            raise ValueError(f"merge: factors of layer {i} do not fit its weight {tuple(w.shape)}")
+        if k is None and r is None:
+            raise ValueError(f"merge: layer {i} has neither K nor R")
+
+
+def _check_into(out, W, B, K, R) -> None:
+    _check(W, B, K, R)
+    check_lists("merge_into", W=W, out=out)
+    for i, (o, w) in enumerate(zip(out, W)):
+        if o.shape != w.shape or o.device != w.device:
+            raise ValueError(
+                f"merge_into: out[{i}] is {tuple(o.shape)} on {o.device}, W[{i}] {tuple(w.shape)} on {w.device}"
+            )
+
+
+define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]", _check)
+define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()", _check_into)
 
 
 @fake("merge")
@@ -58,7 +81,12 @@ class Merge(torch.autograd.Function):
         return None, *dW, *dB, *dK, *dR
 
 
-differentiable("merge", lambda W, B, K, R: list(Merge.apply(len(W), *W, *B, *K, *R)) if W else [])
+def _differentiable(W, B, K, R):
+    check_lists("merge", W=W, B=B, K=K, R=R)  # before they are one list
+    return list(Merge.apply(len(W), *W, *B, *K, *R)) if W else []
+
+
+differentiable("merge", _differentiable)
 
 
 def merge(W, B, K, R) -> list[Tensor]:
@@ -72,11 +100,5 @@ def merge(W, B, K, R) -> list[Tensor]:
     Raises ValueError naming the layer whose shapes do not fit, whose tensors are on several devices, or whose weight is
     not of a floating type.
     """
-    for i, (w, b, k, r) in enumerate(zip(W, B, K, R, strict=True)):
-        m, n = w.shape
-        check_layer("merge", i, w, B=b, K=k, R=r)
-        if b.shape[0] != m or (k is not None and k.shape != b.shape) or (r is not None and r.shape != (b.shape[1], n)):
-            raise ValueError(f"merge: factors of layer {i} do not fit its weight {tuple(w.shape)}")
-        if k is None and r is None:
-            raise ValueError(f"merge: layer {i} has neither K nor R")
+    _check(W, B, K, R)  # here too, since tensors on the meta device do not reach the kernel
     return torch.ops.deft_kernels.merge(W, B, K, R)

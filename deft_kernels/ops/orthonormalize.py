@@ -6,10 +6,28 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import below_autograd, check_lists, define, differentiable, fake, kernel, triton_kernels
 
-define("orthonormalize(Tensor[] P) -> Tensor[]")
-define("orthonormalize_backward(Tensor[] dQ, Tensor[] Q, Tensor[] P) -> Tensor[]")
+
+def _check(P) -> None:
+    for i, p in enumerate(P):
+        if p.dim() != 2 or p.shape[0] < p.shape[1]:
+            raise ValueError(f"orthonormalize: P[{i}] has shape {tuple(p.shape)}, expected (m, r) with r <= m")
+        if p.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"orthonormalize: P[{i}] is {p.dtype}, expected float32 or float64")
+
+
+def _check_backward(dQ, Q, P) -> None:
+    _check(P)
+    check_lists("orthonormalize_backward", P=P, Q=Q, dQ=dQ)
+    for i, (d, q, p) in enumerate(zip(dQ, Q, P)):
+        if not d.shape == q.shape == p.shape:
+            shapes = ", ".join(f"{name}[{i}] {tuple(t.shape)}" for name, t in (("dQ", d), ("Q", q), ("P", p)))
+            raise ValueError(f"orthonormalize_backward: {shapes}: expected one shape")
+
+
+define("orthonormalize(Tensor[] P) -> Tensor[]", _check)
+define("orthonormalize_backward(Tensor[] dQ, Tensor[] Q, Tensor[] P) -> Tensor[]", _check_backward)
 
 
 @fake("orthonormalize")
@@ -72,14 +90,11 @@ differentiable("orthonormalize", lambda P: list(Orthonormalize.apply(*P)) if P e
 
 
 def orthonormalize(P: list[Tensor]) -> list[Tensor]:
-    """Q of P_i = Q_i T_i for every P_i (m, r), r <= m, float32 or float64; differentiable once.
+    """Q of P_i = Q_i T_i for every P_i (m, r), r <= m, float32 or float64; differentiable once, where P_i has full rank.
+    Q is orthonormal for any finite P_i.
 
     Raises:
         ValueError: a matrix that is not tall, or not float32/float64 (half precision has no QR).
     """
-    for i, p in enumerate(P):
-        if p.dim() != 2 or p.shape[0] < p.shape[1]:
-            raise ValueError(f"orthonormalize: P[{i}] has shape {tuple(p.shape)}, expected (m, r) with r <= m")
-        if p.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"orthonormalize: P[{i}] is {p.dtype}, expected float32 or float64")
+    _check(P)
     return torch.ops.deft_kernels.orthonormalize(P)

@@ -4,10 +4,47 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, check_layer, define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import below_autograd, check_layer, check_lists, define, differentiable, fake, kernel, triton_kernels
 
-define("project(Tensor?[] K, Tensor[] W, Tensor?[] R, Tensor injection, Tensor removal) -> Tensor[]")
-define("project_backward(Tensor[] dA, Tensor?[] W, Tensor injection, Tensor removal) -> (Tensor[], Tensor[])")
+
+def _check(K, W, R, injection, removal) -> None:
+    check_lists("project", W=W, K=K, R=R)
+    for i, (k, w, r) in enumerate(zip(K, W, R)):
+        if k is None and r is None:
+            raise ValueError(f"project: layer {i} has neither K nor R")
+        check_layer("project", i, w, K=k, R=r)
+        if k is not None and (k.dim() != 2 or k.shape[0] != w.shape[0]):
+            raise ValueError(f"project: K[{i}] {tuple(k.shape)} does not fit W[{i}] {tuple(w.shape)}")
+        if r is not None and (r.dim() != 2 or r.shape[1] != w.shape[1] or (k is not None and r.shape[0] != k.shape[1])):
+            raise ValueError(f"project: R[{i}] {tuple(r.shape)} does not fit W[{i}] {tuple(w.shape)}")
+    _check_scales("project", W, injection, removal)
+
+
+def _check_backward(dA, W, injection, removal) -> None:
+    check_lists("project_backward", dA=dA, W=W)
+    for i, (da, w) in enumerate(zip(dA, W)):
+        if w is not None:
+            check_layer("project_backward", i, w, dA=da)
+        if da.dim() != 2 or (w is not None and da.shape[1] != w.shape[1]):
+            raise ValueError(
+                f"project_backward: dA[{i}] {tuple(da.shape)} does not fit W[{i}] {None if w is None else tuple(w.shape)}"
+            )
+    _check_scales("project_backward", dA, injection, removal)
+
+
+def _check_scales(operation: str, layers: list[Tensor], injection: Tensor, removal: Tensor) -> None:
+    for name, scales in (("injection", injection), ("removal", removal)):
+        if scales.shape != (len(layers),) or (layers and scales.device != layers[0].device):
+            raise ValueError(
+                f"{operation}: {name} is {tuple(scales.shape)} on {scales.device}, expected one entry for each of "
+                f"{len(layers)} layers, on their device"
+            )
+
+
+define("project(Tensor?[] K, Tensor[] W, Tensor?[] R, Tensor injection, Tensor removal) -> Tensor[]", _check)
+define(
+    "project_backward(Tensor[] dA, Tensor?[] W, Tensor injection, Tensor removal) -> (Tensor[], Tensor[])", _check_backward
+)
 
 
 @fake("project")
@@ -51,7 +88,12 @@ class Project(torch.autograd.Function):
         return None, dinjection, None, *dK, *[None] * layers, *(None if r is None else g for r, g in zip(R, dR))
 
 
-differentiable("project", lambda K, W, R, *scales: list(Project.apply(len(W), *scales, *K, *W, *R)) if W else [])
+def _differentiable(K, W, R, *scales):
+    check_lists("project", W=W, K=K, R=R)  # before they are one list
+    return list(Project.apply(len(W), *scales, *K, *W, *R)) if W else []
+
+
+differentiable("project", _differentiable)
 
 
 def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
@@ -66,14 +108,8 @@ def project(K, W, R, injection: Tensor, removal: Tensor) -> list[Tensor]:
     Differentiable once in K, R and injection. Raises ValueError naming the layer whose shapes do
     not fit, whose tensors are on several devices, or whose weight is not of a floating type or requires grad.
     """
-    for i, (k, w, r) in enumerate(zip(K, W, R, strict=True)):
-        if k is None and r is None:
-            raise ValueError(f"project: layer {i} has neither K nor R")
-        check_layer("project", i, w, K=k, R=r)
-        if k is not None and k.shape[0] != w.shape[0]:
-            raise ValueError(f"project: K[{i}] {tuple(k.shape)} does not fit W[{i}] {tuple(w.shape)}")
-        if r is not None and (r.shape[1] != w.shape[1] or (k is not None and r.shape[0] != k.shape[1])):
-            raise ValueError(f"project: R[{i}] {tuple(r.shape)} does not fit W[{i}] {tuple(w.shape)}")
+    _check(K, W, R, injection, removal)
+    for i, w in enumerate(W):
         if w.requires_grad:
             raise ValueError(f"project: W[{i}] requires grad, but the projection treats the base weight as frozen")
     return torch.ops.deft_kernels.project(K, W, R, injection, removal)

@@ -32,7 +32,7 @@ def cannot_serve(layers: dict[str, list[Tensor | None]], ranks: list[int], float
     kinds = {(t.device, t.dtype, t.layout) for tensors in layers.values() for t in tensors if t is not None}
     if not kinds:
         return None
-    device = next(iter(kinds))[0]
+    device = next(t.device for tensors in layers.values() for t in tensors if t is not None)
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"tensors on the {device.type}, not on a GPU"
     for role, tensors in layers.items():
@@ -126,10 +126,11 @@ def configuration(kernel: str, dtype: torch.dtype, rank: int, device: torch.devi
 
 @functools.lru_cache(maxsize=4096)
 def choice(what: str, dtype: torch.dtype, shape: tuple[int, ...], device: torch.device) -> str:
-    """The form that was measured to be the fastest at the nearest shape (by ratios of its sizes)."""
-    measured = _tuned(device)["choices"][what][_class(dtype)]
+    """A form from the table, by the nearest shape (by ratios of its sizes): the fastest by measurement where
+    `benchmarks/tune.py` has run on this device, an estimate by counts of bytes where only the default is there."""
+    entries = _tuned(device)["choices"][what][_class(dtype)]
     sizes = [math.log(max(size, 1)) for size in shape]
-    return min(measured, key=lambda entry: sum((a - math.log(b)) ** 2 for a, b in zip(sizes, entry["shape"])))["form"]
+    return min(entries, key=lambda entry: sum((a - math.log(b)) ** 2 for a, b in zip(sizes, entry["shape"])))["form"]
 
 
 def cdiv(size: int, block: int) -> int:

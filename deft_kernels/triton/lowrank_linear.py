@@ -240,11 +240,13 @@ def product(left: Tensor, M: Tensor, bias: Tensor | None, D: Tensor, E: Tensor) 
         H = left @ D
         out = left @ M if bias is None else torch.addmm(bias, left, M)
         return out.addmm_(H, E), H
+    if left.stride(1) >= 1 << 24:  # kernels step over blocks of columns by 32-bit products
+        left = left.contiguous()
     H = left.new_empty(rows, r)
     rank, device = padded(r), left.device
     strides = (*D.stride(), *E.stride())
     by_column = M.stride(0) == 1
-    vectors = in_vectors(left) and in_vectors(M.t() if by_column else M)
+    vectors = in_vectors(left) and (form == "expand" or in_vectors(M.t() if by_column else M))
     config = configuration(f"lowrank_linear {form}", left.dtype, rank, device, vectors)
     meta = {"RANK": rank, "PRECISION": precision(), **config}
     if form == "expand":
@@ -270,7 +272,8 @@ def product(left: Tensor, M: Tensor, bias: Tensor | None, D: Tensor, E: Tensor) 
 def can_describe(matrix: Tensor) -> bool:
     """Whether a matrix can be read through a tensor descriptor: on a device that has them, its rows in 16-byte steps."""
     step = matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
-    return has_descriptors(matrix.device) and matrix.stride(1) == 1 and step
+    apart = matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
+    return has_descriptors(matrix.device) and apart and step
 
 
 @functools.lru_cache

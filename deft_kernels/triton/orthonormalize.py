@@ -27,6 +27,7 @@ SMALLEST_PIVOT = tl.constexpr(1e-5)
 LARGEST_DEFECT = tl.constexpr(0.05)
 # A pivot entry of Q this near one leaves nothing for the rows below it.
 WHOLE = tl.constexpr(1 - 1e-6)
+NOTHING = tl.constexpr(1e-15)
 
 
 @triton.jit
@@ -207,7 +208,9 @@ def householder(p, q, m, r, RANK: tl.constexpr, BM: tl.constexpr):
         alpha = tl.sum(tl.where(i == j, top, 0.0), 0)
         norm = tl.sqrt(alpha * alpha + tl.sum(tl.where(i == j, products, 0.0), 0))
         beta = tl.where(alpha >= 0, -norm, norm)
-        nothing = (largest == 0) | (norm == 0)  # below the diagonal: no reflection
+        # Nothing below the diagonal: no reflection. A column's peak is 1, so that what has come to less than NOTHING is
+        # round-off of round-off; its squares have no digits left, and a reflection by them would not be orthogonal.
+        nothing = (largest == 0) | (norm < NOTHING)
         tau = tl.where(nothing, 0.0, (beta - alpha) / tl.where(nothing, 1.0, beta))
         shrink = 1 / tl.where(nothing, 1.0, alpha - beta)
         taus = tl.where(i == j, tau, taus)

@@ -35,7 +35,20 @@ ARCHITECTURES = {
 }
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-COLUMNS = ("kernel", "type", "rank", "access", "arch", "registers", "spills", "shared", "matrix", "copies", "error")
+COLUMNS = (
+    "kernel",
+    "type",
+    "rank",
+    "access",
+    "setting",
+    "arch",
+    "registers",
+    "spills",
+    "shared",
+    "matrix",
+    "copies",
+    "error",
+)
 
 # kernel: (function, the configuration's name, types, its arguments' types where T is the operands')
 TABLE = {"table": "*i64", "jobs": "*i64"}
@@ -59,29 +72,31 @@ KERNELS = {
     "lowrank_linear thin": (lowrank_linear.thin_kernel, "lowrank_linear thin", TYPES, PLAIN),
     "lowrank_linear thin sum": (lowrank_linear.thin_sum_kernel, "lowrank_linear thin", TYPES, PLAIN),
 }  # fmt: skip
+ALWAYS_EXACT = ("orthonormalize", "orthonormalize_backward")
 MODULES = {"orthonormalize": orthonormalize, "orthonormalize_backward": orthonormalize, "project": project,
            "project_backward": project, "merge": merge}  # fmt: skip
 
 
-def compile_one(name: str, dtype: str, rank: int, vectors: bool, arch: str, config: dict) -> dict:
+def compile_one(name: str, dtype: str, rank: int, access: str, setting: str, arch: str, config: dict) -> dict:
     """Compile one variant; what `COLUMNS` names."""
     function, _, _, types = KERNELS[name]
     target, limit = ARCHITECTURES[arch]
     config, options = dict(config), {}
     options["num_warps"], options["num_stages"] = config.pop("num_warps"), config.pop("num_stages")
-    hip = target.backend == "hip"
+    vectors, hip = access == "vectors", target.backend == "hip"
+    pieces = 3 if setting == "exact" else 2 if dtype == "bf16" else 1
     if hip:
         options["num_stages"] = min(options["num_stages"], 2)
     constants = {
         "DTYPE": {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype], "RANK": rank, "ALIGNED": vectors,
-        "FIELDS": getattr(MODULES.get(name), "FIELDS", None), "PIECES": 3,
-        "PRECISION": "ieee" if hip else "tf32x3", "GROUP": lowrank_linear.GROUP,
-        "DESCRIPTORS": vectors and not hip and target.arch >= 90, "M_BY_COLUMN": name.endswith("y"), **config,
+        "FIELDS": getattr(MODULES.get(name), "FIELDS", None), "PIECES": pieces,
+        "PRECISION": "ieee" if hip else "tf32x3" if setting == "exact" else "tf32", "GROUP": lowrank_linear.GROUP,
+        "DESCRIPTORS": access != "scattered" and not hip and target.arch >= 90, "M_BY_COLUMN": name.endswith("y"), **config,
     }  # fmt: skip
     if name.startswith("lowrank_linear"):  # strides that a launch finds to be 1, and a bias that is None
         ones = {"left_column", "dy_column", "x_column"}
         ones |= {"m_row", "d_row", "e_rank"} if name.endswith("y") else {"m_column", "d_rank", "e_column"}
-        constants |= dict.fromkeys(ones, 1) if vectors else {}
+        constants |= dict.fromkeys(ones, 1) if access != "scattered" else {}
         constants |= {"bias": None} if name.endswith("dx") else {}
     types = {k: v.replace("T", dtype) for k, v in types.items() if k not in constants}
     if constants["DESCRIPTORS"] and "fused" in name:
@@ -97,7 +112,7 @@ def compile_one(name: str, dtype: str, rank: int, vectors: bool, arch: str, conf
         constexprs={(names.index(k),): v for k, v in constants.items() if k in names},
         attrs={(i,): [["tt.divisibility", 16]] for i, yes in divisible.items() if yes},
     )
-    result = {"kernel": name, "type": dtype, "rank": rank, "access": "vectors" if vectors else "scattered", "arch": arch}
+    result = {"kernel": name, "type": dtype, "rank": rank, "access": access, "setting": setting, "arch": arch}
     compiled = triton.compile(source, target=target, options=options)
     result |= {"shared": compiled.metadata.shared, "config": config | options}
     if hip:
@@ -123,7 +138,8 @@ def compile_one(name: str, dtype: str, rank: int, vectors: bool, arch: str, conf
 
 
 def variants(kernels, ranks, architectures):
-    """Every kernel x type x configuration x way of access, for every architecture."""
+    """Every kernel x type x configuration x way of access, for every architecture; for sm_90 under torch's TF32 setting
+    too, and with descriptors of matrices that loads could not take in vectors."""
     for file in sorted(launch.CONFIGS.glob("*.json")):
         tables = json.loads(file.read_text())["kernels"]
         for name in kernels:
@@ -134,8 +150,14 @@ def variants(kernels, ranks, architectures):
                     continue
                 both = not scattered and f"{key} scattered" not in tables[table]
                 for dtype in (t for t in types if (t == "fp32") == (kind == "float32")):
-                    for vectors in (True, False) if both else (not scattered,):
-                        yield from ((name, dtype, int(rank), vectors, arch, config) for arch in architectures)
+                    ways = ["vectors", "scattered"] if both else ["scattered" if scattered else "vectors"]
+                    for arch in architectures:
+                        variant = (name, dtype, int(rank))
+                        yield from ((*variant, access, "exact", arch, config) for access in ways)
+                        if arch == "sm_90" and table not in ALWAYS_EXACT:
+                            yield from ((*variant, access, "tf32", arch, config) for access in ways)
+                        if arch == "sm_90" and "fused" in name and "scattered" in ways:
+                            yield (*variant, "descriptors", "exact", arch, config)
 
 
 def compile_all(kernels=KERNELS, ranks=(16, 32, 64, 128), architectures=ARCHITECTURES, jobs=2) -> list[dict]:
@@ -147,8 +169,7 @@ def _guarded(variant) -> dict:
     try:
         return compile_one(*variant)
     except Exception as error:
-        access = "vectors" if variant[3] else "scattered"
-        return dict(zip(COLUMNS, (*variant[:3], access, variant[4]))) | {"error": f"{type(error).__name__}: {error}"}
+        return dict(zip(COLUMNS, variant)) | {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> int:

@@ -143,6 +143,9 @@ def test_layers_that_share_x(dtype):
         assert o.dtype == dtype and o.shape == t.shape
         error, allowed = (o.double() - t).norm() / t.norm(), (p.double() - t).norm() / t.norm()
         assert error <= 2 * allowed + torch.finfo(dtype).eps / 2
+    with torch.autocast("cpu", torch.bfloat16):  # the caller's types stand
+        again = run(ops.lowrank_linear_shared, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again, ours))
     with pytest.raises(ValueError, match=r"B \(8, 3\).*do not fit"):
         ops.lowrank_linear_shared(x, W, bias, [B[0], randn(8, 3), B[2]], A)
 
@@ -209,6 +212,37 @@ def test_borders_name_the_fact():
         ops.merge([randn(5, 6)], [randn(5, 2)], [randn(5, 2).to("meta")], [None])
     with pytest.raises(ValueError, match=r"W\[0\] requires grad"):
         ops.project([randn(5, 2)], [randn(5, 3, grad=True)], [None], torch.ones(1), torch.ones(1))
+    one, two = torch.ones(1, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    K, W, R = [randn(5, 2)] * 2, [randn(5, 3)] * 2, [randn(2, 3)] * 2
+    with pytest.raises(ValueError, match=r"project: removal is \(1,\) on cpu, expected one entry for each of 2 layers"):
+        deft.project(K, W, R, two, one)
+    with pytest.raises(ValueError, match=r"project: 2 W but 1 K"):
+        deft.project(K[:1], W, R, two, two)
+    with pytest.raises(ValueError, match=r"dA\[1\] \(2, 4\) does not fit W\[1\] \(5, 3\)"):
+        deft.project_backward([randn(2, 3), randn(2, 4)], W, two, two)
+    with pytest.raises(ValueError, match=r"injection is \(1,\)"):
+        deft.project_backward(R, W, one, two)
+    with pytest.raises(ValueError, match=r"out\[1\] is \(5, 2\) on cpu, W\[1\] \(5, 3\)"):
+        deft.merge_into([randn(5, 3), randn(5, 2)], W, K, K, R)
+    with pytest.raises(ValueError, match=r"layer 1 do not fit"):
+        deft.merge_into([randn(5, 3)] * 2, W, K, K, [R[0], randn(2, 5)])
+    with pytest.raises(ValueError, match=r"merge_into: 2 W but 1 out"):
+        deft.merge_into([randn(5, 3)], W, K, K, R)
+    with pytest.raises(ValueError, match=r"W\[0\] has shape \(5, 3, 1\)"):
+        deft.merge([randn(5, 3, 1)], K[:1], K[:1], R[:1])
+    with pytest.raises(ValueError, match=r"P\[0\] has shape \(2, 5\)"):
+        deft.orthonormalize([randn(2, 5)])
+    with pytest.raises(ValueError, match=r"dQ\[1\] \(5, 1\), Q\[1\] \(5, 2\), P\[1\] \(5, 2\)"):
+        deft.orthonormalize_backward([randn(5, 2), randn(5, 1)], K, K)
+    for wrong in (randn(5, 6).to(torch.complex64), torch.ones(5, 6, dtype=torch.int8)):
+        with pytest.raises(ValueError, match=f"W is {wrong.dtype}; expected floating types"):
+            lowrank_linear(randn(4, 6), wrong, None, randn(5, 2), randn(2, 6))
+    with pytest.raises(ValueError, match=r"dy \(4, 5\), x \(3, 6\).*do not fit"):
+        deft.lowrank_linear_backward(
+            randn(4, 5), randn(3, 6), randn(4, 2), randn(5, 6), randn(5, 2), randn(2, 6), False, [True] * 4
+        )
+    with pytest.raises(ValueError, match="no layers"):
+        ops.lowrank_linear_shared(randn(4, 6), [], [], [], [])
     with pytest.raises(ValueError, match=r"x \(4, 3\).*do not fit"):
         lowrank_linear(randn(4, 3), randn(5, 6), None, randn(5, 2), randn(2, 6))
     with pytest.raises(ValueError, match=r"layer 0 do not fit its weight \(5, 6\)"):
