@@ -23,11 +23,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 
 wheel: $(READY)
-	$(BIN)/python -m build --wheel --no-isolation
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation
 
 # Where there is no NVIDIA GPU the CPU build of torch is tried first: an index that has it (PIP_EXTRA_INDEX_URL) saves
 # gigabytes of CUDA libraries. The plain package works too.
-$(READY): requirements-dev.txt pyproject.toml setup.py
+$(READY): requirements-dev.txt pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -37,7 +37,7 @@ $(READY): requirements-dev.txt pyproject.toml setup.py
 	echo "$$1 is in none of your package indexes: installing $(TORCH) with whatever it brings"; \
 	$(BIN)/pip install --quiet "$(TORCH)"; }
 	$(BIN)/pip install --quiet -r requirements-dev.txt
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 
 clean:

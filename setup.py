@@ -1,15 +1,94 @@
-"""The wheel: `deft_kernels` from here and `deft_diffusers` from `python/`. Everything else is in pyproject.toml."""
+"""The wheel: `deft_kernels` from here, `deft_diffusers` from `python/`, and csrc as native libraries where it can be built.
 
+    DEFT_KERNELS_BUILD   none: pure Python. cpu: the CPU kernels. cuda: those and the CUDA kernels. Unset: whatever the
+                         tools at hand allow; what is missing is said in a line. No GPU is needed, and none is asked for.
+    CXX, NVCC            compilers, c++ and nvcc by default; "ccache c++" is fine. CXXFLAGS and LDFLAGS are added.
+
+csrc uses torch's stable ABI and nothing of Python's: one wheel serves every Python from 3.11 and every torch from 2.11 on.
+The headers are those of the torch that is installed, so build with `pip install --no-build-isolation`. Everything else is
+in pyproject.toml.
+"""
+
+import importlib.util
+import os
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = {"cpu": sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))}
+HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
+CXX, NVCC = os.environ.get("CXX", "c++"), os.environ.get("NVCC", "nvcc")
+FLAGS = "-std=c++20 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def missing(kind: str) -> str | None:
+    """Why csrc/<kind> cannot be built here, or None."""
+    if not CSRC[kind]:
+        return f"csrc/{kind} is not here"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed where the build runs (pip install --no-build-isolation)"
+    for tool in ("ninja", shlex.split(CXX)[-1]) + ((NVCC,) if kind == "cuda" else ()):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed"
+    return None
+
+
+def kinds() -> list[str]:
+    asked = os.environ.get("DEFT_KERNELS_BUILD", "")
+    if asked not in ("", "none", "cpu", "cuda"):
+        raise SystemExit(f"DEFT_KERNELS_BUILD={asked!r}: expected none, cpu or cuda")
+    built = []
+    for kind in {"": list(CSRC), "none": [], "cpu": ["cpu"], "cuda": ["cpu", "cuda"]}[asked]:
+        if (reason := missing(kind)) is None:
+            built.append(kind)
+        elif asked:
+            raise SystemExit(f"DEFT_KERNELS_BUILD={asked}, but {reason}")
+        else:
+            print(f"deft_kernels: no {kind} kernels are built: {reason}; everything works without them")
+    return built
+
+
+def escaped(path) -> str:
+    """A path as ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+class Ninja(build_ext):
+    """A library for each kind, by ninja."""
+
+    def build_extension(self, extension: Extension) -> None:
+        torch = Path(importlib.util.find_spec("torch").origin).parent
+        flags = f"{FLAGS} {os.environ.get('CXXFLAGS', '')} -isystem {shlex.quote(str(torch / 'include'))}"
+        libraries = f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu {os.environ.get('LDFLAGS', '')}"
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(self.build_temp).resolve() / extension.name
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = {folder / f"{source.replace('/', '_')}.o": source for source in extension.sources}
+        lines = [
+            f"rule cxx\n  command = {CXX} {flags} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = {CXX} -shared $in -o $out {libraries}",
+            *(f"build {escaped(o)}: cxx {escaped(source)}" for o, source in objects.items()),
+            f"build {escaped(target)}: link {' '.join(map(escaped, objects))}",
+        ]
+        (folder / "build.ninja").write_text("\n".join(lines) + "\n")
+        subprocess.run(["ninja", "-f", str(folder / "build.ninja")], check=True)
+
 
 version = re.search(r'__version__ = "(.+)"', Path("deft_kernels/__init__.py").read_text())[1]
+extensions = [Extension(f"deft_kernels._{kind}", CSRC[kind], depends=HEADERS, py_limited_api=True) for kind in kinds()]
 
 setup(
     version=version,
     packages=find_packages(include=["deft_kernels*"]) + find_packages("python"),
     package_dir={"deft_diffusers": "python/deft_diffusers"},
     package_data={"deft_kernels.triton": ["configs/*.json"], "deft_diffusers.toyworld": ["model/**/*", "model/*"]},
+    ext_modules=extensions,
+    cmdclass={"build_ext": Ninja},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},
 )

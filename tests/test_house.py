@@ -2,8 +2,10 @@
 
 import ast
 import os
+import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -54,40 +56,73 @@ print(sorted(k for k, v in dk.backends()["merge"].items() if v == "serves"))
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert run.stdout.strip() == "['reference']", run.stderr
+    compiled = any((ROOT / "deft_kernels").glob("_cpu*.so"))
+    assert run.stdout.strip() == str(["cpp" if compiled else "reference"]), run.stderr
 
 
-def test_wheel(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(tmp_path / "out"),
-        str(tmp_path / "src"),
-    ]
+def build_wheel(tmp_path: Path, folders: tuple[str, ...], **environment: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """Build a wheel from what git tracks in some folders and at the top."""
+    source, out = tmp_path / "src", tmp_path / "out"
+    for name in tracked():
+        if name.startswith(folders) or "/" not in name:
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            (source / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source)]
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where ninja is
+    return subprocess.run(
+        command, env=os.environ | {"PATH": path} | environment, capture_output=True, text=True, check=False
+    ), out
+
+
+def tracked() -> list[str]:
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in filter(None, files):
-        if name.startswith(("deft_kernels", "python")) or "/" not in name:
-            (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-            if (ROOT / name).is_file():
-                (tmp_path / "src" / name).write_bytes((ROOT / name).read_bytes())
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [name for name in files if (ROOT / name).is_file()]
+
+
+PYTHON = ("deft_kernels", "python")
+
+
+def test_wheel_without_a_compiler(tmp_path):
+    run, out = build_wheel(tmp_path, (*PYTHON, "csrc"), CXX="no-such-compiler")
     assert run.returncode == 0, run.stderr[-2000:]
-    (wheel,) = (tmp_path / "out").iterdir()
+    said = [line for line in run.stdout.split("\n") if "no cpu kernels are built" in line]
+    assert said and "no-such-compiler is not installed; everything works without them" in said[0]
+    (wheel,) = out.iterdir()
     assert wheel.name.startswith("deft_kernels-") and wheel.name.endswith("py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
         scripts = archive.read(next(n for n in names if n.endswith("entry_points.txt"))).decode()
-    for name in files:
+    for name in tracked():
         if name.endswith(".py") and name.startswith(("deft_kernels/", "python/")):
             assert name.removeprefix("python/") in names
     assert "deft_kernels/triton/configs/default.json" in names
-    model = {n.removeprefix("python/") for n in files if n.startswith("python/deft_diffusers/toyworld/model/")}
+    model = {n.removeprefix("python/") for n in tracked() if n.startswith("python/deft_diffusers/toyworld/model/")}
     assert model <= set(names), model - set(names)
-    assert not any(n.startswith(("tests", "benchmarks")) for n in names)
+    assert not any(n.startswith(("tests", "benchmarks", "csrc")) for n in names)
     assert "Requires-Dist: torch>=2.11\n" in metadata and "Provides-Extra: diffusers" in metadata
     assert "deft = deft_diffusers.cli:main" in scripts
+
+
+def test_what_a_build_is_asked_for_it_does_or_says_why_not(tmp_path):
+    for asked, words in (("cpu", "DEFT_KERNELS_BUILD=cpu, but no-such-compiler is not installed"),
+                         ("gpu", "DEFT_KERNELS_BUILD='gpu': expected none, cpu or cuda")):  # fmt: skip
+        run, _ = build_wheel(tmp_path / asked, (*PYTHON, "csrc"), CXX="no-such-compiler", DEFT_KERNELS_BUILD=asked)
+        assert run.returncode != 0 and words in run.stdout + run.stderr
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler here")
+def test_wheel_with_the_native_library(tmp_path):
+    """One file for every Python and, by the stable ABI alone, every torch from 2.11 on."""
+    start = time.perf_counter()
+    run, out = build_wheel(tmp_path, (*PYTHON, "csrc"), DEFT_KERNELS_BUILD="cpu")
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert time.perf_counter() - start < 180
+    (wheel,) = out.iterdir()
+    assert "-cp311-abi3-" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.extract("deft_kernels/_cpu.abi3.so", tmp_path)
+    listed = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-1].split("@")[0] for line in listed.splitlines()]
+    assert any(s.startswith("aoti_torch_") for s in symbols)
+    assert not [s for s in symbols if s.startswith("Py") or "c10" in s or "2at" in s or "5torch" in s]

@@ -5,10 +5,13 @@ Every kernel registers itself under an operation's name with a predicate that sa
 forced backend that cannot serve raises.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -88,6 +91,59 @@ def _without_triton() -> str | None:
         if requested() != "triton":
             return "no GPU, and Triton's slow interpreter serves only where it is forced"
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+native = torch.ops.deft_kernels_native  # csrc's operations, once `_without_library` has loaded them
+
+
+def contiguous(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def cpp_kernel(name: str, **roles: str):
+    """Register a function that runs an operation on csrc's CPU kernels. `roles` says of the operation's arguments, in their
+    order, what those kernels need of them: "weights" float32, bfloat16 or float16 with contiguous rows, "float32" that,
+    or "" nothing."""
+    return kernel(
+        name,
+        "cpp",
+        cannot=lambda *args: _without_library() or _cannot_cpp(dict(zip(roles, args)), roles),
+        absent=_without_library,
+    )
+
+
+_CPP_TYPES = {"weights": (torch.float32, torch.bfloat16, torch.float16), "float32": (torch.float32,)}
+
+
+def _cannot_cpp(arguments: dict, roles: dict[str, str]) -> str | None:
+    for name, argument in arguments.items():
+        if not roles[name]:
+            continue
+        types, is_list = _CPP_TYPES[roles[name]], isinstance(argument, (list, tuple))
+        for i, t in enumerate(argument) if is_list else [("", argument)]:
+            if t is None:
+                continue
+            if t.device.type != "cpu" or t.dtype not in types or t.layout != torch.strided:
+                what = f"{name}[{i}]" if is_list else name
+                expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in types)
+                return f"{what} is {t.dtype}, {t.layout} on {t.device}; the CPU kernels take {expected}, strided, on the CPU"
+            if types is _CPP_TYPES["weights"] and t.dim() == 2 and t.shape[1] > 1 and t.stride(1) != 1:
+                return f"{name}[{i}] has rows that are not contiguous (strides {t.stride()})"
+    return None
+
+
+@functools.lru_cache
+def _without_library() -> str | None:
+    """Load csrc's CPU library, or say why not. DEFT_KERNELS_LIBRARY names another build of it, say with a sanitizer."""
+    found = os.environ.get("DEFT_KERNELS_LIBRARY") or next(map(str, Path(__file__).parents[1].glob("_cpu*.so")), None)
+    if found is None:
+        return "this installation is pure Python: no compiler when it was built, or DEFT_KERNELS_BUILD=none"
+    try:
+        torch.ops.load_library(found)
+    except OSError as error:
+        warnings.warn(f"deft_kernels: {found} does not load, plain torch serves on the CPU: {error}", stacklevel=2)
+        return f"{found} does not load: {error}"
+    return None
 
 
 def check_lists(operation: str, **lists: list) -> None:

@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ._dispatch import define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import cpp_kernel, define, differentiable, fake, kernel, native, triton_kernels
 
 define(
     "lowrank_linear(Tensor x, Tensor W, Tensor? bias, Tensor B, Tensor A) -> Tensor",
@@ -107,6 +107,47 @@ def _(dy, x, h, W, B, A, merged, needs):
     if needs[3]:
         dbias = g.sum(0)
     return tuple(dy.new_empty(0) if t is None else t for t in (dx, dB, dA, dbias))
+
+
+@cpp_kernel("lowrank_linear_forward", x="float32", W="", bias="", B="float32", A="float32")
+def _(x, W, bias, B, A, merged):
+    """The base product by the library; h and its expansion together, some rows at a time."""
+    rows, W = rows_of(x), W.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    y = torch.nn.functional.linear(rows, torch.addmm(W, B, A) if merged else W, bias)
+    h = x.new_empty(0 if merged else rows.shape[0], A.shape[0])
+    if not merged:
+        native.lowrank_linear_forward(y, h, rows, B.contiguous(), A.contiguous())
+    return y.view(*x.shape[:-1], W.shape[0]), h
+
+
+@cpp_kernel("lowrank_linear_backward", dy="float32", x="float32", h="float32", W="", B="float32", A="float32")
+def _(dy, x, h, W, B, A, merged, needs):
+    """The large product by the library; the four thin ones together, in one pass over dy, x and dx."""
+    g, W = rows_of(dy), W.to(dy.dtype)
+    dx = (g @ (torch.addmm(W, B, A) if merged else W)) if needs[0] else dy.new_empty(0)
+    dB = torch.empty_like(B, memory_format=torch.contiguous_format) if needs[1] else None
+    dA = torch.empty_like(A, memory_format=torch.contiguous_format) if needs[2] else None
+    rows = rows_of(x) if needs[1] or needs[2] else x
+    native.lowrank_linear_backward(
+        None if merged or not needs[0] else dx,
+        dB,
+        dA,
+        g,
+        rows,
+        h if len(h) == len(g) else None,
+        B.contiguous(),
+        A.contiguous(),
+    )
+    dx = dx.view(*dy.shape[:-1], W.shape[1]) if needs[0] else dx
+    dbias = g.sum(0) if needs[3] else None
+    return tuple(dy.new_empty(0) if t is None else t for t in (dx, dB, dA, dbias))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., n) as a matrix (T, n) with contiguous rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 triton_kernels("lowrank_linear", "lowrank_linear_forward", "lowrank_linear_backward")

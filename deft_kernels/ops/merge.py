@@ -4,7 +4,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, check_layer, check_lists, define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import (
+    below_autograd,
+    check_layer,
+    check_lists,
+    contiguous,
+    cpp_kernel,
+    define,
+    differentiable,
+    fake,
+    kernel,
+    native,
+    triton_kernels,
+)
 
 
 def _check(W, B, K, R) -> None:
@@ -50,6 +62,18 @@ kernel("merge", "reference")(reference.merge)
 def _(out, W, B, K, R):
     for i in range(len(out)):  # a layer at a time: W' exists twice for one layer only
         out[i].copy_(reference.merge(W[i : i + 1], B[i : i + 1], K[i : i + 1], R[i : i + 1])[0])
+
+
+@cpp_kernel("merge", W="weights", B="float32", K="float32", R="float32")
+def _(W, B, K, R):
+    out = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in W]
+    native.merge(out, W, contiguous(B), contiguous(K), contiguous(R))
+    return out
+
+
+@cpp_kernel("merge_into", out="weights", W="weights", B="float32", K="float32", R="float32")
+def _(out, W, B, K, R):
+    native.merge(out, W, contiguous(B), contiguous(K), contiguous(R))
 
 
 triton_kernels("merge", "merge", "merge_into")

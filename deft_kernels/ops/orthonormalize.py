@@ -6,7 +6,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, check_lists, define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import (
+    below_autograd,
+    check_lists,
+    contiguous,
+    cpp_kernel,
+    define,
+    differentiable,
+    fake,
+    kernel,
+    native,
+    triton_kernels,
+)
 
 
 def _check(P) -> None:
@@ -66,6 +77,22 @@ def _(P):
 @kernel("orthonormalize_backward", "reference")
 def _(dQ, Q, P):
     return _by_shape(lambda *one: reference.orthonormalize_backward(*([t] for t in one))[0], dQ, Q, P)
+
+
+@cpp_kernel("orthonormalize", P="float32")
+def _(P):
+    P = contiguous(P)
+    Q = [torch.empty_like(p) for p in P]
+    native.orthonormalize(Q, P)
+    return Q
+
+
+@cpp_kernel("orthonormalize_backward", dQ="float32", Q="float32", P="float32")
+def _(dQ, Q, P):
+    dQ, Q, P = contiguous(dQ), contiguous(Q), contiguous(P)
+    dP = [torch.empty_like(p) for p in P]
+    native.orthonormalize_backward(dP, dQ, Q, P)
+    return dP
 
 
 triton_kernels("orthonormalize", "orthonormalize", "orthonormalize_backward")

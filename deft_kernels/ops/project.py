@@ -4,7 +4,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._dispatch import below_autograd, check_layer, check_lists, define, differentiable, fake, kernel, triton_kernels
+from ._dispatch import (
+    below_autograd,
+    check_layer,
+    check_lists,
+    contiguous,
+    cpp_kernel,
+    define,
+    differentiable,
+    fake,
+    kernel,
+    native,
+    triton_kernels,
+)
 
 
 def _check(K, W, R, injection, removal) -> None:
@@ -60,6 +72,24 @@ def _(dA, W, injection, removal):
 
 kernel("project", "reference")(reference.project)
 kernel("project_backward", "reference")(reference.project_backward)
+
+
+@cpp_kernel("project", K="float32", W="weights", R="float32", injection="float32", removal="float32")
+def _(K, W, R, injection, removal):
+    A = [w.new_empty(k.shape[1] if r is None else r.shape[0], w.shape[1], dtype=torch.float32) for k, w, r in zip(K, W, R)]
+    native.project(A, contiguous(K), W, contiguous(R), injection.contiguous(), removal.contiguous())
+    return A
+
+
+@cpp_kernel("project_backward", dA="float32", W="weights", injection="float32", removal="float32")
+def _(dA, W, injection, removal):
+    dA = contiguous(dA)
+    dK = [None if w is None else da.new_empty(w.shape[0], da.shape[0]) for da, w in zip(dA, W)]
+    dR = [torch.empty_like(da) for da in dA]
+    native.project_backward(dK, dR, dA, W, injection.contiguous(), removal.contiguous())
+    return [da.new_empty(0) if k is None else k for k, da in zip(dK, dA)], dR
+
+
 triton_kernels("project", "project", "project_backward")
 
 

@@ -1,24 +1,18 @@
-"""The Triton kernels against the reference: in the interpreter where there is no GPU (float32, float16), else on the GPU.
-
-The rule for numbers: with the same inputs, the distance from the float64 reference is at most twice that of the reference
-run in the operation's own type, plus half a unit in the last place of the result, and of the terms summed in float32 (the
-same maths on absolute values): one rounding each, which in plain torch a single number may by luck not have.
-"""
+"""What is Triton's alone: launches, promises to the compiler, pointers, compilation. Its numbers are in test_backends.py."""
 
 import json
-import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from common import gradients, small_model
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from test_backends import TRITON, Draw, cases, seeds, types
 
 import deft_kernels as dk
-from deft_kernels import ops, reference
+from deft_kernels import reference
 from deft_kernels.ops import lowrank_linear as op
 
 pytest.importorskip("triton")
@@ -28,181 +22,13 @@ from deft_kernels.triton import merge as merging  # noqa: E402
 from deft_kernels.triton import orthonormalize as orthonormalizing  # noqa: E402
 from deft_kernels.triton import project as projecting  # noqa: E402
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE.type == "cuda" else [])
+DEVICE = TRITON[0].device
 deft = torch.ops.deft_kernels
-
-# The interpreter takes milliseconds for each block, so sizes are small; blocks have 16 to 128 rows and columns, so these
-# have none, one and several of them, whole and not.
-sizes = st.one_of(st.integers(1, 40), st.sampled_from([1, 16, 48, 63, 64, 65, 96, 128, 130, 144, 257]))
-ranks = st.one_of(st.integers(1, 20), st.sampled_from([4, 8, 16, 32, 33, 64]))
-seeds = st.integers(0, 2**31)
-types = st.sampled_from(TYPES)
-
-
-def cases(count: int):
-    return settings(
-        max_examples=count, deadline=None, derandomize=True, database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
     monkeypatch.setenv("DEFT_KERNELS_BACKEND", "triton")
-
-
-class Draw:
-    """Tensors that float64, float32 and the kernels' type all hold exactly."""
-
-    def __init__(self, seed: int, dtype: torch.dtype):
-        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
-
-    def __call__(self, *shape, dtype=None, scale=1.0, transposed=False):
-        values = torch.randn(*shape, generator=self.generator) * scale
-        values = values.to(dtype or self.dtype).to(DEVICE)
-        return values.t().contiguous().t() if transposed else values
-
-
-def double(t):
-    return t.double() if isinstance(t, torch.Tensor) else t
-
-
-def size(t):
-    return t.double().abs() if isinstance(t, torch.Tensor) else t
-
-
-def assert_as_close_as_plain(ours, plain, truth, terms, name=""):
-    assert ours.shape == truth.shape and ours.dtype == plain.dtype, name
-    assert ours.isfinite().all(), f"{name} has values that are not finite"
-    error, allowed = (ours.double() - truth).norm().item(), (plain.double() - truth).norm().item()
-    result, summed = torch.finfo(ours.dtype).eps / 2 * truth.norm().item(), 2**-24 * terms.norm().item()
-    assert error <= 2 * allowed + result + summed, (name, error, allowed)
-
-
-# orthonormalize -------------------------------------------------------------------------------------------------------
-
-
-@cases(40)
-@given(st.lists(st.tuples(sizes, ranks), min_size=1, max_size=2), seeds)
-def test_orthonormalize(shapes, seed):
-    draw = Draw(seed, torch.float32)
-    P = [draw(m + (r if m < r else 0), r, scale=10.0 ** (i - 1)) for i, (m, r) in enumerate(shapes)]
-    Q = deft.orthonormalize(P)
-    dQ = [draw(*q.shape) for q in Q]
-    dP = deft.orthonormalize_backward(dQ, Q, P)
-    exact = [p.double().requires_grad_() for p in P]
-    truth = reference.orthonormalize(exact)
-    grads = torch.autograd.grad(truth, exact, [d.double() for d in dQ])
-    plain = reference.orthonormalize(P)
-    for p, q, t, grad, ours, d in zip(P, Q, truth, grads, dP, dQ):
-        condition = torch.linalg.cond(p.double()).item()
-        eye = torch.eye(q.shape[1], dtype=torch.float64, device=DEVICE)
-        assert (q.double().T @ q.double() - eye).norm() <= 1e-5
-        assert (q - t).norm() <= 3e-6 * condition * math.sqrt(q.shape[1])  # signs included
-        assert (ours - grad).norm() <= 2e-6 * condition**2 * (d.norm() / p.norm()) * q.shape[1] + 1e-6 * grad.norm()
-        if condition < 1e2:
-            (plain_q,) = reference.orthonormalize([p])
-            (plain_grad,) = reference.orthonormalize_backward([d], [plain_q], [p])
-            assert (q - t).norm() <= 2 * (plain_q - t).norm() + 1e-6 * t.norm()
-            assert (ours - grad).norm() <= 2 * (plain_grad - grad).norm() + 1e-6 * grad.norm()
-    assert [q.shape for q in plain] == [q.shape for q in Q]
-
-
-def conditioned(m: int, r: int, condition: float) -> torch.Tensor:
-    u, v = torch.linalg.qr(torch.randn(m, r).double())[0], torch.linalg.qr(torch.randn(r, r).double())[0]
-    return ((u * torch.logspace(0, -math.log10(condition), r).double()) @ v).float().to(DEVICE)
-
-
-@pytest.mark.parametrize("condition", [1e1, 1e2, 1e3, 1e4, 1e5, 1e6])
-@pytest.mark.parametrize("m,r", [(200, 8), (70, 33)])
-def test_orthonormalize_up_to_a_condition_of_a_million(m, r, condition):
-    P = conditioned(m, r, condition)
-    (Q,) = deft.orthonormalize([P])
-    assert (Q.double().T @ Q.double() - torch.eye(r, device=DEVICE)).norm() <= 1e-5
-    (truth,), (plain,) = reference.orthonormalize([P.double()]), reference.orthonormalize([P])
-    assert (Q - truth).norm() <= 4 * (plain - truth).norm() + 1e-6  # both lose cond(P) digits, not the same ones
-
-
-def test_orthonormalize_of_anything_is_orthonormal():
-    twice = torch.randn(60, 3)
-    P = {
-        "zeros": torch.zeros(30, 4), "rank one": torch.randn(50, 1) @ torch.randn(1, 5), "twice": torch.cat([twice] * 2, 1),
-        "identity": torch.eye(40)[:, :7], "triangle": torch.cat([torch.randn(3, 3).triu(), torch.zeros(20, 3)]),
-        "square": torch.randn(16, 16), "one": torch.full((1, 1), -2.0), "a zero column": torch.randn(40, 5),
-        "huge and tiny columns": torch.randn(64, 6) * torch.tensor([1e-30, 1e30, 1, 1e-3, 1e10, 1e-12]),
-        "second panel depends": torch.randn(90, 40), "two of twelve": torch.randn(60, 2).repeat(1, 6),
-        "one of eight": torch.randn(50, 1).repeat(1, 8), "graded": torch.cat([torch.ones(1, 4), 1e-22 * torch.randn(40, 4)]),
-    }  # fmt: skip
-    P["a zero column"][:, 2] = 0
-    P["second panel depends"][:, 35] = P["second panel depends"][:, 1]
-    P = {name: p.to(DEVICE) for name, p in P.items()}
-    for (name, p), q in zip(P.items(), deft.orthonormalize(list(P.values()))):
-        assert (q.double().T @ q.double() - torch.eye(q.shape[1], device=DEVICE)).norm() <= 1e-5, name
-        if name in ("identity", "triangle", "square", "one", "huge and tiny columns"):  # of full rank: Q is unique
-            torch.testing.assert_close(q, torch.linalg.qr(p.double()).Q.float(), rtol=1e-4, atol=1e-5, msg=name)
-        # span: what full rank there is lies in Q
-        torch.testing.assert_close(q @ (q.T @ p), p, rtol=1e-4, atol=2e-5 * p.abs().max().item())
-
-
-# project --------------------------------------------------------------------------------------------------------------
-
-layer = st.tuples(sizes, sizes, ranks, st.sampled_from(["both", "K", "R"]), st.booleans())
-
-
-@cases(100)
-@given(st.lists(layer, min_size=1, max_size=4), types, seeds, st.sampled_from([1.0, 1e-6, 1e4, 1e-34, 1e34]))
-def test_project(layers, dtype, seed, scale):
-    draw = Draw(seed, dtype)
-    W = [draw(m, n, transposed=transposed) for m, n, _, _, transposed in layers]
-    K = [draw(m, r, dtype=torch.float32, scale=scale) if has != "R" else None for m, n, r, has, _ in layers]
-    R = [draw(r, n, dtype=torch.float32, scale=scale) if has != "K" else None for m, n, r, has, _ in layers]
-    injection, removal = draw(len(W), dtype=torch.float32), draw(len(W), dtype=torch.float32)
-    A = deft.project(K, W, R, injection, removal)
-    doubles = [[double(t) for t in list_] for list_ in (K, W, R)]
-    truth = reference.project(*doubles, injection.double(), removal.double())
-    plain = reference.project(K, W, R, injection, removal)
-    terms = reference.project(*([size(t) for t in list_] for list_ in (K, W, R)), size(injection), -size(removal))
-    for i, four in enumerate(zip(A, plain, truth, terms)):
-        assert_as_close_as_plain(*four, f"A[{i}]")
-
-    dA = [draw(*a.shape, dtype=torch.float32, scale=scale) for a in A]
-    some = [w if k is not None else None for k, w in zip(K, W)]
-    ours = deft.project_backward(dA, some, injection, removal)
-    plain = reference.project_backward(dA, some, injection, removal)
-    truth = reference.project_backward([d.double() for d in dA], map(double, some), injection.double(), removal.double())
-    terms = reference.project_backward([*map(size, dA)], map(size, some), size(injection), size(removal))
-    for name, grads in zip(("dK", "dR"), zip(ours, plain, truth, terms)):
-        for i, four in enumerate(zip(*grads)):
-            assert_as_close_as_plain(*four, f"{name}[{i}]")
-
-
-# merge ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tall", [False, True])
-@cases(50)
-@given(st.lists(layer, min_size=1, max_size=4), types, seeds)
-def test_merge(monkeypatch, tall, layers, dtype, seed):
-    monkeypatch.setattr(merging, "is_tall", lambda w, rank: tall)
-    draw = Draw(seed, dtype)
-    W = [draw(m, n, transposed=transposed) for m, n, _, _, transposed in layers]
-    B = [draw(m, r, dtype=torch.float32, scale=0.1) for m, n, r, _, _ in layers]
-    K = [draw(m, r, dtype=torch.float32, scale=0.1) if has != "R" else None for m, n, r, has, _ in layers]
-    R = [draw(r, n, dtype=torch.float32, scale=0.1) if has != "K" else None for m, n, r, has, _ in layers]
-    merged = deft.merge(W, B, K, R)
-    exact = reference.merge(*([double(t) for t in list_] for list_ in (W, B, K, R)))
-    minus = [None if k is None else -size(k) for k in K]
-    terms = reference.merge([*map(size, W)], [*map(size, B)], minus, [*map(size, R)])
-    for i, four in enumerate(zip(merged, reference.merge(W, B, K, R), exact, terms)):
-        assert_as_close_as_plain(*four, f"W'[{i}]")
-    snapshot = [w.clone() for w in W]
-    deft.merge_into(W, snapshot, B, K, R)  # from a snapshot,
-    for w, expected in zip(W, merged):
-        assert torch.equal(w, expected)
-    deft.merge_into(snapshot, snapshot, B, K, R)  # and in place
-    for w, expected in zip(snapshot, merged):
-        assert torch.equal(w, expected)
 
 
 def test_tall_layers_are_those_whose_strips_the_cache_does_not_hold(monkeypatch):
@@ -211,116 +37,12 @@ def test_tall_layers_are_those_whose_strips_the_cache_does_not_hold(monkeypatch)
     assert merging.is_tall(torch.empty(15360, 3072, dtype=torch.bfloat16, device=DEVICE), 16)  # FLUX
 
 
-# lowrank_linear -------------------------------------------------------------------------------------------------------
-
-
 def force(monkeypatch, form: str):
     monkeypatch.setattr(kernels, "choice", lambda what, *_: form if what == "product" or form == "chain" else "kernel")
     monkeypatch.setattr(op, "merged_is_cheaper", lambda *shape: form == "merged")
 
 
-@pytest.mark.parametrize("form", ["chain", "expand", "fused", "merged"])
-@cases(60)
-@given(sizes, sizes, sizes, ranks, types, seeds, st.sampled_from(["", "bias", "leading", "strided", "transposed W"]))
-def test_lowrank_linear(monkeypatch, form, T, m, n, r, dtype, seed, kind):
-    if form == "merged" and dtype != torch.float32:
-        return
-    force(monkeypatch, form)
-    draw = Draw(seed, dtype)
-    x, dy = draw(T, n, transposed=kind == "strided"), draw(T, m, transposed=kind == "strided")
-    if kind == "leading":
-        x, dy = draw(2, T, n).transpose(0, 1), draw(T, 2, m)
-    W, B, A = draw(m, n, transposed=kind == "transposed W"), draw(m, r), draw(r, n)
-    bias = draw(m) if kind == "bias" else None
-
-    def run(function, *tensors):
-        x, W, bias, B, A, dy = tensors
-        inputs = [t.detach().clone().requires_grad_() for t in (x, B, A, *([] if bias is None else [bias]))]
-        y = function(inputs[0], W, bias if bias is None else inputs[3], inputs[1], inputs[2])
-        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
-
-    tensors = (x, W, bias, B, A, dy)
-    truth = run(reference.lowrank_linear, *map(double, tensors))
-    plain = run(reference.lowrank_linear, *tensors)
-    ours, terms = run(ops.LowRankLinear.apply, *tensors), run(reference.lowrank_linear, *map(size, tensors))
-    for name, *four in zip(("y", "dx", "dB", "dA", "dbias"), ours, plain, truth, terms):
-        assert_as_close_as_plain(*four, name)
-    again = run(ops.LowRankLinear.apply, *tensors)
-    assert all(torch.equal(a, b) for a, b in zip(ours, again))  # from run to run, to the bit
-
-
-@pytest.mark.parametrize("form", ["chain", "expand", "fused", "merged"])
-def test_lowrank_linear_of_nothing(monkeypatch, form):
-    force(monkeypatch, form)
-    x, W, B, A = (torch.randn(*s, device=DEVICE) for s in ((0, 6), (5, 6), (5, 2), (2, 6)))
-    B.requires_grad_(), A.requires_grad_(), x.requires_grad_()
-    y = ops.LowRankLinear.apply(x, W, None, B, A)
-    y.sum().backward()
-    assert y.shape == (0, 5) and x.grad.shape == (0, 6) and B.grad.abs().sum() == 0 and A.grad.abs().sum() == 0
-
-
-@pytest.mark.parametrize("needs", [(0, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1)])
-def test_only_what_is_needed(monkeypatch, needs):
-    force(monkeypatch, "expand")
-    x, W, B, A = (torch.randn(*s, device=DEVICE) for s in ((20, 6), (5, 6), (5, 2), (2, 6)))
-    inputs = [t for t, need in zip((x, B, A), needs) if need]
-    for t in inputs:
-        t.requires_grad_()
-    dy = torch.randn(20, 5, device=DEVICE)
-    ours = torch.autograd.grad(ops.LowRankLinear.apply(x, W, None, B, A), inputs, dy)
-    torch.testing.assert_close(ours, torch.autograd.grad(reference.lowrank_linear(x, W, None, B, A), inputs, dy))
-
-
-# As operations of torch -----------------------------------------------------------------------------------------------
-
-
-def test_opcheck():
-    """Schemas, shape functions and autograd hold for what the kernels return, too."""
-    check, randn = torch.library.opcheck, lambda *shape: torch.randn(*shape, device=DEVICE)
-    P, W, R = [randn(20, 3), randn(9, 4)], [randn(20, 16), randn(9, 6)], [randn(3, 16), None]
-    Q, scales = deft.orthonormalize(P), (randn(2), randn(2))
-    check(deft.orthonormalize.default, (P,))
-    check(deft.orthonormalize_backward.default, ([randn(20, 3), randn(9, 4)], Q, P))
-    check(deft.project.default, ([Q[0], None], W, [None, randn(4, 6)], *scales))
-    check(deft.project_backward.default, ([randn(3, 16), randn(4, 6)], [W[0], None], *scales))
-    check(deft.merge.default, (W, P, Q, R))
-    check(deft.merge_into.default, ([randn(20, 16), randn(9, 6)], W, P, Q, R))
-    x, B, A = randn(2, 4, 16), randn(20, 3), randn(3, 16)
-    for merged in (False, True):
-        check(deft.lowrank_linear_forward.default, (x, W[0], None, B, A, merged))
-        h = deft.lowrank_linear_forward(x, W[0], None, B, A, merged)[1]
-        for needs in ([True] * 4, [False, True, True, False]):
-            check(deft.lowrank_linear_backward.default, (randn(2, 4, 20), x, h, W[0], B, A, merged, needs))
-
-
 # All of it together ---------------------------------------------------------------------------------------------------
-
-
-def step(model, x):
-    loss = model(x).square().mean()
-    loss.backward()
-    return loss.detach(), gradients(model)
-
-
-@pytest.mark.parametrize("method", ["qr", "relu", "none", "para", "lora"])
-def test_a_model_trains_and_merges_as_on_the_reference(monkeypatch, method):
-    config = dk.LoraConfig(r=3) if method == "lora" else dk.DeftConfig(
-        r=3, para=method == "para", decomposition_method="qr" if method == "para" else method, init_weights=False
-    )  # fmt: skip
-    results = {}
-    for backend in ("triton", "reference"):
-        torch.manual_seed(1)
-        monkeypatch.setenv("DEFT_KERNELS_BACKEND", backend)
-        model = small_model(width=12).to(DEVICE)
-        dk.inject_adapter(model, config)
-        x = torch.randn(1, 3, 4, 4, device=DEVICE)
-        results[backend] = [step(model, x)]
-        with torch.no_grad():
-            dk.merge(model)
-            results[backend].append(model(x))
-            dk.unmerge(model)
-            results[backend].append(model(x))
-    torch.testing.assert_close(results["triton"], results["reference"], rtol=1e-4, atol=1e-5)
 
 
 def test_launches_of_a_whole_model(monkeypatch):
@@ -380,7 +102,7 @@ def test_what_the_compiler_is_promised_is_true(monkeypatch, layers, dtype, seed)
 
     for module in (projecting, merging, orthonormalizing):
         monkeypatch.setattr(module, "launch_layers", launched)
-    draw = Draw(seed, dtype)
+    draw = Draw(TRITON[0], seed, dtype)
 
     def placed(rows, columns, offset, wider, transposed=False, dtype=None):
         """A matrix that begins `offset` elements into memory, in rows `wider` than its own."""
@@ -418,7 +140,7 @@ def test_float32_follows_torch_setting(monkeypatch, asked, expected):
 
 def test_no_pointer_is_ever_stale():
     """Tensors that move, shrink, die and come back at another's address between calls with the same shapes."""
-    draw, kept = Draw(0, torch.float32), []
+    draw, kept = Draw(TRITON[0], 0), []
     for i in range(30):
         m, n = (48, 32) if i % 3 else (32, 48)
         W, K, R = [draw(m, n) for _ in range(3)], [draw(m, 4) for _ in range(3)], [draw(4, n) for _ in range(3)]
@@ -495,7 +217,7 @@ def test_auto_says_openly_what_serves(monkeypatch):
     if DEVICE.type == "cuda":
         assert row["triton"] == "serves" and row["reference"] == "serves what those before it cannot"
     else:
-        assert row["reference"] == "serves" and row["triton"].startswith("no GPU")
+        assert "serves" in (row["cpp"], row["reference"]) and row["triton"].startswith("no GPU")
     P = [torch.randn(5, 2, dtype=torch.float64, device=DEVICE)]  # no kernel takes it
     torch.testing.assert_close(deft.orthonormalize(P), reference.orthonormalize(P))
 

@@ -1,0 +1,5 @@
+// Vectors of 16 bytes, as SSE2 and NEON have them.
+#include "kernels.h"
+#define ISA portable
+#define LANES 4
+#include "isa.h"

@@ -1,0 +1,79 @@
+// A vector of LANES floats, and how it is read from and written to memory of each type. Included once per instruction set,
+// inside its namespace: everything in here is compiled for that set alone.
+
+using vec = float __attribute__((vector_size(LANES * 4)));
+using uvec = uint32_t __attribute__((vector_size(LANES * 4)));
+using hvec = uint16_t __attribute__((vector_size(LANES * 2)));
+
+template <class V> inline V read(const void* p) { V v; __builtin_memcpy(&v, p, sizeof v); return v; }
+template <class V> inline void write(void* p, V v) { __builtin_memcpy(p, &v, sizeof v); }
+inline uvec bits(vec v) { return (uvec)v; }
+inline uvec select(uvec mask, uvec yes, uvec no) { return (mask & yes) | (~mask & no); }
+
+// lane j in every lane
+#if defined(__clang__)
+inline vec lane(vec v, int j) { return vec{} + v[j]; }
+#else
+inline vec lane(vec v, int j) { return __builtin_shuffle(v, uvec{} + j); }
+#endif
+
+inline vec load(const float* p) { return read<vec>(p); }
+inline void store(float* p, vec v) { write(p, v); }
+
+inline vec widen(hvec h, bfloat16) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
+inline hvec narrow(vec v, bfloat16) {  // to the nearest, ties to even; NaN stays NaN
+  uvec u = bits(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(select((uvec)(v != v), (u >> 16) | 0x40, rounded), hvec);
+}
+
+#if LANES == 16
+inline vec widen(hvec h, float16) { return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
+inline hvec narrow(vec v, float16) { return (hvec)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT); }
+#elif LANES == 8
+inline vec widen(hvec h, float16) { return (vec)_mm256_cvtph_ps((__m128i)h); }
+inline hvec narrow(vec v, float16) { return (hvec)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT); }
+#else
+inline vec widen(hvec h, float16) {
+  uvec u = __builtin_convertvector(h, uvec), sign = (u & 0x8000) << 16, magnitude = u & 0x7fff;
+  uvec normal = (magnitude << 13) + (112 << 23);
+  uvec subnormal = bits(__builtin_convertvector(magnitude, vec) * 0x1p-24f);  // no subnormal float on the way
+  uvec special = (magnitude << 13) | 0x7f800000;
+  uvec value = select((uvec)(magnitude < 0x400), subnormal, select((uvec)(magnitude >= 0x7c00), special, normal));
+  return (vec)(sign | value);
+}
+inline hvec narrow(vec v, float16) {
+  uvec u = bits(v), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  uvec normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // adding 0.5 leaves, in the last bits of the sum, the value in units of 2^-24, rounded by the processor
+  uvec subnormal = bits((vec)magnitude + 0.5f) - 0x3f000000;
+  uvec special = select((uvec)(magnitude > 0x7f800000), uvec{} + 0x7e00, uvec{} + 0x7c00);
+  uvec value = select((uvec)(magnitude < (113 << 23)), subnormal, select((uvec)(magnitude >= 0x477ff000), special, normal));
+  return __builtin_convertvector(sign | value, hvec);
+}
+#endif
+
+template <class T> inline vec load(const T* p) { return widen(read<hvec>(p), T{}); }
+template <class T> inline void store(T* p, vec v) { write(p, narrow(v, T{})); }
+
+// The first `count` lanes alone; the others are zero, and are not touched in memory.
+#if LANES == 16
+inline vec load(const float* p, int count) { return (vec)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
+inline void store(float* p, vec v, int count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v); }
+template <class T> inline vec load(const T* p, int count) {
+  return widen((hvec)_mm256_maskz_loadu_epi16((1u << count) - 1, p), T{});
+}
+template <class T> inline void store(T* p, vec v, int count) {
+  _mm256_mask_storeu_epi16(p, (1u << count) - 1, (__m256i)narrow(v, T{}));
+}
+#else
+template <class T> inline vec load(const T* p, int count) {
+  T part[LANES] = {};
+  __builtin_memcpy(part, p, count * sizeof(T));
+  return load(part);
+}
+template <class T> inline void store(T* p, vec v, int count) {
+  T part[LANES];
+  store(part, v);
+  __builtin_memcpy(p, part, count * sizeof(T));
+}
+#endif
