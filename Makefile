@@ -7,8 +7,9 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 BIN    := .venv/bin
 READY  := .venv/.ready
+comma  := ,
 
-.PHONY: demo test bench lint wheel clean
+.PHONY: demo test bench lint wheel sanitize sanitize-gpu clean
 
 demo: $(READY)
 	$(BIN)/deft demo
@@ -21,6 +22,25 @@ bench: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+
+# csrc under AddressSanitizer with UndefinedBehaviorSanitizer, then under ThreadSanitizer: a library of its own for each
+NATIVE_TESTS = -m pytest -q -x tests/deft_kernels/test_native.py tests/deft_kernels/test_backends.py -k 'native or cpp'
+PRELOAD = $(shell $(or $(CXX),c++) -print-file-name=lib$(1).so)
+SANITIZED = PATH="$(CURDIR)/$(BIN):$$PATH" DEFT_KERNELS_BUILD=cpu CXXFLAGS="-g -O1 $(2)" LDFLAGS="$(2)" \
+	$(BIN)/python setup.py -q build_ext --build-lib build/$(1) --build-temp build/$(1)/temp
+
+sanitize: $(READY)
+	$(call SANITIZED,asan,-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
+	LD_PRELOAD="$(call PRELOAD,asan) $(call PRELOAD,stdc++)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=4 \
+	DEFT_KERNELS_LIBRARY=$(CURDIR)/build/asan/deft_kernels/_cpu.abi3.so $(BIN)/python $(NATIVE_TESTS)
+	$(call SANITIZED,tsan,-fsanitize=thread)
+	LD_PRELOAD="$(call PRELOAD,tsan)" TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1" OMP_NUM_THREADS=4 \
+	DEFT_KERNELS_LIBRARY=$(CURDIR)/build/tsan/deft_kernels/_cpu.abi3.so $(BIN)/python $(NATIVE_TESTS)
+
+# the kernels on a GPU under NVIDIA's tools
+sanitize-gpu: $(READY)
+	for tool in memcheck racecheck; do \
+	compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/deft_kernels/test_backends.py || exit 1; done
 
 wheel: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation

@@ -77,7 +77,7 @@ class Ninja(build_ext):
             f"build {escaped(target)}: link {' '.join(map(escaped, objects))}",
         ]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-        subprocess.run(["ninja", "-f", str(folder / "build.ninja")], check=True)
+        subprocess.run(["ninja", "--quiet", "-f", str(folder / "build.ninja")], check=True)
 
 
 version = re.search(r'__version__ = "(.+)"', Path("deft_kernels/__init__.py").read_text())[1]

@@ -1,6 +1,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "kernels.h"
 #pragma GCC target("avx2,fma,f16c")
 #define ISA avx2

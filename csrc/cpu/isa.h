@@ -13,7 +13,7 @@ namespace ISA {
 #include "orthonormalize.h"
 #include "project.h"
 
-template <class T> constexpr TypedKernels<T> typed() { return {merge<T>, project<T>, project_backward<T>, STRIP<T>}; }
+template <class T> constexpr TypedKernels<T> typed() { return {merge<T>, merge_scratch<T>, project<T>, project_backward<T>, STRIP<T>}; }
 
 #define NAME_OF(isa) #isa
 #define NAME(isa) NAME_OF(isa)

@@ -19,8 +19,19 @@ namespace deft {
 struct Aligned {
   void operator()(float* p) const { ::operator delete[](p, std::align_val_t(64)); }
 };
-using Floats = std::unique_ptr<float[], Aligned>;
-inline Floats floats(int64_t count) { return Floats(new (std::align_val_t(64)) float[count]); }
+using Memory = std::unique_ptr<float[], Aligned>;
+inline Memory floats(int64_t count) { return Memory(new (std::align_val_t(64)) float[count]); }
+
+// That torch's threads begin after the caller and end before it goes on is the OpenMP runtime's doing, which
+// ThreadSanitizer does not see: it is told. What the jobs do to one another it judges for itself.
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+#else
+inline void __tsan_acquire(void*) {}
+inline void __tsan_release(void*) {}
+#endif
+inline char fork_and_join;
 
 // f(job, scratch) for every job; each thread has `scratch` floats of its own. Below `work` multiply-adds for a second
 // thread, waking it costs more than it saves.
@@ -29,14 +40,18 @@ void run(int64_t jobs, int64_t scratch, double work, const F& f) {
   std::atomic<int64_t> next{0};
   int64_t threads = std::min<int64_t>({jobs, torch::stable::get_num_threads(), int64_t(work / 50000) + 1});
   auto take = [&](int64_t, int64_t) {
-    Floats own;
-    for (int64_t job; (job = next.fetch_add(1)) < jobs;) {
-      if (scratch && !own) own = floats(scratch);
+    __tsan_acquire(&fork_and_join);
+    Memory own;
+    for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) {
+      if (!own) own = floats(scratch);
       f(job, own.get());
     }
+    __tsan_release(&fork_and_join);
   };
+  __tsan_release(&fork_and_join);
   if (threads <= 1) take(0, 1);
   else torch::stable::parallel_for(0, threads, 1, take);
+  __tsan_acquire(&fork_and_join);
 }
 
 // Layers cut into strips of columns, each a job.

@@ -71,6 +71,7 @@ struct LowRankBackward {  // dh = dy B, dx += dh A, dB^T = h^T dy, dA = dh^T x
 template <class T>
 struct TypedKernels {
   void (*merge)(const Merge<T>&, int64_t first_column, int64_t width, float* scratch);
+  int64_t (*merge_scratch)(int64_t m, int64_t r);
   void (*project)(const Project<T>&, int64_t first_column, int64_t width, float* scratch);
   void (*project_backward)(const ProjectBackward<T>&, int64_t first_row, int64_t rows);
   int64_t strip;  // columns of a job of merge and project

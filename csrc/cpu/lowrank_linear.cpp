@@ -28,7 +28,7 @@ void lowrank_linear_forward(std::optional<Tensor> y, Tensor h, Tensor x, Tensor 
 
   const Kernels& best = kernels();
   const int64_t padded_m = best.padded(m);
-  const Floats packed_A = floats(n * best.padded(r)), Bt = floats(r * padded_m);
+  const Memory packed_A = floats(n * best.padded(r)), Bt = floats(r * padded_m);
   best.pack(a.as<float>(), n, r, n, 1, packed_A.get());
   if (y) best.pack(b.as<float>(), r, m, r, 1, Bt.get());
   const LowRankForward p{given.as<float>(), given.ld, sum.as<float>(), sum.ld, out.as<float>(), packed_A.get(), Bt.get(), padded_m, T, m, n, r};
@@ -82,7 +82,7 @@ void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB,
 
   const Kernels& best = kernels();
   const bool again = p.dB && !p.h;
-  const Floats packed_A = floats(again ? n * best.padded(r) : 0), packed_B = floats(m * best.padded(r));
+  const Memory packed_A = floats(again ? n * best.padded(r) : 0), packed_B = floats(m * best.padded(r));
   if (again) best.pack(a.as<float>(), n, r, n, 1, packed_A.get());
   for (int64_t i = 0; i < m; ++i) {  // B (m, r) stands as it is used, but for the padding
     float* row = packed_B.get() + i * best.padded(r);
@@ -96,7 +96,7 @@ void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB,
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t rows = std::max<int64_t>(1, (T + 4 * threads * ROWS - 1) / (4 * threads * ROWS)) * ROWS;
   const int64_t parts = (T + rows - 1) / rows, size_B = r * best.padded(m), size_A = r * best.padded(n);
-  const Floats sums = floats(parts * (size_B + size_A));
+  const Memory sums = floats(parts * (size_B + size_A));
   const double work = double(T) * r * (m * (1 + p.dB) + n * (p.dA + (p.dx != nullptr) + again));
   run(parts, best.lowrank_backward_scratch(r), work, [&](int64_t part, float* scratch) {
     float *own_B = sums.get() + part * (size_B + size_A), *own_A = own_B + size_B;

@@ -47,7 +47,7 @@ void merge(Tensors out, Tensors W, Tensors B, OptionalTensors K, OptionalTensors
       }
       writes.add(o, out_arg), outs.push_back(o);
       const int64_t strip = best.of<T>().strip;
-      scratch = std::max(scratch, r * strip);
+      scratch = std::max(scratch, best.of<T>().merge_scratch(m, r));
       work += 2.0 * m * n * r;
       if (m > 0) cut(strips, i, n, strip);
       all.push_back(layer);

@@ -105,15 +105,16 @@ inline void factor(Panel& p) {
 
 // V^T C over all rows, C (m, width): added to X (panel's width, ldx).
 inline void panel_down(const Panel& p, const float* C, int64_t ldc, int64_t width, float* X, int64_t ldx) {
-  down(&p.top[0][0], LANES, C, ldc, p.head, width, p.width, X, ldx);
-  down(p.a + p.head * p.ld, p.ld, C + p.head * ldc, ldc, p.m - p.head, width, p.width, X, ldx);
+  down<float>({&p.top[0][0], LANES}, {C, ldc}, p.head, width, p.width, {X, ldx});
+  down<float>({p.a + p.head * p.ld, p.ld}, {C + p.head * ldc, ldc}, p.m - p.head, width, p.width, {X, ldx});
 }
 
 // C += V X; `fresh`: below the panel's first rows C is zero, and need not be read
 inline void panel_up(const Panel& p, const float* X, int64_t ldx, float* C, int64_t ldc, int64_t width, bool fresh) {
-  up(&p.top[0][0], LANES, X, ldx, C, ldc, C, ldc, p.head, width, p.width);
+  up<false, float>({&p.top[0][0], LANES}, {X, ldx}, {C, ldc}, {C, ldc}, p.head, width, p.width);
   float* rest = C + p.head * ldc;
-  up(p.a + p.head * p.ld, p.ld, X, ldx, fresh ? nullptr : rest, ldc, rest, ldc, p.m - p.head, width, p.width);
+  const Floats V{p.a + p.head * p.ld, p.ld};
+  up<false, float>(V, {X, ldx}, {fresh ? nullptr : rest, ldc}, {rest, ldc}, p.m - p.head, width, p.width);
 }
 
 // C (m, width) <- (I - V T V^T) C, or its transpose.
@@ -177,8 +178,8 @@ inline void orthonormalize_backward(const OrthonormalizeBackward& layer, float* 
   float *S = scratch, *N = S + r * ld, *rows = N + r * ld;
   double* inverse = reinterpret_cast<double*>(rows + BLOCK * r);
   __builtin_memset(S, 0, 2 * r * ld * sizeof(float));
-  down(layer.Q, r, layer.dQ, r, m, r, r, S, ld);
-  down(layer.Q, r, layer.P, r, m, r, r, N, ld);
+  down<float>({layer.Q, r}, {layer.dQ, r}, m, r, r, {S, ld});
+  down<float>({layer.Q, r}, {layer.P, r}, m, r, r, {N, ld});
   for (int64_t l = 0; l < r; ++l)
     for (int64_t c = l; c < r; ++c) S[l * ld + c] = S[c * ld + l] = -S[l * ld + c];
   for (int64_t l = r - 1; l >= 0; --l)  // T^-1, the last row first
@@ -191,7 +192,7 @@ inline void orthonormalize_backward(const OrthonormalizeBackward& layer, float* 
     for (int64_t c = 0; c < r; ++c) N[c * ld + l] = float(inverse[l * r + c]);
   for (int64_t i = 0; i < m; i += BLOCK) {
     const int64_t here = least(BLOCK, m - i);
-    up(layer.Q + i * r, r, S, ld, layer.dQ + i * r, r, rows, r, here, r, r);
-    up(rows, r, N, ld, (const float*)nullptr, 0, layer.dP + i * r, r, here, r, r);
+    up<false, float>({layer.Q + i * r, r}, {S, ld}, {layer.dQ + i * r, r}, {rows, r}, here, r, r);
+    up<false, float>({rows, r}, {N, ld}, {nullptr, 0}, {layer.dP + i * r, r}, here, r, r);
   }
 }

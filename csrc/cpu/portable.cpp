@@ -1,4 +1,6 @@
 // Vectors of 16 bytes, as SSE2 and NEON have them.
+#include <type_traits>
+
 #include "kernels.h"
 #define ISA portable
 #define LANES 4

@@ -107,7 +107,7 @@ void project_backward(OptionalTensors dK, Tensors dR, Tensors dA, OptionalTensor
   writes.done();
   for (const auto& [m, arg] : reads) writes.check(m, arg);
 
-  const Floats memory = floats(packed);
+  const Memory memory = floats(packed);
   run(int64_t(layers), 0, work, [&](int64_t i, float*) {
     std::visit([&](auto& layer) {
       if (layer.W) {

@@ -1,133 +1,194 @@
 // Three products with one side of rank r, from which every kernel is made. The tall or wide matrix is read in place, in its
-// own type; the small side and all sums are float32, held in registers. Included inside an instruction set's namespace.
+// own type; the small side and all sums are float32, the sums held in registers. Included inside an instruction set's
+// namespace.
 //
-//   down    a (r, width)    += K^T W     over the rows of a strip of W      K (rows, r), W (rows, width)
-//   up      out (rows, width) = W + B a                                     B (rows, r), a (r, width)
-//   across  h (rows, r)      = W D       over the columns of W              W (rows, n), D (n, padded r)
+//   down    a (r, width)      += K^T W      over the rows of a strip of W      K (rows, r), W (rows, width)
+//   up      out (rows, width)  = W + B a                                       B (rows, r), a (r, width)
+//   across  h (rows, r)        = W D        over the columns of W              W (rows, n), D (n, padded r)
 
-constexpr int RANKS = LANES == 16 ? 8 : 4;    // rows of a tile of sums, 3 vectors wide: the registers are full
-constexpr int64_t BLOCK = 128;                // rows summed in registers before they join a total: short sums round less,
-                                              // and a block of a strip stays in the first-level cache for its next ranks
-constexpr int64_t COLUMNS = 256;              // the same for `across`, along W's columns
-constexpr int64_t MOST = 128;                 // ranks of one pass of `across`
+#define UNROLLED _Pragma("GCC unroll 8")  // early enough for the sums to be registers and not an array in memory
 
-template <class T> constexpr int64_t STRIP = sizeof(T) == 4 ? 48 : 96;  // three whole cache lines of a row of W
+constexpr int RANKS = LANES == 16 ? 8 : 4;  // rows of a tile of sums, which with 3 vectors to a row fills the registers
+template <class T> constexpr int WIDE = std::is_same_v<T, bfloat16> ? 2 : 3;  // vectors to a row (see load_columns)
+template <class T> constexpr int64_t STRIP = sizeof(T) == 4 ? 48 : 96;        // three whole cache lines of a row of W
+
+constexpr int64_t BLOCK = 64;     // rows summed in registers before they join a total: short sums round less, and a block
+                                  // of a strip stays in the first-level cache for the next ranks
+constexpr int64_t COLUMNS = 256;  // the same for `across`, along W's columns
+constexpr int64_t MOST = 128;     // ranks of one pass of `across`
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }  // rounded up to whole vectors
 
-// `part`: the lanes that count in the last vector of a strip whose width is no multiple of LANES; 0: whole vectors.
-
-template <int J, int V, bool PART, class T>
-inline void down_tile(const float* k, int64_t ldk, const T* w, int64_t ldw, int64_t rows, int part, float* a, int64_t lda) {
-  vec sums[J][V] = {};
-  for (int64_t i = 0; i < rows; ++i, k += ldk, w += ldw) {
-    __builtin_prefetch(w + 8 * ldw);
-    vec x[V];
-    for (int v = 0; v < V; ++v) x[v] = PART ? load(w, part) : load(w + v * LANES);
-    for (int j = 0; j < J; ++j)
-      for (int v = 0; v < V; ++v) sums[j][v] += k[j] * x[v];
-  }
-  for (int j = 0; j < J; ++j)
-    for (int v = 0; v < V; ++v) store(a + j * lda + v * LANES, load(a + j * lda + v * LANES) + sums[j][v]);
-}
-
-template <int J, int V, bool PART, class T>
-inline void down_ranks(const float* k, int64_t ldk, const T* w, int64_t ldw, int64_t rows, int part, int64_t r, float* a, int64_t lda) {
-  for (; r >= J; r -= J, k += J, a += J * lda) down_tile<J, V, PART>(k, ldk, w, ldw, rows, part, a, lda);
-  if constexpr (J > 1)
-    if (r > 0) down_ranks<J / 2, V, PART>(k, ldk, w, ldw, rows, part, r, a, lda);
-}
-
-// lda is at least width rounded up to whole vectors: the lanes beside the last column receive zeros.
 template <class T>
-void down(const float* k, int64_t ldk, const T* w, int64_t ldw, int64_t rows, int64_t width, int64_t r, float* a, int64_t lda) {
-  for (int64_t i = 0; i < rows; i += BLOCK, k += BLOCK * ldk, w += BLOCK * ldw) {
-    int64_t here = least(BLOCK, rows - i), c = 0;
-    for (; c + 3 * LANES <= width; c += 3 * LANES) down_ranks<RANKS, 3, false>(k, ldk, w + c, ldw, here, 0, r, a + c, lda);
-    if (c + 2 * LANES <= width) down_ranks<RANKS, 2, false>(k, ldk, w + c, ldw, here, 0, r, a + c, lda), c += 2 * LANES;
-    if (c + LANES <= width) down_ranks<RANKS, 1, false>(k, ldk, w + c, ldw, here, 0, r, a + c, lda), c += LANES;
-    if (c < width) down_ranks<RANKS, 1, true>(k, ldk, w + c, ldw, here, int(width - c), r, a + c, lda);
+struct Rows {  // a matrix by its first element, null for none, and how far its rows are apart
+  T* p;
+  int64_t ld;
+
+  Rows from(int64_t row, int64_t column = 0) const { return {p ? p + row * ld + column : p, ld}; }
+};
+using Floats = Rows<const float>;
+
+// What a pass over a block of rows fetches of the block after it: a row's cache lines every `every` rows, so that all
+// passes together fetch it once, and memory is asked for the same all the time.
+struct Fetch {
+  const char* next;
+  int64_t step;  // bytes from row to row
+  int lines, every, left;
+
+  void row() {
+    if (--left > 0) return;
+    left = every;
+    for (int l = 0; l < lines; ++l) __builtin_prefetch(next + 64 * l, 0, 2);
+    next += step;
   }
-}
+};
 
-template <int M, int V, bool PART, class T>
-inline void up_tile(const float* b, int64_t ldb, const float* a, int64_t lda, const T* w, int64_t ldw, T* out, int64_t ldo, int part, int64_t r) {
-  vec sums[M][V] = {};
-  for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v) __builtin_prefetch(out + (i + 16) * ldo + v * LANES, 1);  // to be written
-  if (w)
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] = PART ? load(w + i * ldw, part) : load(w + i * ldw + v * LANES);
-  for (int64_t j = 0; j < r; ++j, ++b, a += lda) {
-    vec x[V];
-    for (int v = 0; v < V; ++v) x[v] = PART ? load(a, part) : load(a + v * LANES);
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] += b[i * ldb] * x[v];
-  }
-  for (int i = 0; i < M; ++i)
-    for (int v = 0; v < V; ++v)
-      PART ? store(out + i * ldo, sums[i][v], part) : store(out + i * ldo + v * LANES, sums[i][v]);
-}
-
-template <int M, int V, bool PART, class T>
-inline void up_rows(const float* b, int64_t ldb, const float* a, int64_t lda, const T* w, int64_t ldw, T* out, int64_t ldo, int64_t rows, int part, int64_t r) {
-  for (; rows >= M; rows -= M, b += M * ldb, w = w ? w + M * ldw : w, out += M * ldo)
-    up_tile<M, V, PART>(b, ldb, a, lda, w, ldw, out, ldo, part, r);
-  if constexpr (M > 1)
-    if (rows > 0) up_rows<M / 2, V, PART>(b, ldb, a, lda, w, ldw, out, ldo, rows, part, r);
-}
-
-// w null: out = B a. out may be w.
-template <class T>
-void up(const float* b, int64_t ldb, const float* a, int64_t lda, const T* w, int64_t ldw, T* out, int64_t ldo, int64_t rows, int64_t width, int64_t r) {
+// The widths of tiles that make up a strip: f.template operator()<vectors, whether the last is a part>(column, lanes).
+template <class T, class F>
+inline void columns(int64_t width, const F& f) {
+  constexpr int V = WIDE<T>;
   int64_t c = 0;
-  auto at = [&](int64_t c) { return w ? w + c : w; };
-  for (; c + 3 * LANES <= width; c += 3 * LANES) up_rows<RANKS, 3, false>(b, ldb, a + c, lda, at(c), ldw, out + c, ldo, rows, 0, r);
-  if (c + 2 * LANES <= width) up_rows<RANKS, 2, false>(b, ldb, a + c, lda, at(c), ldw, out + c, ldo, rows, 0, r), c += 2 * LANES;
-  if (c + LANES <= width) up_rows<RANKS, 1, false>(b, ldb, a + c, lda, at(c), ldw, out + c, ldo, rows, 0, r), c += LANES;
-  if (c < width) up_rows<RANKS, 1, true>(b, ldb, a + c, lda, at(c), ldw, out + c, ldo, rows, int(width - c), r);
+  for (; c + V * LANES <= width; c += V * LANES) f.template operator()<V, false>(c, 0);
+  if (V > 2 && c + 2 * LANES <= width) f.template operator()<2, false>(c, 0), c += 2 * LANES;
+  if (c + LANES <= width) f.template operator()<1, false>(c, 0), c += LANES;
+  if (c < width) f.template operator()<1, true>(c, int(width - c));
 }
 
-template <int V>
-inline void across_tile(const float (&tile)[RANKS][COLUMNS], const float* d, int64_t ldd, int64_t columns, float* total) {
-  // total (RANKS, MOST)
-  vec sums[RANKS][V] = {};
-  for (int64_t c = 0; c < columns; ++c, d += ldd) {
+// J ranks and V vectors of `down`; `part` lanes of its only vector where PART.
+template <int J, int V, bool PART, class T>
+inline void down_tile(Floats k, Rows<const T> w, int64_t rows, Rows<float> a, int part, Fetch& fetch) {
+  vec sums[J][V] = {};
+  for (int64_t i = 0; i < rows; ++i, k.p += k.ld, w.p += w.ld) {
+    fetch.row();
     vec x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(d + v * LANES);
-    for (int i = 0; i < RANKS; ++i)
-      for (int v = 0; v < V; ++v) sums[i][v] += tile[i][c] * x[v];
+    if constexpr (PART) x[0] = load(w.p, part);
+    else load_columns(w.p, x);
+    UNROLLED for (int j = 0; j < J; ++j)
+      UNROLLED for (int v = 0; v < V; ++v) sums[j][v] += k.p[j] * x[v];
   }
-  for (int i = 0; i < RANKS; ++i)
-    for (int v = 0; v < V; ++v) store(total + i * MOST + v * LANES, load(total + i * MOST + v * LANES) + sums[i][v]);
+  UNROLLED for (int j = 0; j < J; ++j)
+    UNROLLED for (int v = 0; v < V; ++v) {
+      float* total = a.p + j * a.ld + v * LANES;
+      store(total, load(total) + sums[j][v]);
+    }
 }
 
-// ldd: r padded to whole vectors, with zeros in D's padding. Rows of W lie together in `tile` while they are used, since
-// in W itself they may all map to the same places of the cache.
+template <int J, int V, bool PART, class T>
+inline void down_ranks(Floats k, Rows<const T> w, int64_t rows, int64_t r, Rows<float> a, int part, Fetch& fetch) {
+  for (; r >= J; r -= J, k = k.from(0, J), a = a.from(J)) down_tile<J, V, PART>(k, w, rows, a, part, fetch);
+  if constexpr (J > 1)
+    if (r > 0) down_ranks<J / 2, V, PART>(k, w, rows, r, a, part, fetch);
+}
+
+// Rows of `a` hold width rounded up to whole vectors: the lanes beside the last column receive zeros. Where `packed` is
+// given, W's strip is copied there on the way, rows of STRIP after one another: in W itself, rows that lie a power of two
+// apart push one another out of the cache.
 template <class T>
-void across(const T* w, int64_t ldw, int64_t rows, int64_t n, const float* d, int64_t ldd, int64_t r, float* h, int64_t ldh) {
-  float tile[RANKS][COLUMNS];
-  float total[RANKS * MOST];
-  for (int64_t j = 0; j < ldd; j += MOST) {
-    int64_t ranks = least(MOST, ldd - j);
+void down(Floats k, Rows<const T> w, int64_t rows, int64_t width, int64_t r, Rows<float> a, T* packed = nullptr) {
+  const int passes = int((width + WIDE<T> * LANES - 1) / (WIDE<T> * LANES) * ((r + RANKS - 1) / RANKS));
+  for (int64_t i = 0; i < rows; i += BLOCK) {
+    const int64_t here = least(BLOCK, rows - i);
+    Fetch fetch{(const char*)w.from(i + BLOCK).p, w.ld * int64_t(sizeof(T)), int(width * sizeof(T) + 63) / 64, passes, passes};
+    if (i + BLOCK >= rows) fetch.left = 1 << 30;  // nothing comes after
+    Rows<const T> block = w.from(i);
+    if (packed) {
+      for (int64_t q = 0; q < here; ++q) {
+        T* to = packed + (i + q) * STRIP<T>;
+        if (width == STRIP<T>) __builtin_memcpy(to, w.from(i + q).p, STRIP<T> * sizeof(T));
+        else __builtin_memcpy(to, w.from(i + q).p, width * sizeof(T));
+      }
+      block = {packed + i * STRIP<T>, STRIP<T>};
+    }
+    columns<T>(width, [&]<int V, bool PART>(int64_t c, int part) {
+      down_ranks<RANKS, V, PART>(k.from(i), block.from(0, c), here, r, a.from(0, c), part, fetch);
+    });
+  }
+}
+
+// M rows and V vectors of `up`
+template <int M, int V, bool PART, bool STREAM, class T>
+inline void up_tile(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t r, int part) {
+  vec sums[M][V] = {};
+  if constexpr (!STREAM)
+    UNROLLED for (int i = 0; i < M; ++i)
+      UNROLLED for (int v = 0; v < V; ++v) __builtin_prefetch(out.p + (i + 16) * out.ld + v * LANES, 1);  // to be written
+  _Pragma("GCC unroll 4") for (int64_t j = 0; j < r; ++j, ++b.p, a.p += a.ld) {
+    vec x[V];
+    UNROLLED for (int v = 0; v < V; ++v) x[v] = PART ? load(a.p, part) : load(a.p + v * LANES);
+    UNROLLED for (int i = 0; i < M; ++i)
+      UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += b.p[i * b.ld] * x[v];
+  }
+  UNROLLED for (int i = 0; i < M; ++i) {
+    if (w.p) {
+      vec x[V];
+      if constexpr (PART) x[0] = load(w.p + i * w.ld, part);
+      else load_columns(w.p + i * w.ld, x);
+      UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += x[v];
+    }
+    if constexpr (PART) store(out.p + i * out.ld, sums[i][0], part);
+    else store_columns<STREAM>(out.p + i * out.ld, sums[i]);
+  }
+}
+
+template <int M, bool STREAM, class T>
+inline void up_rows(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t rows, int64_t width, int64_t r) {
+  for (; rows >= M; rows -= M, b = b.from(M), w = w.from(M), out = out.from(M))
+    columns<T>(width, [&]<int V, bool PART>(int64_t c, int part) {
+      up_tile<M, V, PART, STREAM && !PART>(b, a.from(0, c), w.from(0, c), out.from(0, c), r, part);
+    });
+  if constexpr (M > 1)
+    if (rows > 0) up_rows<M / 2, STREAM>(b, a, w, out, rows, width, r);
+}
+
+// Without a W: out = B a. out may be w, but not where STREAM sends it past the cache.
+template <bool STREAM = false, class T>
+void up(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t rows, int64_t width, int64_t r) {
+  up_rows<RANKS, STREAM>(b, a, w, out, rows, width, r);
+}
+
+// RANKS rows and V vectors of ranks of `across`: total (RANKS, MOST)
+template <int V>
+inline void across_tile(const float (&tile)[RANKS][COLUMNS], Floats d, int64_t columns, float* total) {
+  vec sums[RANKS][V] = {};
+  for (int64_t c = 0; c < columns; ++c, d.p += d.ld) {
+    vec x[V];
+    UNROLLED for (int v = 0; v < V; ++v) x[v] = load(d.p + v * LANES);
+    UNROLLED for (int i = 0; i < RANKS; ++i)
+      UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += tile[i][c] * x[v];
+  }
+  UNROLLED for (int i = 0; i < RANKS; ++i)
+    UNROLLED for (int v = 0; v < V; ++v) {
+      float* sum = total + i * MOST + v * LANES;
+      store(sum, load(sum) + sums[i][v]);
+    }
+}
+
+// Rows of D hold r rounded up to whole vectors, with zeros beside it. Rows of W lie together in `tile` while they are used:
+// in W itself, they may all map to the same places of the cache.
+template <class T>
+void across(Rows<const T> w, int64_t rows, int64_t n, Floats d, int64_t r, Rows<float> h) {
+  float tile[RANKS][COLUMNS], total[RANKS * MOST];
+  for (int64_t j = 0; j < r; j += MOST) {
+    const int64_t ranks = least(MOST, d.ld - j);
     for (int64_t i = 0; i < rows; i += RANKS) {
-      int64_t here = least(RANKS, rows - i);
+      const int64_t here = least(RANKS, rows - i);
       __builtin_memset(total, 0, sizeof total);
       for (int64_t c = 0; c < n; c += COLUMNS) {
-        int64_t width = least(COLUMNS, n - c), whole = width / LANES * LANES;
+        const int64_t width = least(COLUMNS, n - c), full = width / LANES * LANES;
         for (int64_t q = 0; q < RANKS; ++q) {
-          const T* row = w + (i + least(q, here - 1)) * ldw + c;  // a row that is not there: the last one again
-          for (int64_t s = 0; s < whole; s += LANES) store(tile[q] + s, load(row + s));
-          if (whole < width) store(tile[q] + whole, load(row + whole, int(width - whole)));
+          const T* row = w.from(i + least(q, here - 1), c).p;  // a row that is not there: the last one again
+          for (int64_t s = 0; s < full; s += LANES) store(tile[q] + s, load(row + s));
+          if (full < width) store(tile[q] + full, load(row + full, int(width - full)));
         }
-        const float* right = d + c * ldd + j;
+        Floats right = d.from(c, j);
         int64_t v = 0;
-        for (; v + 3 * LANES <= ranks; v += 3 * LANES) across_tile<3>(tile, right + v, ldd, width, total + v);
-        if (v + 2 * LANES <= ranks) across_tile<2>(tile, right + v, ldd, width, total + v), v += 2 * LANES;
-        if (v < ranks) across_tile<1>(tile, right + v, ldd, width, total + v);
+        for (; v + 3 * LANES <= ranks; v += 3 * LANES) across_tile<3>(tile, right.from(0, v), width, total + v);
+        if (v + 2 * LANES <= ranks) across_tile<2>(tile, right.from(0, v), width, total + v), v += 2 * LANES;
+        if (v < ranks) across_tile<1>(tile, right.from(0, v), width, total + v);
       }
       for (int64_t q = 0; q < here; ++q)
-        __builtin_memcpy(h + (i + q) * ldh + j, total + q * MOST, least(ranks, r - j) * sizeof(float));
+        __builtin_memcpy(h.from(i + q, j).p, total + q * MOST, least(ranks, r - j) * sizeof(float));
     }
   }
 }

@@ -21,10 +21,11 @@ inline vec load(const float* p) { return read<vec>(p); }
 inline void store(float* p, vec v) { write(p, v); }
 
 inline vec widen(hvec h, bfloat16) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
-inline hvec narrow(vec v, bfloat16) {  // to the nearest, ties to even; NaN stays NaN
-  uvec u = bits(v), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector(select((uvec)(v != v), (u >> 16) | 0x40, rounded), hvec);
+inline uvec rounded(vec v) {  // to bfloat16 in the upper half of each word: to the nearest, ties to even; NaN stays NaN
+  uvec u = bits(v);
+  return select((uvec)(v != v), uvec{} + 0x7fc00000, u + 0x7fff + ((u >> 16) & 1));
 }
+inline hvec narrow(vec v, bfloat16) { return __builtin_convertvector(rounded(v) >> 16, hvec); }
 
 #if LANES == 16
 inline vec widen(hvec h, float16) { return (vec)_mm512_maskz_cvtph_ps(0xffff, (__m256i)h); }
@@ -55,6 +56,17 @@ inline hvec narrow(vec v, float16) {
 template <class T> inline vec load(const T* p) { return widen(read<hvec>(p), T{}); }
 template <class T> inline void store(T* p, vec v) { write(p, narrow(v, T{})); }
 
+// V vectors of neighbouring columns. bfloat16 goes in pairs of vectors, the even columns and the odd ones: each is half of a
+// word, so that neither widening nor narrowing has to move anything between lanes. `place` says where a column went.
+template <int V, class T> inline void load_columns(const T* p, vec (&x)[V]) {
+  constexpr bool pairs = std::is_same_v<T, bfloat16> && V == 2;
+  if constexpr (pairs) {
+    uvec words = read<uvec>(p);
+    x[0] = (vec)(words << 16), x[1] = (vec)(words & 0xffff0000);
+  } else {
+    for (int v = 0; v < V; ++v) x[v] = load(p + v * LANES);
+  }
+}
 // The first `count` lanes alone; the others are zero, and are not touched in memory.
 #if LANES == 16
 inline vec load(const float* p, int count) { return (vec)_mm512_maskz_loadu_ps((1u << count) - 1, p); }
@@ -77,3 +89,36 @@ template <class T> inline void store(T* p, vec v, int count) {
   __builtin_memcpy(p, part, count * sizeof(T));
 }
 #endif
+
+// A whole vector to aligned memory, past the cache where the processor can; and what makes such writes seen before those
+// that come after.
+#if LANES == 16
+inline void stream(float* p, vec v) { _mm512_stream_ps(p, (__m512)v); }
+template <class T> inline void stream(T* p, vec v) { _mm256_stream_si256((__m256i*)p, (__m256i)narrow(v, T{})); }
+#elif LANES == 8
+inline void stream(float* p, vec v) { _mm256_stream_ps(p, (__m256)v); }
+template <class T> inline void stream(T* p, vec v) { _mm_stream_si128((__m128i*)p, (__m128i)narrow(v, T{})); }
+#else
+template <class T> inline void stream(T* p, vec v) { store(p, v); }
+#endif
+#if LANES > 4
+inline void fence() { _mm_sfence(); }
+#else
+inline void fence() {}
+#endif
+
+// The inverse of load_columns
+template <bool STREAM, int V, class T> inline void store_columns(T* p, const vec (&x)[V]) {
+  constexpr bool pairs = std::is_same_v<T, bfloat16> && V == 2;
+  if constexpr (pairs) {
+    vec both = (vec)((rounded(x[0]) >> 16) | (rounded(x[1]) & 0xffff0000));
+    STREAM ? stream((float*)p, both) : store((float*)p, both);
+  } else {
+    for (int v = 0; v < V; ++v) STREAM ? stream(p + v * LANES, x[v]) : store(p + v * LANES, x[v]);
+  }
+}
+template <class T> inline int64_t place(int64_t column, int64_t width) {
+  if (!std::is_same_v<T, bfloat16> || column >= width / (2 * LANES) * (2 * LANES)) return column;
+  const int64_t within = column % (2 * LANES);
+  return column - within + within % 2 * LANES + within / 2;
+}
