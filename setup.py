@@ -2,7 +2,8 @@
 
     DEFT_KERNELS_BUILD   none: pure Python. cpu: the CPU kernels. cuda: those and the CUDA kernels. Unset: whatever the
                          tools at hand allow; what is missing is said in a line. No GPU is needed, and none is asked for.
-    CXX, NVCC            compilers, c++ and nvcc by default; "ccache c++" is fine. CXXFLAGS and LDFLAGS are added.
+    CXX, NVCC            compilers, c++ and nvcc by default; "ccache c++" is fine. CXXFLAGS, NVCCFLAGS and LDFLAGS are
+                         added.
 
 csrc uses torch's stable ABI and nothing of Python's: one wheel serves every Python from 3.11 and every torch from 2.11 on.
 The headers are those of the torch that is installed, so build with `pip install --no-build-isolation`. Everything else is
@@ -20,10 +21,20 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CSRC = {"cpu": sorted(map(str, Path("csrc").glob("*.cpp"))) + sorted(map(str, Path("csrc/cpu").glob("*.cpp")))}
+CSRC = {
+    "cpu": sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")])),
+    "cuda": sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
+}
 HEADERS = sorted(map(str, Path("csrc").rglob("*.h")))
 CXX, NVCC = os.environ.get("CXX", "c++"), os.environ.get("NVCC", "nvcc")
-FLAGS = "-std=c++20 -O3 -ffp-contract=fast -fPIC -fvisibility=hidden -Wall -DTORCH_TARGET_VERSION=0x020b000000000000"
+STABLE_ABI = "-std=c++20 -O3 -DTORCH_TARGET_VERSION=0x020b000000000000"
+FLAGS = {
+    "cpu": f"{CXX} {STABLE_ABI} -ffp-contract=fast -fPIC -fvisibility=hidden -Wall",
+    "cuda": f"{NVCC} {STABLE_ABI} -Xcompiler -fPIC,-fvisibility=hidden --expt-relaxed-constexpr "
+    + " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ("80", "90a", "100a"))
+    + " -gencode=arch=compute_80,code=compute_80",  # PTX for every other one
+}
+LINK = {"cpu": f"{CXX} -shared", "cuda": f"{NVCC} -shared -cudart static"}
 
 
 def missing(kind: str) -> str | None:
@@ -32,7 +43,7 @@ def missing(kind: str) -> str | None:
         return f"csrc/{kind} is not here"
     if importlib.util.find_spec("torch") is None:
         return "torch is not installed where the build runs (pip install --no-build-isolation)"
-    for tool in ("ninja", shlex.split(CXX)[-1]) + ((NVCC,) if kind == "cuda" else ()):
+    for tool in ("ninja", shlex.split(CXX)[-1], *([shlex.split(NVCC)[-1]] if kind == "cuda" else [])):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
     return None
@@ -62,18 +73,21 @@ class Ninja(build_ext):
     """A library for each kind, by ninja."""
 
     def build_extension(self, extension: Extension) -> None:
+        kind = extension.name.rpartition("_")[2]
         torch = Path(importlib.util.find_spec("torch").origin).parent
-        flags = f"{FLAGS} {os.environ.get('CXXFLAGS', '')} -isystem {shlex.quote(str(torch / 'include'))}"
+        added = {"cpu": os.environ.get("CXXFLAGS", ""), "cuda": os.environ.get("NVCCFLAGS", "")}[kind]
+        flags = f"{FLAGS[kind]} {added} -isystem {shlex.quote(str(torch / 'include'))}"
         libraries = f"-L{shlex.quote(str(torch / 'lib'))} -ltorch_cpu {os.environ.get('LDFLAGS', '')}"
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(self.build_temp).resolve() / extension.name
+        folder = Path(self.build_temp).resolve() / kind
         folder.mkdir(parents=True, exist_ok=True)
         objects = {folder / f"{source.replace('/', '_')}.o": source for source in extension.sources}
         lines = [
-            f"rule cxx\n  command = {CXX} {flags} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {CXX} -shared $in -o $out {libraries}",
-            *(f"build {escaped(o)}: cxx {escaped(source)}" for o, source in objects.items()),
+            f"builddir = {escaped(folder)}",
+            f"rule compile\n  command = {flags} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = {LINK[kind]} $in -o $out {libraries}",
+            *(f"build {escaped(o)}: compile {escaped(source)}" for o, source in objects.items()),
             f"build {escaped(target)}: link {' '.join(map(escaped, objects))}",
         ]
         (folder / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -93,7 +93,8 @@ def _without_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "Triton is not installed"
 
 
-native = torch.ops.deft_kernels_native  # csrc's operations, once `_without_library` has loaded them
+# csrc's operations, once `_without_library` has loaded them
+native, native_cuda = torch.ops.deft_kernels_native, torch.ops.deft_kernels_cuda
 
 
 def contiguous(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -132,16 +133,32 @@ def _cannot_cpp(arguments: dict, roles: dict[str, str]) -> str | None:
     return None
 
 
+def cuda_kernel(name: str, cannot: Callable[..., str | None]):
+    """Register a function that runs an operation on csrc's CUDA kernels. They serve where they are forced: none has yet
+    been measured to be faster than Triton's, which `auto` takes."""
+
+    def absent() -> str | None:
+        if not torch.cuda.is_available() or torch.version.hip:
+            return "no GPU: torch.cuda.is_available() is False" if not torch.version.hip else "an AMD GPU"
+        if requested() != "cuda":
+            return "serves only where it is forced: not measured to be faster than triton"
+        return _without_library("cuda")
+
+    return kernel(name, "cuda", cannot=lambda *args: absent() or cannot(*args), absent=absent)
+
+
 @functools.lru_cache
-def _without_library() -> str | None:
-    """Load csrc's CPU library, or say why not. DEFT_KERNELS_LIBRARY names another build of it, say with a sanitizer."""
-    found = os.environ.get("DEFT_KERNELS_LIBRARY") or next(map(str, Path(__file__).parents[1].glob("_cpu*.so")), None)
+def _without_library(kind: str = "cpu") -> str | None:
+    """Load csrc's library of a kind, or say why not. DEFT_KERNELS_LIBRARY names another build of the CPU's, say with a
+    sanitizer."""
+    found = os.environ.get("DEFT_KERNELS_LIBRARY") if kind == "cpu" else None
+    found = found or next(map(str, Path(__file__).parents[1].glob(f"_{kind}*.so")), None)
     if found is None:
-        return "this installation is pure Python: no compiler when it was built, or DEFT_KERNELS_BUILD=none"
+        return f"built without {kind} kernels: no compiler for them, or DEFT_KERNELS_BUILD said so"
     try:
         torch.ops.load_library(found)
     except OSError as error:
-        warnings.warn(f"deft_kernels: {found} does not load, plain torch serves on the CPU: {error}", stacklevel=2)
+        warnings.warn(f"deft_kernels: {found} does not load, other backends serve: {error}", stacklevel=2)
         return f"{found} does not load: {error}"
     return None
 

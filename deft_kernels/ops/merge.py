@@ -10,11 +10,13 @@ from ._dispatch import (
     check_lists,
     contiguous,
     cpp_kernel,
+    cuda_kernel,
     define,
     differentiable,
     fake,
     kernel,
     native,
+    native_cuda,
     triton_kernels,
 )
 
@@ -74,6 +76,34 @@ def _(W, B, K, R):
 @cpp_kernel("merge_into", out="weights", W="weights", B="float32", K="float32", R="float32")
 def _(out, W, B, K, R):
     native.merge(out, W, contiguous(B), contiguous(K), contiguous(R))
+
+
+def _cannot_cuda_into(out, W, B, K, R) -> str | None:
+    for i, tensors in enumerate(zip(out, W, B, K, R)):
+        for name, t in zip(("out", "W", "B", "K", "R"), tensors):
+            expected = torch.bfloat16 if name in ("out", "W") else torch.float32
+            if t is not None and (t.dtype != expected or t.device.type != "cuda" or t.device != W[0].device):
+                return f"{name}[{i}] is {t.dtype} on {t.device}; the kernel takes {expected}, on one GPU"
+        for w in tensors[:2]:
+            if w.stride(1) != 1 or w.stride(0) % 8 or w.shape[1] % 8 or w.data_ptr() % 16:
+                return f"layer {i}: a weight that cannot be read in vectors of 16 bytes"
+        if tensors[2].shape[1] > 64:
+            return f"layer {i}: rank {tensors[2].shape[1]}, more than 64"
+    return None
+
+
+@cuda_kernel("merge", lambda W, B, K, R: _cannot_cuda_into(W, W, B, K, R))
+def _(W, B, K, R):
+    out = [torch.empty_like(w, memory_format=torch.contiguous_format) for w in W]
+    _merge_on_cuda(out, W, B, K, R)
+    return out
+
+
+@cuda_kernel("merge_into", _cannot_cuda_into)
+def _merge_on_cuda(out, W, B, K, R):
+    if W:
+        stream = torch.cuda.current_stream(W[0].device).cuda_stream
+        native_cuda.merge(out, W, contiguous(B), contiguous(K), contiguous(R), stream)
 
 
 triton_kernels("merge", "merge", "merge_into")

@@ -11,11 +11,13 @@ from ._dispatch import (
     check_lists,
     contiguous,
     cpp_kernel,
+    cuda_kernel,
     define,
     differentiable,
     fake,
     kernel,
     native,
+    native_cuda,
     triton_kernels,
 )
 
@@ -93,6 +95,22 @@ def _(dQ, Q, P):
     dP = [torch.empty_like(p) for p in P]
     native.orthonormalize_backward(dP, dQ, Q, P)
     return dP
+
+
+def _cannot_cuda(P) -> str | None:
+    for i, p in enumerate(P):
+        if p.device.type != "cuda" or p.device != P[0].device or p.dtype != torch.float32 or p.shape[1] > 128:
+            return f"P[{i}] is {p.dtype}, {tuple(p.shape)} on {p.device}; the kernel takes float32, r <= 128, on one GPU"
+    return None
+
+
+@cuda_kernel("orthonormalize", _cannot_cuda)
+def _(P):
+    P = contiguous(P)
+    Q = [torch.empty_like(p) for p in P]
+    if P:
+        native_cuda.orthonormalize(Q, P, torch.cuda.current_stream(P[0].device).cuda_stream)
+    return Q
 
 
 triton_kernels("orthonormalize", "orthonormalize", "orthonormalize_backward")
