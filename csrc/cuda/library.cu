@@ -11,7 +11,8 @@ namespace deft {
 namespace {
 
 constexpr ScalarType F32 = ScalarType::Float, BF16 = ScalarType::BFloat16;
-constexpr int QR_THREADS = 512, MERGE_THREADS = 256;
+constexpr int QR_THREADS = 512;
+template <int RANK> constexpr int MERGE_THREADS = RANK > 32 ? 128 : 256;  // so that the strips of the tallest layers fit beside
 
 template <int R>
 __global__ void __launch_bounds__(QR_THREADS)
@@ -20,8 +21,8 @@ orthonormalize_kernel(const __grid_constant__ QrLayers layers, int blocks, int r
 }
 
 template <int RANK>
-__global__ void __launch_bounds__(MERGE_THREADS, 1) merge_kernel(const __grid_constant__ MergeLayers layers, int blocks) {
-  merge_strip<RANK, MERGE_THREADS>(layers, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
+__global__ void __launch_bounds__(MERGE_THREADS<RANK>, 1) merge_kernel(const __grid_constant__ MergeLayers layers, int blocks) {
+  merge_strip<RANK, MERGE_THREADS<RANK>>(layers, blockIdx.x / blocks, blockIdx.x % blocks, blocks);
 }
 
 void check(cudaError_t status, const char* op) {
@@ -114,7 +115,7 @@ void orthonormalize(Tensors Q, Tensors P, int64_t stream) {
 template <int RANK>
 void merge_all(std::vector<MergeLayers>& launches, int64_t tallest, const Device& device, int64_t stream) {
   const char* op = "merge";
-  const int64_t fixed = sizeof(MergeShared<RANK, MERGE_THREADS>), fits = (device.shared - fixed) / (2 * STRIP_LD) / 16 * 16;
+  const int64_t fixed = sizeof(MergeShared<RANK, MERGE_THREADS<RANK>>), fits = (device.shared - fixed) / (2 * STRIP_LD) / 16 * 16;
   int blocks = 1;
   while (blocks < device.clusters && (tallest + blocks - 1) / blocks > fits) blocks *= 2;
   const int64_t chunk = (tallest + 16 * blocks - 1) / (16 * blocks) * 16;
@@ -122,7 +123,7 @@ void merge_all(std::vector<MergeLayers>& launches, int64_t tallest, const Device
   for (MergeLayers& layers : launches) {
     int strips = 0;
     for (int i = 0; i < layers.count; ++i) layers.strips_before[i] = strips, strips += (layers.n[i] + BN - 1) / BN;
-    launch(op, merge_kernel<RANK>, strips, blocks, MERGE_THREADS, fixed + chunk * 2 * STRIP_LD, stream, layers, blocks);
+    launch(op, merge_kernel<RANK>, strips, blocks, MERGE_THREADS<RANK>, fixed + chunk * 2 * STRIP_LD, stream, layers, blocks);
   }
 }
 

@@ -24,9 +24,12 @@ constexpr int BN = 32, STRIP_LD = BN + 8;  // columns of a strip; rows of 80 byt
 template <int RANK, int THREADS>
 struct MergeShared {
   static constexpr int WARPS = THREADS / 32, LD = RANK + 8;
-  bfloat16 pieces[WARPS][3][16][LD];        // of 16 rows of K, or of B
+  union {
+    bfloat16 pieces[WARPS][3][16][LD];  // of 16 rows of K, or of B
+    float partial[WARPS][RANK][BN];     // of K^T W
+  };
+  float product[WARPS][16][BN], mine[RANK][BN];
   bfloat16 A[3][RANK][STRIP_LD];
-  float partial[WARPS][RANK > 16 ? RANK : 16][BN], mine[RANK][BN];
 };
 
 // x as the sum of three bfloat16
@@ -105,6 +108,7 @@ __device__ void merge_strip(const MergeLayers& layers, int strip, int block, int
   wait_copies<0>(), project(3);
 
   // A = R - the sum over warps and blocks, in their order, and its pieces
+  __syncthreads();
   for (int t = 0; t < TILES; ++t)
     for (int c = 0; c < BN / 16; ++c)
       wmma::store_matrix_sync(&s.partial[warp][t * 16][c * 16], sums[t][c], BN, wmma::mem_row_major);
@@ -124,7 +128,7 @@ __device__ void merge_strip(const MergeLayers& layers, int strip, int block, int
   }
   sync_cluster(blocks);  // A is there, and nobody reads this block's sums any more
 
-  float* product = &s.partial[warp][0][0];  // (16, BN)
+  float* product = &s.product[warp][0][0];
   for (int step = warp; step < steps; step += WARPS) {
     load_pieces(layers.B[layer], step);
     for (int c = 0; c < BN / 16; ++c) {

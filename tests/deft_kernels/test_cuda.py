@@ -149,7 +149,10 @@ def sizes_of(folder: Path) -> Path:
         + "".join(
             f'std::printf("orthonormalize_kernel {r} %zu\\n", sizeof(QrShared<{r}, 512>));\n' for r in (16, 32, 64, 128)
         )
-        + "".join(f'std::printf("merge_kernel {r} %zu\\n", sizeof(MergeShared<{r}, 256>));\n' for r in (16, 32, 64))
+        + "".join(
+            f'std::printf("merge_kernel {r} %zu\\n", sizeof(MergeShared<{r}, {t}>));\n'
+            for r, t in ((16, 256), (32, 256), (64, 128))
+        )
         + "}\n"
     )
     include = ["-I", ROOT / "csrc/cuda", "-I", ROOT / "tests/csrc"]
