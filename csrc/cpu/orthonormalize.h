@@ -33,13 +33,17 @@ inline void copy_scaled(const float* P, int64_t m, int64_t r, float* a, int64_t 
   for (int64_t c = 0; c < r; c += LANES) {
     const int count = int(least(LANES, r - c));
     const float* column = P + c;
-    uvec most = {};
-    for (int64_t i = 0; i < m; ++i) {
-      uvec magnitude = bits(load(column + i * r, count)) & 0x7fffffff;
-      most = select((uvec)(magnitude > most), magnitude, most);
-    }
+    uvec most[4] = {};  // of every fourth row: four comparisons that do not wait for one another
+    for (int64_t i = 0; i < m; i += 4)
+      for (int64_t s = 0; s < least(4, m - i); ++s) {
+        uvec magnitude = bits(load(column + (i + s) * r, count)) & 0x7fffffff;
+        most[s] = magnitude > most[s] ? magnitude : most[s];
+      }
     vec scale;
-    for (int l = 0; l < LANES; ++l) scale[l] = 1 / power_of_two(((vec)most)[l]);
+    for (int l = 0; l < LANES; ++l) {
+      uvec two = most[0] > most[1] ? most[0] : most[1], others = most[2] > most[3] ? most[2] : most[3];
+      scale[l] = 1 / power_of_two(((vec)(two > others ? two : others))[l]);
+    }
     for (int64_t i = 0; i < m; ++i) store(a + i * ld + c, load(column + i * r, count) * scale);
   }
 }

@@ -49,8 +49,17 @@ def fake(name: str):
 
 
 def differentiable(name: str, function: Callable) -> None:
-    """Register `function`, which applies an autograd.Function, as the operation's autograd kernel."""
-    library.impl(name, function, "Autograd")
+    """Register `function`, which applies an autograd.Function, as the operation's autograd kernel; where nothing asks for a
+    gradient it is passed by, since for hundreds of layers it would cost more than the operation."""
+    operation = getattr(torch.ops.deft_kernels, name)
+
+    def kernel(*args):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+            return function(*args)
+        with below_autograd():
+            return operation(*args)
+
+    library.impl(name, kernel, "Autograd")
 
 
 below_autograd = torch._C._AutoDispatchBelowAutograd  # for an operation's Function to reach its own kernel
@@ -206,13 +215,17 @@ def _why_not(name: str, backend: str, args: tuple) -> str | None:
     return None if cannot is None else cannot(*args)
 
 
-def _device(args: tuple) -> str:
-    """Device type of the first tensor among the arguments (lists looked into); cpu where there is none."""
+def _tensors(args: tuple):
+    """The tensors among the arguments, lists looked into."""
     for arg in args:
         for item in arg if isinstance(arg, (list, tuple)) else (arg,):
             if isinstance(item, torch.Tensor):
-                return item.device.type
-    return "cpu"
+                yield item
+
+
+def _device(args: tuple) -> str:
+    """Device type of the first tensor among the arguments; cpu where there is none."""
+    return next((t.device.type for t in _tensors(args)), "cpu")
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -24,7 +24,8 @@ from ._dispatch import (
 
 def _check(P) -> None:
     for i, p in enumerate(P):
-        if p.dim() != 2 or p.shape[0] < p.shape[1]:
+        shape = p.shape
+        if len(shape) != 2 or shape[0] < shape[1]:
             raise ValueError(f"orthonormalize: P[{i}] has shape {tuple(p.shape)}, expected (m, r) with r <= m")
         if p.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"orthonormalize: P[{i}] is {p.dtype}, expected float32 or float64")
