@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #pragma GCC target("avx2,fma,f16c")

@@ -1,13 +1,19 @@
-// orthonormalize: Householder's thin QR in panels of LANES columns, one vector a row: LAPACK's signs, and stable for any P.
-// A panel's rows are read once per column: while one reflector acts on them, the products for the next are summed. On
-// what lies beside the panel its reflectors act together as I - V T V^T (Schreiber and Van Loan 1989, compact WY).
+// orthonormalize: Householder's thin QR, stable for any P, with LAPACK's signs, in panels of a few columns that the
+// first-level cache holds. In the workspace a column lies as a column, so that no lane is idle. A panel is read once for
+// each of its reflectors: while one acts on the rows, the products for the next are summed. On other panels its reflectors
+// act together as I - V T V^T (Schreiber and Van Loan 1989, compact WY).
 
-// H_j = I - tau_j v_j v_j^T with v_j = x - beta e_j, not scaled to a one on the diagonal: so v_j lies below the diagonal of
-// `a` as the column was before its reflection. Here are V's first rows, with the diagonal and the zeros above, and T.
+constexpr int WIDTH = 4;             // columns of a panel
+constexpr int64_t PAIR = 2 * LANES;  // rows that are taken together, two vectors of each column
+
+// Columns in pieces of PAIR rows, those of one piece after one another; zeros below row m. H_j = I - tau_j v_j v_j^T with
+// v_j = x - beta e_j, not scaled to a one on the diagonal; V replaces the panel, with its zeros above the diagonal.
 struct Panel {
-  float *a, top[LANES][LANES], T[LANES][LANES];
-  int64_t ld, m, head;  // head: rows of top
-  int width;
+  float *v, T[WIDTH][WIDTH];  // T is upper triangular
+  int64_t rows, first;        // a whole number of PAIRs; the panel's first row and column
+  int width;                  // columns that P has of it
+
+  float* at(int64_t row, int column) const { return v + (row / PAIR * WIDTH + column) * PAIR + row % PAIR; }
 };
 
 // The power of two of x's magnitude; 1 where x is 0 or not finite.
@@ -21,153 +27,205 @@ inline float power_of_two(float x) {
   return x;
 }
 
-// v in the lanes [first, end), zero in the others
-inline vec only(vec v, int first, int end) {
-  uvec mask;
-  for (int l = 0; l < LANES; ++l) mask[l] = l >= first && l < end ? ~0u : 0;
-  return (vec)(bits(v) & mask);
+inline float sum_of(vec v) {
+  float lanes[LANES];
+  store(lanes, v);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+  return lanes[0];
 }
 
-// P (m, r) -> a (m, ld), zeros beyond r, every column scaled to about 1, which leaves Q as it is and squares in range.
-inline void copy_scaled(const float* P, int64_t m, int64_t r, float* a, int64_t ld) {
-  for (int64_t c = 0; c < r; c += LANES) {
-    const int count = int(least(LANES, r - c));
-    const float* column = P + c;
-    uvec most[4] = {};  // of every fourth row: four comparisons that do not wait for one another
-    for (int64_t i = 0; i < m; i += 4)
-      for (int64_t s = 0; s < least(4, m - i); ++s) {
-        uvec magnitude = bits(load(column + (i + s) * r, count)) & 0x7fffffff;
-        most[s] = magnitude > most[s] ? magnitude : most[s];
-      }
-    vec scale;
-    for (int l = 0; l < LANES; ++l) {
-      uvec two = most[0] > most[1] ? most[0] : most[1], others = most[2] > most[3] ? most[2] : most[3];
-      scale[l] = 1 / power_of_two(((vec)(two > others ? two : others))[l]);
+// LANES rows become LANES columns: blocks of STEP change places across the diagonal.
+template <int STEP, int... L>
+inline void transpose(vec (&x)[LANES], std::integer_sequence<int, L...> lanes) {
+  UNROLLED for (int i = 0; i < LANES; ++i)
+    if (!(i & STEP)) {
+      const vec a = x[i], b = x[i + STEP];
+      x[i] = __builtin_shufflevector(a, b, (L & STEP ? LANES + L - STEP : L)...);
+      x[i + STEP] = __builtin_shufflevector(a, b, (L & STEP ? LANES + L : L + STEP)...);
     }
-    for (int64_t i = 0; i < m; ++i) store(a + i * ld + c, load(column + i * r, count) * scale);
+  if constexpr (2 * STEP < LANES) transpose<2 * STEP>(x, lanes);
+}
+inline void transpose(vec (&x)[LANES]) { transpose<1>(x, std::make_integer_sequence<int, LANES>{}); }
+
+// LANES columns of P (m, r), from `first` on, into their panels, each scaled to about 1, which leaves Q as it is and squares
+// in range.
+inline void copy_in(const Panel* panels, const float* P, int64_t m, int64_t r, int64_t first) {
+  const float* from = P + first;
+  const int count = int(least(LANES, r - first));
+  uvec most[4] = {};  // of every fourth row: four comparisons that do not wait for one another
+  for (int64_t i = 0; i < m; i += 4)
+    for (int64_t s = 0; s < least(4, m - i); ++s) {
+      const uvec magnitude = bits(load(from + (i + s) * r, count)) & 0x7fffffff;
+      most[s] = magnitude > most[s] ? magnitude : most[s];
+    }
+  float scale[LANES];
+  for (int l = 0; l < LANES; ++l) {
+    const uvec two = most[0] > most[1] ? most[0] : most[1], others = most[2] > most[3] ? most[2] : most[3];
+    scale[l] = 1 / power_of_two(((vec)(two > others ? two : others))[l]);
+  }
+  for (int64_t i = 0; i < panels->rows; i += LANES) {
+    vec x[LANES];
+    if (i + LANES <= m) {
+      UNROLLED for (int l = 0; l < LANES; ++l) x[l] = load(from + (i + l) * r, count);
+    } else {
+      for (int l = 0; l < LANES; ++l) x[l] = i + l < m ? load(from + (i + l) * r, count) : vec{};
+    }
+    transpose(x);
+    UNROLLED for (int c = 0; c < LANES; ++c)
+      if (c < (count + WIDTH - 1) / WIDTH * WIDTH) store(panels[(first + c) / WIDTH].at(i, c % WIDTH), x[c] * scale[c]);
   }
 }
 
-// The sum of f(i), first <= i < end, by blocks, and in four sums that do not wait for one another.
-template <class F>
-inline vec total(int64_t first, int64_t end, const F& f) {
-  vec all = {};
-  for (int64_t block = first; block < end; block += BLOCK) {
-    const int64_t stop = least(block + BLOCK, end);
-    vec sums[4] = {};
-    int64_t i = block;
-    for (; i + 4 <= stop; i += 4)
-      for (int s = 0; s < 4; ++s) sums[s] += f(i + s);
-    for (; i < stop; ++i) sums[0] += f(i);
-    all += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+inline void copy_out(const Panel* panels, float* Q, int64_t m, int64_t r, int64_t first) {
+  const int count = int(least(LANES, r - first));
+  for (int64_t i = 0; i < m; i += LANES) {
+    vec x[LANES];
+    UNROLLED for (int c = 0; c < LANES; ++c) x[c] = c < count ? load(panels[(first + c) / WIDTH].at(i, c % WIDTH)) : vec{};
+    transpose(x);
+    for (int l = 0; l < least(LANES, m - i); ++l) store(Q + (i + l) * r + first, x[l], count);
   }
-  return all;
 }
 
-// Householder's QR of a panel, in place, and its V's first rows and T.
+// Two vectors of rows: reflector J acts on the columns after it (none does where J is -1), and each column's products with
+// column J + 1 are added to the sums, over the rows that `keep` leaves of that.
+template <int J, bool HEAD>
+__attribute__((always_inline)) inline void reflect_pair(float* rows, const float (&through)[WIDTH], const uvec (&keep)[2],
+                                                        vec (&sums)[WIDTH][2]) {
+  vec v[2], next[2];
+  if constexpr (J >= 0) v[0] = load(rows + J * PAIR), v[1] = load(rows + J * PAIR + LANES);
+  UNROLLED for (int l = J + 1; l < WIDTH; ++l) {
+    float* x = rows + l * PAIR;
+    vec pair[2] = {load(x), load(x + LANES)};
+    if constexpr (J >= 0) {
+      pair[0] -= through[l] * v[0], pair[1] -= through[l] * v[1];
+      store(x, pair[0]), store(x + LANES, pair[1]);
+    }
+    if (l == J + 1)
+      for (int s = 0; s < 2; ++s) next[s] = HEAD ? (vec)(bits(pair[s]) & keep[s]) : pair[s];
+    sums[l][0] += next[0] * pair[0], sums[l][1] += next[1] * pair[1];
+  }
+  UNROLLED for (int l = 0; l <= J; ++l)
+    sums[l][0] += next[0] * load(rows + l * PAIR), sums[l][1] += next[1] * load(rows + l * PAIR + LANES);
+}
+
+// Reflector J over all rows; the products of column J + 1 with all columns below its diagonal.
+template <int J>
+void reflect_rows(const Panel& p, const float (&through)[WIDTH], float (&below)[WIDTH]) {
+  const int64_t head = p.first / PAIR * PAIR, diagonal = p.first + J + 1;
+  uvec keep[2];
+  for (int64_t l = 0; l < PAIR; ++l) keep[l / LANES][l % LANES] = head + l > diagonal ? ~0u : 0;
+  vec total[WIDTH][2] = {};
+  reflect_pair<J, true>(p.at(head, 0), through, keep, total);
+  for (int64_t block = head + PAIR; block < p.rows; block += BLOCK * PAIR) {
+    vec sums[WIDTH][2] = {};
+    float *rows = p.at(block, 0), *end = p.at(least(p.rows, block + BLOCK * PAIR), 0);
+    for (; rows < end; rows += WIDTH * PAIR) reflect_pair<J, false>(rows, through, keep, sums);
+    UNROLLED for (int l = 0; l < WIDTH; ++l) total[l][0] += sums[l][0], total[l][1] += sums[l][1];
+  }
+  for (int l = 0; l < WIDTH; ++l) below[l] = sum_of(total[l][0] + total[l][1]);
+}
+
+// From column J on: the reflector, T's column, and the pass over the rows.
+template <int J>
+void factor_from(Panel& p, float (&below)[WIDTH]) {
+  const int64_t diagonal = p.first + J;
+  const float alpha = *p.at(diagonal, J), norm2 = below[J];
+  // Nothing to reflect: the sign stays. (Columns have entries of about 1: what has come to 1e-15 is round-off of round-off.
+  // Its squares have no digits left, and a reflection by them would not be orthogonal.)
+  const bool identity = norm2 == 0 || alpha * alpha + norm2 < 1e-30f;
+  const float beta = -__builtin_copysignf(__builtin_sqrtf(alpha * alpha + norm2), alpha);
+  const float head = identity ? 1 : alpha - beta, tau = identity ? 0 : -1 / (beta * head);  // 2 / |v|^2
+  float through[WIDTH];
+  for (int l = 0; l < WIDTH; ++l) through[l] = head * *p.at(diagonal, l) + below[l];  // v^T of every column
+  for (int l = 0; l < J; ++l) {
+    float sum = 0;
+    for (int k = l; k < J; ++k) sum += p.T[l][k] * through[k];
+    p.T[l][J] = -tau * sum;
+  }
+  p.T[J][J] = tau;
+  for (int l = 0; l < WIDTH; ++l) through[l] *= tau;
+  for (int64_t i = p.first; i < diagonal; ++i) *p.at(i, J) = 0;
+  *p.at(diagonal, J) = head;
+  if constexpr (J + 1 < WIDTH)
+    if (J + 1 < p.width) {
+      reflect_rows<J>(p, through, below);
+      factor_from<J + 1>(p, below);
+    }
+}
+
+// Householder's QR of a panel's rows from `first` on, in place: V, and T.
 inline void factor(Panel& p) {
-  float* const a = p.a;
-  const int64_t ld = p.ld, m = p.m;
-  p.head = least(LANES, m);
-  __builtin_memset(p.top, 0, sizeof p.top);
+  for (int64_t i = 0; i < p.first; ++i)
+    for (int c = 0; c < WIDTH; ++c) *p.at(i, c) = 0;
   __builtin_memset(p.T, 0, sizeof p.T);
-  // the sum over the rows below the diagonal of a[i][j] * a[i][:]
-  vec below = total(1, m, [&](int64_t i) { return a[i * ld] * load(a + i * ld); });
-  for (int j = 0; j < p.width; ++j) {
-    float* diagonal = a + j * ld;
-    const float alpha = diagonal[j], norm2 = below[j];
-    // Nothing to reflect: the sign stays. (Columns have entries of about 1: what has come to 1e-15 is round-off of
-    // round-off. Its squares have no digits left, and a reflection by them would not be orthogonal.)
-    const bool identity = norm2 == 0 || alpha * alpha + norm2 < 1e-30f;
-    const float beta = -__builtin_copysignf(__builtin_sqrtf(alpha * alpha + norm2), alpha);
-    const float head = identity ? 1 : alpha - beta;      // v on the diagonal
-    const float tau = identity ? 0 : -1 / (beta * head);  // 2 / |v|^2
-    p.top[j][j] = head;
-    for (int64_t i = j + 1; i < p.head; ++i) p.top[i][j] = a[i * ld + j];
+  float below[WIDTH];
+  reflect_rows<-1>(p, p.T[0], below);
+  factor_from<0>(p, below);
+}
 
-    const vec products = head * load(diagonal) + below;  // v^T a: with v_k, k < j, which lie there, and with what is to come
-    p.T[j][j] = tau;
-    for (int l = 0; l < j; ++l) {
-      float sum = 0;
-      for (int k = l; k < j; ++k) sum += p.T[l][k] * products[k];
-      p.T[l][j] = -tau * sum;
+// C += V X for one panel's V; `fresh`: C = V X, and may be V itself.
+inline void add_product(const Panel& p, const float (&X)[WIDTH][WIDTH], const Panel& C, bool fresh) {
+  for (int64_t i = p.first / PAIR * PAIR; i < p.rows; i += LANES) {
+    vec sums[WIDTH] = {};
+    if (!fresh)
+      UNROLLED for (int c = 0; c < WIDTH; ++c) sums[c] = load(C.at(i, c));
+    UNROLLED for (int k = 0; k < WIDTH; ++k) {
+      const vec v = load(p.at(i, k));
+      UNROLLED for (int c = 0; c < WIDTH; ++c) sums[c] += X[k][c] * v;
     }
-    const vec through = only(tau * products, j + 1, p.width);
-    store(diagonal, load(diagonal) - head * through);
-    if (!identity) diagonal[j] = beta;
-
-    const int next = j + 1 < p.width ? j + 1 : j;
-    auto reflect = [&](int64_t i) {
-      vec x = load(a + i * ld) - a[i * ld + j] * through;
-      store(a + i * ld, x);
-      return x;
-    };
-    if (j + 1 < m) reflect(j + 1);  // the next diagonal
-    below = total(j + 2, m, [&](int64_t i) { vec x = reflect(i); return lane(x, next) * x; });
+    UNROLLED for (int c = 0; c < WIDTH; ++c) store(C.at(i, c), sums[c]);
   }
 }
 
-// V^T C over all rows, C (m, width): added to X (panel's width, ldx).
-inline void panel_down(const Panel& p, const float* C, int64_t ldc, int64_t width, float* X, int64_t ldx) {
-  down<float>({&p.top[0][0], LANES}, {C, ldc}, p.head, width, p.width, {X, ldx});
-  down<float>({p.a + p.head * p.ld, p.ld}, {C + p.head * ldc, ldc}, p.m - p.head, width, p.width, {X, ldx});
+// C <- (I - V T V^T) C, or its transpose, C the columns of another panel.
+inline void reflect(const Panel& p, const Panel& C, bool transposed) {
+  vec sums[WIDTH][WIDTH] = {};
+  for (int64_t i = p.first / PAIR * PAIR; i < p.rows; i += LANES)
+    UNROLLED for (int k = 0; k < WIDTH; ++k)
+      UNROLLED for (int c = 0; c < WIDTH; ++c) sums[k][c] += load(p.at(i, k)) * load(C.at(i, c));
+  float X[WIDTH][WIDTH] = {};
+  for (int k = 0; k < WIDTH; ++k)
+    for (int c = 0; c < WIDTH; ++c) {
+      const float product = sum_of(sums[k][c]);
+      for (int l = 0; l < WIDTH; ++l) X[l][c] -= (transposed ? p.T[k][l] : p.T[l][k]) * product;
+    }
+  add_product(p, X, C, false);
 }
 
-// C += V X; `fresh`: below the panel's first rows C is zero, and need not be read
-inline void panel_up(const Panel& p, const float* X, int64_t ldx, float* C, int64_t ldc, int64_t width, bool fresh) {
-  up<false, float>({&p.top[0][0], LANES}, {X, ldx}, {C, ldc}, {C, ldc}, p.head, width, p.width);
-  float* rest = C + p.head * ldc;
-  const Floats V{p.a + p.head * p.ld, p.ld};
-  up<false, float>(V, {X, ldx}, {fresh ? nullptr : rest, ldc}, {rest, ldc}, p.m - p.head, width, p.width);
+// [0; I; 0] - V T V^T [0; I; 0] in V's place: what the panel's own reflectors make of its columns of the identity.
+inline void own_columns(const Panel& p) {
+  float X[WIDTH][WIDTH] = {};
+  for (int k = 0; k < p.width; ++k)
+    for (int c = 0; c < p.width; ++c)
+      for (int q = k; q <= c; ++q) X[k][c] -= p.T[k][q] * *p.at(p.first + c, q);
+  add_product(p, X, p, true);
+  for (int c = 0; c < p.width; ++c) *p.at(p.first + c, c) += 1;
 }
 
-// C (m, width) <- (I - V T V^T) C, or its transpose.
-inline void reflect(const Panel& p, float* C, int64_t ldc, int64_t width, bool transposed) {
-  constexpr int64_t ldx = STRIP<float>;
-  for (int64_t c = 0; c < width; c += ldx) {
-    const int64_t here = least(ldx, width - c);
-    float X[LANES * ldx] = {}, TX[LANES * ldx] = {};
-    panel_down(p, C + c, ldc, here, X, ldx);
-    for (int l = 0; l < p.width; ++l)
-      for (int k = 0; k < p.width; ++k) {
-        const float t = transposed ? p.T[k][l] : p.T[l][k];
-        for (int64_t s = 0; s < here; ++s) TX[l * ldx + s] -= t * X[k * ldx + s];
-      }
-    panel_up(p, TX, ldx, C + c, ldc, here, false);
-  }
-}
+inline int64_t rows_in_workspace(int64_t m) { return (m + PAIR - 1) / PAIR * PAIR; }
 
 inline int64_t orthonormalize_scratch(int64_t m, int64_t r) {
-  const int64_t panels = (r + LANES - 1) / LANES;
-  return m * panels * LANES + panels * int64_t((sizeof(Panel) + 63) / 64 * 16);
+  const int64_t panels = (r + WIDTH - 1) / WIDTH, size = (sizeof(Panel) + 63) / 64 * 16;
+  return panels * (WIDTH * rows_in_workspace(m) + size);
 }
 
 inline void orthonormalize(const Orthonormalize& layer, float* scratch) {
-  const int64_t m = layer.m, r = layer.r, panels = (r + LANES - 1) / LANES, ld = panels * LANES;
-  float* a = scratch;
-  Panel* all = reinterpret_cast<Panel*>(scratch + m * ld);
-  copy_scaled(layer.P, m, r, a, ld);
-  for (int64_t i = 0; i < panels; ++i) {
-    const int64_t j = i * LANES;
-    Panel& p = all[i];
-    p.a = a + j * ld + j, p.ld = ld, p.m = m - j, p.width = int(least(LANES, r - j));
-    factor(p);
-    if (i + 1 < panels) reflect(p, p.a + LANES, ld, r - j - LANES, true);
+  const int64_t m = layer.m, r = layer.r, count = (r + WIDTH - 1) / WIDTH, rows = rows_in_workspace(m);
+  Panel* panels = reinterpret_cast<Panel*>(scratch + count * WIDTH * rows);
+  for (int64_t i = 0; i < count; ++i)
+    panels[i] = {scratch + i * WIDTH * rows, {}, rows, i * WIDTH, int(least(WIDTH, r - i * WIDTH))};
+  for (int64_t c = 0; c < r; c += LANES) copy_in(panels, layer.P, m, r, c);
+  for (int64_t i = 0; i < count; ++i) {
+    factor(panels[i]);
+    for (int64_t after = i + 1; after < count; ++after) reflect(panels[i], panels[after], true);
   }
-  // Q = H_1 H_2 ... [I; 0], from the last panel to the first; above a panel's rows its columns are zero.
-  for (int64_t i = panels - 1; i >= 0; --i) {
-    const int64_t j = i * LANES;
-    const Panel& p = all[i];
-    float* q = layer.Q + j * r + j;
-    if (i + 1 < panels) reflect(p, q + LANES, r, r - j - LANES, false);
-    float X[LANES][LANES] = {};  // -T V^T [I; 0]
-    for (int l = 0; l < p.width; ++l)
-      for (int k = l; k < p.width; ++k)
-        for (int c = 0; c < p.width; ++c) X[l][c] -= p.T[l][k] * p.top[c][k];
-    for (int64_t row = 0; row < j + p.head; ++row)
-      for (int c = 0; c < p.width; ++c) layer.Q[row * r + j + c] = row == j + c;
-    panel_up(p, &X[0][0], LANES, q, r, p.width, true);
+  // Q = H_1 H_2 ... [I; 0], from the last panel to the first; above a panel's first row its columns are zero.
+  for (int64_t i = count - 1; i >= 0; --i) {
+    for (int64_t after = i + 1; after < count; ++after) reflect(panels[i], panels[after], false);
+    own_columns(panels[i]);
   }
+  for (int64_t c = 0; c < r; c += LANES) copy_out(panels, layer.Q, m, r, c);
 }
 
 // orthonormalize_backward: dP T^T = dQ - Q S with T = triu(Q^T P), X = triu(Q^T dQ), S = X + X^T - diag X.

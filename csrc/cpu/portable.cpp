@@ -1,5 +1,6 @@
 // Vectors of 16 bytes, as SSE2 and NEON have them.
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 #define ISA portable

@@ -6,7 +6,7 @@
 //   up      out (rows, width)  = W + B a                                       B (rows, r), a (r, width)
 //   across  h (rows, r)        = W D        over the columns of W              W (rows, n), D (n, padded r)
 
-#define UNROLLED _Pragma("GCC unroll 8")  // early enough for the sums to be registers and not an array in memory
+#define UNROLLED _Pragma("GCC unroll 16")  // early enough for the sums to be registers and not an array in memory
 
 constexpr int RANKS = LANES == 16 ? 8 : 4;  // rows of a tile of sums, which with 3 vectors to a row fills the registers
 template <class T> constexpr int WIDE = std::is_same_v<T, bfloat16> ? 2 : 3;  // vectors to a row (see load_columns)

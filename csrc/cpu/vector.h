@@ -10,13 +10,6 @@ template <class V> inline void write(void* p, V v) { __builtin_memcpy(p, &v, siz
 inline uvec bits(vec v) { return (uvec)v; }
 inline uvec select(uvec mask, uvec yes, uvec no) { return (mask & yes) | (~mask & no); }
 
-// lane j in every lane
-#if defined(__clang__)
-inline vec lane(vec v, int j) { return vec{} + v[j]; }
-#else
-inline vec lane(vec v, int j) { return __builtin_shuffle(v, uvec{} + j); }
-#endif
-
 inline vec load(const float* p) { return read<vec>(p); }
 inline void store(float* p, vec v) { write(p, v); }
 

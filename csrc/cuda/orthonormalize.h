@@ -1,7 +1,7 @@
 // orthonormalize: Householder's thin QR of every layer in one launch, a cluster of blocks per layer, which holds the layer's
 // rows in its shared memory from the first step to the last; rows that do not fit stay in Q's own memory.
 //
-// The same steps as csrc/cpu/orthonormalize.h, in one panel: a pass over the rows applies a reflector and sums the products
+// The steps of csrc/cpu/orthonormalize.h, in one panel: a pass over the rows applies a reflector and sums the products
 // for the next, so that a column costs one reduction; then Q = [I; 0] - V T V_top^T at once. LAPACK's signs, any P.
 #pragma once
 
