@@ -32,10 +32,10 @@ SANITIZED = PATH="$(CURDIR)/$(BIN):$$PATH" DEFT_KERNELS_BUILD=cpu CXXFLAGS="-g -
 sanitize: $(READY)
 	$(call SANITIZED,asan,-fsanitize=address$(comma)undefined -fno-sanitize-recover=undefined)
 	LD_PRELOAD="$(call PRELOAD,asan) $(call PRELOAD,stdc++)" ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=4 \
-	DEFT_KERNELS_LIBRARY=$(CURDIR)/build/asan/deft_kernels/_cpu.abi3.so $(BIN)/python $(NATIVE_TESTS)
+	DEFT_KERNELS_LIBRARY="$(CURDIR)/build/asan/deft_kernels/_cpu.abi3.so" $(BIN)/python $(NATIVE_TESTS)
 	$(call SANITIZED,tsan,-fsanitize=thread)
 	LD_PRELOAD="$(call PRELOAD,tsan)" TSAN_OPTIONS="exitcode=66 ignore_noninstrumented_modules=1" OMP_NUM_THREADS=4 \
-	DEFT_KERNELS_LIBRARY=$(CURDIR)/build/tsan/deft_kernels/_cpu.abi3.so $(BIN)/python $(NATIVE_TESTS)
+	DEFT_KERNELS_LIBRARY="$(CURDIR)/build/tsan/deft_kernels/_cpu.abi3.so" $(BIN)/python $(NATIVE_TESTS)
 
 # the kernels on a GPU under NVIDIA's tools
 sanitize-gpu: $(READY)

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["reference", "config", "triton", "ops", "nn", "adapters"]  # each may import those before it
@@ -126,3 +127,28 @@ def test_wheel_with_the_native_library(tmp_path):
     symbols = [line.split()[-1].split("@")[0] for line in listed.splitlines()]
     assert any(s.startswith("aoti_torch_") for s in symbols)
     assert not [s for s in symbols if s.startswith("Py") or "c10" in s or "2at" in s or "5torch" in s]
+
+
+@pytest.mark.skipif(
+    "DEFT_KERNELS_OTHER_PYTHON" not in os.environ, reason="DEFT_KERNELS_OTHER_PYTHON names no python with another torch"
+)
+def test_the_same_library_under_another_torch():
+    """The file that was built against this torch, in a python that has another: numbers and an error's message."""
+    code = """
+import torch, deft_kernels as dk
+assert dk.backends()["merge"]["cpp"] == "serves", dk.backends()["merge"]["cpp"]
+P = [torch.randn(40, 3), torch.randn(1280, 16)]
+for q, p in zip(torch.ops.deft_kernels.orthonormalize(P), P):
+    torch.testing.assert_close(q, torch.linalg.qr(p).Q, rtol=1e-4, atol=1e-5)
+W, R = torch.randn(40, 30), torch.randn(3, 30)
+torch.testing.assert_close(torch.ops.deft_kernels.merge([W], P[:1], [None], [R])[0], W + P[0] @ R)
+try:
+    torch.ops.deft_kernels_native.merge([W], [W], P[:1], [None], [R[:2]])
+except RuntimeError as error:
+    assert "merge: R[0] has shape (2, 30), expected (3, 30)" in str(error)
+print(torch.__version__)
+"""
+    command = [os.environ["DEFT_KERNELS_OTHER_PYTHON"], "-c", code]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip().split("+")[0] != torch.__version__.split("+")[0]

@@ -31,7 +31,7 @@ extern "C" void __tsan_release(void*);
 inline void __tsan_acquire(void*) {}
 inline void __tsan_release(void*) {}
 #endif
-inline char fork_and_join;
+inline char fork, join;  // two, so that what one thread did before it ended is not taken to come before another's beginning
 
 // f(job, scratch) for every job; each thread has `scratch` floats of its own. Below `work` multiply-adds for a second
 // thread, waking it costs more than it saves.
@@ -40,18 +40,18 @@ void run(int64_t jobs, int64_t scratch, double work, const F& f) {
   std::atomic<int64_t> next{0};
   int64_t threads = std::min<int64_t>({jobs, torch::stable::get_num_threads(), int64_t(work / 50000) + 1});
   auto take = [&](int64_t, int64_t) {
-    __tsan_acquire(&fork_and_join);
+    __tsan_acquire(&fork);
     Memory own;
     for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs;) {
       if (!own) own = floats(scratch);
       f(job, own.get());
     }
-    __tsan_release(&fork_and_join);
+    __tsan_release(&join);
   };
-  __tsan_release(&fork_and_join);
+  __tsan_release(&fork);
   if (threads <= 1) take(0, 1);
   else torch::stable::parallel_for(0, threads, 1, take);
-  __tsan_acquire(&fork_and_join);
+  __tsan_acquire(&join);
 }
 
 // Layers cut into strips of columns, each a job.

@@ -30,18 +30,23 @@ void check(cudaError_t status, const char* op) {
 }
 
 struct Device {  // the tensors' device, current for the length of an operation
-  int before, clusters, shared;  // most blocks of a cluster, most bytes of shared memory of a block
+  int before, shared;  // shared: most bytes of shared memory of a block
 
   Device(int index, const char* op) {
-    int major;
+    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), op);
     check(cudaGetDevice(&before), op);
     check(cudaSetDevice(index), op);
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), op);
-    check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), op);
-    clusters = major >= 9 ? 8 : 1;
   }
   ~Device() { cudaSetDevice(before); }
 };
+
+// Most blocks of a cluster of this kernel: the code that runs, which may have been compiled for an older device, decides.
+template <class Kernel>
+int clusters(Kernel kernel, const char* op) {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), op);
+  return attributes.ptxVersion >= 90 ? 8 : 1;
+}
 
 template <class Kernel, class... Args>
 void launch(const char* op, Kernel kernel, int programs, int blocks, int threads, int64_t shared, int64_t stream, const Args&... args) {
@@ -68,8 +73,9 @@ void orthonormalize_all(const std::vector<std::pair<Matrix, Matrix>>& all, const
   for (const auto& [p, q] : all) tallest = std::max(tallest, p.rows);
   const int64_t fixed = sizeof(QrShared<R, QR_THREADS>), fits = (device.shared - fixed) / (4 * R);
   STD_TORCH_CHECK(fits >= 0, op, ": rank above ", R / 2, " needs more shared memory than this GPU has");
+  const int most = clusters(orthonormalize_kernel<R>, op);
   int blocks = 1;
-  while (blocks < device.clusters && (tallest + blocks - 1) / blocks > fits) blocks *= 2;
+  while (blocks < most && (tallest + blocks - 1) / blocks > fits) blocks *= 2;
   const int64_t chunk = (tallest + blocks - 1) / blocks, rows = std::min(chunk, fits);
   for (size_t start = 0; start < all.size(); start += LAYERS) {
     const int count = int(std::min<size_t>(LAYERS, all.size() - start));
@@ -116,14 +122,16 @@ template <int RANK>
 void merge_all(std::vector<MergeLayers>& launches, int64_t tallest, const Device& device, int64_t stream) {
   const char* op = "merge";
   const int64_t fixed = sizeof(MergeShared<RANK, MERGE_THREADS<RANK>>), fits = (device.shared - fixed) / (2 * STRIP_LD) / 16 * 16;
+  const int most = clusters(merge_kernel<RANK>, op);
   int blocks = 1;
-  while (blocks < device.clusters && (tallest + blocks - 1) / blocks > fits) blocks *= 2;
+  while (blocks < most && (tallest + blocks - 1) / blocks > fits) blocks *= 2;
   const int64_t chunk = (tallest + 16 * blocks - 1) / (16 * blocks) * 16;
   STD_TORCH_CHECK(chunk <= fits, op, ": a weight of ", tallest, " rows does not fit ", blocks, " blocks' shared memory, ", fits, " rows each");
   for (MergeLayers& layers : launches) {
-    int strips = 0;
-    for (int i = 0; i < layers.count; ++i) layers.strips_before[i] = strips, strips += (layers.n[i] + BN - 1) / BN;
-    launch(op, merge_kernel<RANK>, strips, blocks, MERGE_THREADS<RANK>, fixed + chunk * 2 * STRIP_LD, stream, layers, blocks);
+    int64_t strips = 0;
+    for (int i = 0; i < layers.count; ++i) layers.strips_before[i] = int(strips), strips += (int64_t(layers.n[i]) + BN - 1) / BN;
+    STD_TORCH_CHECK(strips * blocks < INT32_MAX, op, ": too many columns for one launch");
+    launch(op, merge_kernel<RANK>, int(strips), blocks, MERGE_THREADS<RANK>, fixed + chunk * 2 * STRIP_LD, stream, layers, blocks);
   }
 }
 
@@ -152,6 +160,7 @@ void merge(Tensors out, Tensors W, Tensors B, OptionalTensors K, OptionalTensors
     const int64_t m = w.rows, n = w.columns, r = b.columns;
     vectors(w, w_arg), vectors(o, out_arg);
     check_shape(o, out_arg, m, n), check_shape(b, b_arg, m, r);
+    STD_TORCH_CHECK(m < 1 << 30 && n < 1 << 30, w_arg.text(), " has shape ", shape(W[i]), ", more than 2^30 on a side");
     STD_TORCH_CHECK(r <= 64, b_arg.text(), " has rank ", r, ", more than 64");
     reads.push_back({w, w_arg}), reads.push_back({b, b_arg});
     Matrix k{}, injected{};

@@ -21,9 +21,10 @@ library = torch.library.Library("deft_kernels", "DEF")
 _kernels: dict[str, dict[str, tuple[Callable, Callable | None, Callable[[], str | None] | None]]] = {}
 
 
-def define(schema: str, check: Callable | None = None, through: Callable | None = None) -> None:
+def define(schema: str, check: Callable | None = None, writes: int | None = None, through: Callable | None = None) -> None:
     """Declare an operation by its schema. `check(*args)` raises ValueError where no backend could be right. Its kernel is
-    the backend's that `_pick` chooses at the call; an operation that only wraps another one has a function, `through`."""
+    the backend's that `_pick` chooses at the call; an operation that only wraps another one has a function, `through`.
+    `writes`: the argument, a list, whose tensors are written to, which autograd is told."""
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     if through is not None:
@@ -37,8 +38,12 @@ def define(schema: str, check: Callable | None = None, through: Callable | None 
         device = _device(args)
         if torch.is_autocast_enabled(device):  # the caller has chosen dtypes; matmuls in here must not be recast
             with torch.autocast(device, enabled=False):
-                return serve(*args)
-        return serve(*args)
+                result = serve(*args)
+        else:
+            result = serve(*args)
+        if writes is not None:
+            torch.autograd.graph.increment_version([t for t in args[writes] if not t.is_inference()])
+        return result
 
     library.impl(name, kernel, "CompositeExplicitAutograd")
 
@@ -54,7 +59,8 @@ def differentiable(name: str, function: Callable) -> None:
     operation = getattr(torch.ops.deft_kernels, name)
 
     def kernel(*args):
-        if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args)):
+        forward_mode = torch.autograd.forward_ad._current_level >= 0  # which the Function refuses by name
+        if forward_mode or (torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args))):
             return function(*args)
         with below_autograd():
             return operation(*args)
@@ -110,14 +116,14 @@ def contiguous(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def cpp_kernel(name: str, **roles: str):
+def cpp_kernel(name: str, also: Callable[..., str | None] = lambda *args: None, **roles: str):
     """Register a function that runs an operation on csrc's CPU kernels. `roles` says of the operation's arguments, in their
     order, what those kernels need of them: "weights" float32, bfloat16 or float16 with contiguous rows, "float32" that,
-    or "" nothing."""
+    or "" nothing; `also(*args)` is asked besides."""
     return kernel(
         name,
         "cpp",
-        cannot=lambda *args: _without_library() or _cannot_cpp(dict(zip(roles, args)), roles),
+        cannot=lambda *args: _without_library() or _cannot_cpp(dict(zip(roles, args)), roles) or also(*args),
         absent=_without_library,
     )
 

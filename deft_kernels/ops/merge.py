@@ -41,10 +41,12 @@ def _check_into(out, W, B, K, R) -> None:
             raise ValueError(
                 f"merge_into: out[{i}] is {tuple(o.shape)} on {o.device}, W[{i}] {tuple(w.shape)} on {w.device}"
             )
+        if o.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"merge_into: out[{i}] requires grad: write to it under torch.no_grad()")
 
 
 define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]", _check)
-define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()", _check_into)
+define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()", _check_into, writes=0)
 
 
 @fake("merge")
@@ -73,7 +75,18 @@ def _(W, B, K, R):
     return out
 
 
-@cpp_kernel("merge_into", out="weights", W="weights", B="float32", K="float32", R="float32")
+def _other_type(out, W, *_) -> str | None:
+    return next(
+        (
+            f"out[{i}] is {o.dtype}, W[{i}] {w.dtype}: the CPU kernels take one"
+            for i, (o, w) in enumerate(zip(out, W))
+            if o.dtype != w.dtype
+        ),
+        None,
+    )
+
+
+@cpp_kernel("merge_into", _other_type, out="weights", W="weights", B="float32", K="float32", R="float32")
 def _(out, W, B, K, R):
     native.merge(out, W, contiguous(B), contiguous(K), contiguous(R))
 

@@ -103,6 +103,14 @@ def fingerprints(parameters):
     }
 
 
+def serving() -> list[str]:
+    """The backends that serve here, with the operations of each."""
+    table: dict[str, list[str]] = {}
+    for operation, row in dk.backends().items():
+        table.setdefault(next(name for name, what in row.items() if what == "serves"), []).append(operation)
+    return [name if len(table) == 1 else f"{name} ({', '.join(operations)})" for name, operations in table.items()]
+
+
 def _digest(prints):
     return hashlib.sha256("".join(prints.values()).encode()).hexdigest()
 
@@ -202,5 +210,6 @@ def demo(options):
     if changed:
         raise RuntimeError(f"unmerging did not restore {len(changed)} base parameters, first {changed[0]}")
     print("the base model is back to the bit\n")
+    print(f"kernels: {', '.join(serving())}")
     print(clock.table())
     print(f"\nlook at {folder / 'demo.png'}")

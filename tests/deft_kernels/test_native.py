@@ -71,6 +71,30 @@ def test_rows_apart_and_ranks_without_a_limit(dtype, r):
     torch.testing.assert_close(A, R - K.T @ W.float(), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_large_layers(monkeypatch, isa, dtype):
+    """Results that go past the cache, strips kept as copies and strips too tall for it; aligned rows and others."""
+    monkeypatch.setenv("DEFT_KERNELS_ISA", isa)
+    for m, n, ld, offset, r in ((1024, 640, 640, 0, 16), (1024, 641, 704, 0, 5), (1024, 640, 641, 0, 17),
+                                (1024, 640, 704, 5, 1), (9000, 96, 96, 0, 16)):  # fmt: skip
+        W, out = ((torch.randn(m * ld + offset).to(dtype))[offset:].view(m, ld)[:, :n] for _ in range(2))
+        B, K, R = torch.randn(m, r), torch.randn(m, r) / m**0.5, torch.randn(r, n)
+        for removal in (K, None):
+            (truth,) = reference.merge(
+                [W.double()], [B.double()], [removal if removal is None else K.double()], [R.double()]
+            )
+            (plain,) = reference.merge([W], [B], [removal], [R])
+            try:
+                deft.merge_into([out], [W], [B], [removal], [R])
+            except RuntimeError as error:
+                pytest.skip(str(error).splitlines()[0])
+            assert (out.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
+            again = W.clone(memory_format=torch.preserve_format)
+            deft.merge_into([again], [again], [B], [removal], [R])
+            assert torch.equal(again, out)
+
+
 def test_half_types_are_rounded_as_torch_rounds():
     """Every bfloat16 and float16 through the kernels and back, and sums of all sizes, ties, infinities and NaN to them."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
@@ -174,6 +198,27 @@ def test_memory_that_is_shared():
     refused(r"merge: out\[0\] shares memory with W\[0\]", native.merge, [both[:, 1:6], W[1]], [both[:, :5], W[1]], B, K, R)
     refused(r"merge: out\[0\] has rows that overlap", native.merge, [torch.empty(5).expand(6, 5), W[1]], W, B, K, R)
     refused(r"orthonormalize: Q\[0\] shares memory with P\[0\]", native.orthonormalize, B, B)
+    inner, outer = torch.randn(40).split([20, 20]), torch.randn(4, 100)
+    lists = [torch.randn(4, 2)] * 2, [None] * 2, [torch.randn(2, 5)] * 2
+    W5 = [torch.randn(4, 5) for _ in range(2)]
+    refused(r"shares memory", native.merge, [outer[:, :5], outer[2:4].reshape(-1)[20:40].view(4, 5)], W5, *lists)  # nested
+    tail = outer[3, 5:25].view(4, 5)  # after the last row of out[0]: no byte of it
+    native.merge([outer[:, :5], inner[0].view(4, 5)], [W5[0], tail], *lists)
+    refused(
+        r"merge: out\[0\] shares memory with W\[0\]",
+        native.merge,
+        [outer[:, :5], W5[1]],
+        [outer.view(-1)[:20].view(4, 5), W5[1]],
+        *lists,
+    )  # the same beginning, other rows
+    refused(
+        r"out\[0\] shares memory with B\[1\]",
+        native.merge,
+        [W5[0], W5[1]],
+        W5,
+        [lists[0][0], W5[0].view(-1)[:8].view(4, 2)],
+        *lists[1:],
+    )
     memory = torch.randn(100)
     refused(r"project: A\[1\] shares memory with R\[1\]", native.project,
             [R[0].clone(), memory[:10].view(2, 5)], K, W, [None, memory[9:19].view(2, 5)], *torch.ones(2, 2))  # fmt: skip
@@ -205,6 +250,28 @@ def test_what_the_kernels_cannot_serve_is_named_or_goes_to_the_reference(monkeyp
     )
     monkeypatch.setenv("DEFT_KERNELS_BACKEND", "auto")
     torch.testing.assert_close(deft.merge(turned, B, K, R), reference.merge(turned, B, K, R))
+
+
+def test_writing_is_seen_by_autograd(monkeypatch):
+    W, B, K, R = layers([(6, 5)], 2)
+    x = torch.randn(3, 6, requires_grad=True)
+    y = (x @ W[0]).sum()
+    deft.merge_into(W, W, B, K, R)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    with pytest.raises(ValueError, match=r"out\[0\] requires grad"):
+        deft.merge_into([torch.nn.Parameter(W[0])], W, B, K, R)
+    with torch.inference_mode():
+        held = [w.clone() for w in W]
+        deft.merge_into(held, held, B, K, R)
+    monkeypatch.setenv("DEFT_KERNELS_BACKEND", "auto")
+    wide = [torch.empty(6, 5)]  # another type than W's: the reference serves
+    deft.merge_into(wide, [W[0].bfloat16()], B, K, R)
+    torch.testing.assert_close(wide[0], reference.merge([W[0].bfloat16().float()], B, K, R)[0], rtol=1e-2, atol=1e-2)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(K[0], torch.ones_like(K[0]))
+        with pytest.raises(NotImplementedError):
+            deft.orthonormalize([dual])
 
 
 def test_another_instruction_set_is_refused_by_name(monkeypatch):
