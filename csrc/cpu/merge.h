@@ -15,7 +15,7 @@ void merge(const Merge<T>& layer, int64_t first, int64_t width, float* a) {
   const int64_t m = layer.m, r = layer.r;
   Rows<const T> w{layer.W + first, layer.ldw};
   __builtin_memset(a, 0, r * lda * sizeof(float));
-  if (layer.K) {
+  if (layer.K && r > 0) {
     T* packed = m * STRIP<T> * int64_t(sizeof(T)) <= KEPT ? (T*)(a + r * lda) : nullptr;
     down({layer.K, r}, w, m, width, r, {a, lda}, packed);
     if (packed) w = {packed, STRIP<T>};

@@ -55,15 +55,16 @@ inline void columns(int64_t width, const F& f) {
   if (c < width) f.template operator()<1, true>(c, int(width - c));
 }
 
-// J ranks and V vectors of `down`; `part` lanes of its only vector where PART.
-template <int J, int V, bool PART, class T>
-inline void down_tile(Floats k, Rows<const T> w, int64_t rows, Rows<float> a, int part, Fetch& fetch) {
+// J ranks and V vectors of `down`; `part` lanes of its only vector where PART. KEEP: W's rows are copied to `kept`.
+template <int J, int V, bool PART, bool KEEP, class T>
+inline void down_tile(Floats k, Rows<const T> w, T* kept, int64_t rows, Rows<float> a, int part, Fetch& fetch) {
   vec sums[J][V] = {};
   for (int64_t i = 0; i < rows; ++i, k.p += k.ld, w.p += w.ld) {
     fetch.row();
     vec x[V];
     if constexpr (PART) x[0] = load(w.p, part);
     else load_columns(w.p, x);
+    if constexpr (KEEP) __builtin_memcpy(kept + i * STRIP<T>, w.p, PART ? part * sizeof(T) : V * LANES * sizeof(T));
     UNROLLED for (int j = 0; j < J; ++j)
       UNROLLED for (int v = 0; v < V; ++v) sums[j][v] += k.p[j] * x[v];
   }
@@ -74,11 +75,18 @@ inline void down_tile(Floats k, Rows<const T> w, int64_t rows, Rows<float> a, in
     }
 }
 
-template <int J, int V, bool PART, class T>
-inline void down_ranks(Floats k, Rows<const T> w, int64_t rows, int64_t r, Rows<float> a, int part, Fetch& fetch) {
-  for (; r >= J; r -= J, k = k.from(0, J), a = a.from(J)) down_tile<J, V, PART>(k, w, rows, a, part, fetch);
-  if constexpr (J > 1)
-    if (r > 0) down_ranks<J / 2, V, PART>(k, w, rows, r, a, part, fetch);
+template <int J, int V, bool PART, bool KEEP, class T>
+inline void down_ranks(Floats k, Rows<const T> w, T* kept, int64_t rows, int64_t r, Rows<float> a, int part, Fetch& fetch) {
+  if (r >= J) {
+    down_tile<J, V, PART, KEEP>(k, w, kept, rows, a, part, fetch);
+    if constexpr (KEEP) w = {kept, STRIP<T>};
+    for (r -= J, k = k.from(0, J), a = a.from(J); r >= J; r -= J, k = k.from(0, J), a = a.from(J))
+      down_tile<J, V, PART, false>(k, w, kept, rows, a, part, fetch);
+    if constexpr (J > 1)
+      if (r > 0) down_ranks<J / 2, V, PART, false>(k, w, kept, rows, r, a, part, fetch);
+  } else if constexpr (J > 1) {
+    down_ranks<J / 2, V, PART, KEEP>(k, w, kept, rows, r, a, part, fetch);
+  }
 }
 
 // Rows of `a` hold width rounded up to whole vectors: the lanes beside the last column receive zeros. Where `packed` is
@@ -91,17 +99,9 @@ void down(Floats k, Rows<const T> w, int64_t rows, int64_t width, int64_t r, Row
     const int64_t here = least(BLOCK, rows - i);
     Fetch fetch{(const char*)w.from(i + BLOCK).p, w.ld * int64_t(sizeof(T)), int(width * sizeof(T) + 63) / 64, passes, passes};
     if (i + BLOCK >= rows) fetch.left = 1 << 30;  // nothing comes after
-    Rows<const T> block = w.from(i);
-    if (packed) {
-      for (int64_t q = 0; q < here; ++q) {
-        T* to = packed + (i + q) * STRIP<T>;
-        if (width == STRIP<T>) __builtin_memcpy(to, w.from(i + q).p, STRIP<T> * sizeof(T));
-        else __builtin_memcpy(to, w.from(i + q).p, width * sizeof(T));
-      }
-      block = {packed + i * STRIP<T>, STRIP<T>};
-    }
     columns<T>(width, [&]<int V, bool PART>(int64_t c, int part) {
-      down_ranks<RANKS, V, PART>(k.from(i), block.from(0, c), here, r, a.from(0, c), part, fetch);
+      if (packed) down_ranks<RANKS, V, PART, true>(k.from(i), w.from(i, c), packed + i * STRIP<T> + c, here, r, a.from(0, c), part, fetch);
+      else down_ranks<RANKS, V, PART, false>(k.from(i), w.from(i, c), packed, here, r, a.from(0, c), part, fetch);
     });
   }
 }
