@@ -130,12 +130,21 @@ def serving(operation: str) -> str:
     return next(backend for backend, what in row.items() if what == "serves")
 
 
+def forced_cuda(case: Case) -> dict[str, Callable]:
+    """csrc's CUDA kernel for an operation, which serves only where it is forced, beside the backend that `auto` takes."""
+    os.environ["DEFT_KERNELS_BACKEND"] = "cuda"
+    what = dk.backends().get(case.operation, {}).get("cuda")
+    takes = case.operation == "orthonormalize" or case.dtype == torch.bfloat16
+    return {"deft_kernels (cuda)": by("cuda", case.op)} if what == "serves" and takes else {}
+
+
 def rows_of(case: Case, device: torch.device, rates: dict[str, float]) -> Iterator[dict]:
     """A row for each who can do it: what is counted, and either times or why there are none."""
     makers = dict(case.peers)
     if case.op is not None:
         backend = serving(case.operation)
         ours = {} if backend == "reference" else {f"deft_kernels ({backend})": by(backend, case.op)}
+        ours |= forced_cuda(case)
         makers = ours | {PLAIN: by("reference", case.op)} | makers
     makers = {case.floor: makers[case.floor]} | makers
     inputs = [case.inputs() for _ in range(measure.copies(case.bytes, device))]

@@ -217,6 +217,7 @@ def train(rank: int, world: int, folder: str):
     if rank == 0:
         torch.save({k.removeprefix("module."): p for k, p in model.state_dict().items()}, f"{folder}/{world}.pt")
     if world > 1:
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
