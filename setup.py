@@ -120,6 +120,7 @@ setup(
     packages=find_packages(include=["deft_kernels*"]) + find_packages("python"),
     package_dir={"deft_diffusers": "python/deft_diffusers"},
     package_data={"deft_kernels.triton": ["configs/*.json"], "deft_diffusers.toyworld": ["model/**/*", "model/*"]},
+    include_package_data=False,  # what is named above, and nothing because MANIFEST.in has it in the source package
     ext_modules=extensions,
     cmdclass={"build_ext": Ninja},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if extensions else {},
