@@ -40,7 +40,8 @@ sanitize: $(READY)
 # the kernels on a GPU under NVIDIA's tools
 sanitize-gpu: $(READY)
 	for tool in memcheck racecheck; do \
-	compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q tests/deft_kernels/test_backends.py || exit 1; done
+	compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -k 'triton or gpu' \
+	tests/deft_kernels/test_backends.py tests/deft_kernels/test_cuda.py || exit 1; done
 
 wheel: $(READY)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation

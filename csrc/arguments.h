@@ -85,8 +85,6 @@ inline const float* scales(const Tensor& t, Argument arg, size_t layers) {
 // Memory that is written to: nothing else may lie in it, except what the operation allows to be the very same matrix.
 class Writes {
  public:
-  explicit Writes(const char* op) : op_(op) {}
-
   void add(const Matrix& m, Argument arg) {
     STD_TORCH_CHECK(m.rows <= 1 || m.ld >= m.columns, arg.text(), " has rows that overlap: it cannot be written to");
     if (m.begin() != m.end()) written_.push_back({m, arg});
@@ -123,7 +121,6 @@ class Writes {
     STD_TORCH_CHECK(false, e.arg.text(), " shares memory with ", arg.entry());
   }
 
-  const char* op_;
   std::vector<Entry> written_;
   std::vector<const char*> furthest_;  // the end of all memory up to an entry
 };

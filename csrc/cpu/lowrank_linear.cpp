@@ -15,7 +15,7 @@ void lowrank_linear_forward(std::optional<Tensor> y, Tensor h, Tensor x, Tensor 
   const Matrix given = matrix(x, x_arg, F32, Rows::apart), b = matrix(B, B_arg), a = matrix(A, A_arg), out = matrix(h, h_arg);
   const int64_t T = given.rows, n = given.columns, m = b.rows, r = b.columns;
   check_shape(a, A_arg, r, n), check_shape(out, h_arg, T, r);
-  Writes writes(op);
+  Writes writes;
   writes.add(out, h_arg);
   Matrix sum{};
   if (y) {
@@ -45,7 +45,7 @@ void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB,
   const Matrix g = matrix(dy, dy_arg, F32, Rows::apart), b = matrix(B, B_arg), a = matrix(A, A_arg);
   const int64_t T = g.rows, m = g.columns, r = b.columns, n = a.columns;
   check_shape(b, B_arg, m, r), check_shape(a, A_arg, r, n);
-  Writes writes(op);
+  Writes writes;
   std::vector<std::pair<Matrix, Argument>> reads{{g, dy_arg}, {b, B_arg}, {a, A_arg}};
   LowRankBackward p{g.as<float>(), g.ld, nullptr, 0, nullptr, nullptr, 0, nullptr, nullptr, a.as<float>(), dA.has_value(), dB.has_value(), T, m, n, r};
   Matrix out_B{}, out_A{};

@@ -19,7 +19,7 @@ void merge(Tensors out, Tensors W, Tensors B, OptionalTensors K, OptionalTensors
   std::vector<Strip> strips;
   std::vector<std::pair<Matrix, Argument>> reads;
   std::vector<Matrix> outs;
-  Writes writes(op);
+  Writes writes;
   int64_t scratch = 0;
   double work = 0;
   for (size_t i = 0; i < layers; ++i) {

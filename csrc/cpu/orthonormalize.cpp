@@ -21,7 +21,7 @@ void orthonormalize(Tensors Q, Tensors P) {
   const Kernels& best = kernels();
   std::vector<Orthonormalize> all;
   std::vector<std::pair<Matrix, Argument>> reads;
-  Writes writes(op);
+  Writes writes;
   int64_t scratch = 0;
   double work = 0;
   for (size_t i = 0; i < P.size(); ++i) {
@@ -49,7 +49,7 @@ void orthonormalize_backward(Tensors dP, Tensors dQ, Tensors Q, Tensors P) {
   const Kernels& best = kernels();
   std::vector<OrthonormalizeBackward> all;
   std::vector<std::pair<Matrix, Argument>> reads;
-  Writes writes(op);
+  Writes writes;
   int64_t scratch = 0;
   double work = 0;
   for (size_t i = 0; i < layers; ++i) {

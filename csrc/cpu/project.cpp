@@ -20,7 +20,7 @@ void project(Tensors A, OptionalTensors K, Tensors W, OptionalTensors R, Tensor 
   std::vector<Forward> all;
   std::vector<Strip> strips;
   std::vector<std::pair<Matrix, Argument>> reads;
-  Writes writes(op);
+  Writes writes;
   int64_t scratch = 0;
   double work = 0;
   for (size_t i = 0; i < layers; ++i) {
@@ -76,7 +76,7 @@ void project_backward(OptionalTensors dK, Tensors dR, Tensors dA, OptionalTensor
   std::vector<Backward> all;
   std::vector<Strip> parts;  // of W's rows
   std::vector<std::pair<Matrix, Argument>> reads;
-  Writes writes(op);
+  Writes writes;
   int64_t packed = 0;
   std::vector<int64_t> offsets;
   double work = 0;

@@ -95,7 +95,7 @@ void orthonormalize(Tensors Q, Tensors P, int64_t stream) {
   STD_TORCH_CHECK(P[0].is_cuda(), op, ": P[0] is not on a GPU");
   const int index = P[0].get_device_index();
   std::vector<std::pair<Matrix, Matrix>> all;
-  Writes writes(op);
+  Writes writes;
   int64_t rank = 0;
   for (size_t i = 0; i < P.size(); ++i) {
     const Argument p_arg{op, "P", int64_t(i)}, q_arg{op, "Q", int64_t(i)};
@@ -146,7 +146,7 @@ void merge(Tensors out, Tensors W, Tensors B, OptionalTensors K, OptionalTensors
   std::vector<MergeLayers> launches;
   std::vector<std::pair<Matrix, Argument>> reads;
   std::vector<Matrix> outs;
-  Writes writes(op);
+  Writes writes;
   int64_t rank = 0, tallest = 0;
   auto vectors = [](const Matrix& w, Argument arg) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.ld % 8 == 0 && w.columns % 8 == 0, arg.text(),

@@ -31,7 +31,7 @@ struct Qr {
   using Shared = QrShared<R, THREADS>;
   static constexpr int LANES = Shared::LANES, GROUPS = Shared::GROUPS, COLUMNS = R / LANES;
   Shared& s;
-  int blocks, block, parity = 0;
+  int blocks, parity = 0;
 
   // Sums of one vector (2R) a group over the groups and blocks, in their order, into s.sums. `largest`: the maximum instead.
   __device__ void reduce(const float (&a)[COLUMNS], const float (&b)[COLUMNS], bool largest = false) {
@@ -76,7 +76,7 @@ __device__ void orthonormalize_layer(const QrLayers& layers, int layer, int bloc
   using Engine = Qr<R, THREADS>;
   constexpr int LANES = Engine::LANES, GROUPS = Engine::GROUPS, COLUMNS = Engine::COLUMNS;
   auto& s = *reinterpret_cast<typename Engine::Shared*>(shared());
-  Engine engine{s, blocks, block};
+  Engine engine{s, blocks};
 
   const float* P = layers.P[layer];
   float* Q = layers.Q[layer];

@@ -245,6 +245,7 @@ def test_demo_shows_before_and_after_and_gives_the_base_back(tiny, tmp_path, cap
     assert code == 0, err
     hashes = dict(re.findall(r"sha256 (\w+) +(\w{64})", out))
     assert hashes["before"] == hashes["unmerged"] != hashes["merged"] and "back to the bit" in out
+    assert re.search(r"^kernels: \w+", out, re.MULTILINE)
     assert re.search(r"train +\d+\.\d\d s", out) and re.search(r"total +\d+\.\d\d s", out)
     page = Image.open(tmp_path / "out" / "demo.png")
     assert page.width > 6 * 192 and page.height > 2 * 192

@@ -1,5 +1,9 @@
 """What several test files share: layers of every kind, and adapters of every method."""
 
+import os
+import shutil
+
+import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -100,6 +104,24 @@ def small_model(width: int = 8) -> nn.Module:
             return x
 
     return Model()
+
+
+def without_native() -> str | None:
+    """Why csrc's CPU kernels are rightly absent, or None: where a compiler is, they must be there."""
+    if shutil.which("c++") is None:
+        return "no C++ compiler here"
+    return "DEFT_KERNELS_BUILD=none" if os.environ.get("DEFT_KERNELS_BUILD") == "none" else None
+
+
+def use_isa(monkeypatch, isa: str) -> None:
+    """csrc's kernels for this instruction set; skips where the processor lacks it, and for no other reason."""
+    monkeypatch.setenv("DEFT_KERNELS_ISA", isa)
+    try:
+        torch.ops.deft_kernels_native.orthonormalize([], [])
+    except RuntimeError as error:
+        if f"DEFT_KERNELS_ISA={isa}: expected" not in str(error):
+            raise
+        pytest.skip(f"this processor has no {isa}")
 
 
 FORMS = ("activation", "factor", "merged")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from common import gradients, small_model
+from common import gradients, small_model, use_isa, without_native
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,13 +41,10 @@ class Backend(NamedTuple):
         monkeypatch.setenv("DEFT_KERNELS_BACKEND", self.name)
         monkeypatch.setattr(op, "merged_is_cheaper", lambda *shape: self.form == "merged")
         if self.name == "cpp":
-            if reason := dk.backends()["merge"]["cpp"] not in ("serves", "available") and dk.backends()["merge"]["cpp"]:
+            if reason := without_native():
                 pytest.skip(reason)
-            monkeypatch.setenv("DEFT_KERNELS_ISA", self.isa)
-            try:
-                deft.orthonormalize([torch.ones(1, 1)])
-            except RuntimeError as error:  # a processor without it
-                pytest.skip(str(error).splitlines()[0])
+            assert dk.backends()["merge"]["cpp"] == "serves"
+            use_isa(monkeypatch, self.isa)
             return
         pytest.importorskip("triton")
         from deft_kernels.triton import lowrank_linear, merge

@@ -7,18 +7,19 @@ import sys
 
 import pytest
 import torch
+from common import use_isa, without_native
 
 import deft_kernels as dk
 from deft_kernels import reference
 
 deft, native = torch.ops.deft_kernels, torch.ops.deft_kernels_native
-absent = dk.backends()["merge"]["cpp"] not in ("serves", "serves what those before it cannot", "available")
-pytestmark = pytest.mark.skipif(absent, reason=dk.backends()["merge"]["cpp"])
+pytestmark = pytest.mark.skipif(without_native() is not None, reason=str(without_native()))
 
 
 @pytest.fixture(autouse=True)
 def forced(monkeypatch):
     monkeypatch.setenv("DEFT_KERNELS_BACKEND", "cpp")
+    assert dk.backends()["merge"]["cpp"] == "serves"
 
 
 def layers(shapes, r, dtype=torch.float32):
@@ -75,7 +76,7 @@ def test_rows_apart_and_ranks_without_a_limit(dtype, r):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_layers(monkeypatch, isa, dtype):
     """Results that go past the cache, strips kept as copies and strips too tall for it; aligned rows and others."""
-    monkeypatch.setenv("DEFT_KERNELS_ISA", isa)
+    use_isa(monkeypatch, isa)
     for m, n, ld, offset, r in ((1024, 640, 640, 0, 16), (1024, 641, 704, 0, 5), (1024, 640, 641, 0, 17),
                                 (1024, 640, 704, 5, 1), (9000, 96, 96, 0, 16)):  # fmt: skip
         W, out = ((torch.randn(m * ld + offset).to(dtype))[offset:].view(m, ld)[:, :n] for _ in range(2))
@@ -85,38 +86,28 @@ def test_large_layers(monkeypatch, isa, dtype):
                 [W.double()], [B.double()], [removal if removal is None else K.double()], [R.double()]
             )
             (plain,) = reference.merge([W], [B], [removal], [R])
-            try:
-                deft.merge_into([out], [W], [B], [removal], [R])
-            except RuntimeError as error:
-                pytest.skip(str(error).splitlines()[0])
+            deft.merge_into([out], [W], [B], [removal], [R])
             assert (out.double() - truth).norm() <= 2 * (plain.double() - truth).norm()
             again = W.clone(memory_format=torch.preserve_format)
             deft.merge_into([again], [again], [B], [removal], [R])
             assert torch.equal(again, out)
 
 
-def test_half_types_are_rounded_as_torch_rounds():
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types_are_rounded_as_torch_rounds(monkeypatch, isa, dtype):
     """Every bfloat16 and float16 through the kernels and back, and sums of all sizes, ties, infinities and NaN to them."""
-    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16)
-    zero = torch.zeros(1 << 16, 1)
-    for dtype in (torch.bfloat16, torch.float16):
-        values = every.view(dtype).view(-1, 1)
-        for isa in ("avx512", "avx2", "portable"):
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("DEFT_KERNELS_ISA", isa)
-                try:
-                    (same,) = deft.merge([values], [zero], [None], [torch.ones(1, 1)])
-                except RuntimeError as error:
-                    assert "a processor that has it" in str(error)
-                    continue
-                # A sum of x and a product that float32 holds: rounded once, to the nearest even
-                added = torch.tensor([2.0**e * f for e in range(-30, 16) for f in (1, -3, 1.0078125, 1.000001)])
-                W = values[::37].expand(-1, len(added)).contiguous()
-                (sums,) = deft.merge([W], [torch.ones(len(W), 1)], [None], [added.view(1, -1)])
-            finite = values.isfinite()
-            assert torch.equal(same[finite].view(torch.int16), (values[finite] + 0).view(torch.int16))
-            assert torch.equal(sums.nan_to_num(7), (W.float() + added).to(dtype).nan_to_num(7))
-            assert torch.equal(sums.isnan(), (W.float() + added).to(dtype).isnan())
+    use_isa(monkeypatch, isa)
+    values = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 1)
+    (same,) = deft.merge([values], [torch.zeros(len(values), 1)], [None], [torch.ones(1, 1)])
+    finite = values.isfinite()
+    assert torch.equal(same[finite].view(torch.int16), (values[finite] + 0).view(torch.int16))
+    # a sum of x and a product that float32 holds: rounded once, to the nearest even
+    added = torch.tensor([2.0**e * f for e in range(-30, 16) for f in (1, -3, 1.0078125, 1.000001)])
+    W = values[::37].expand(-1, len(added)).contiguous()
+    (sums,) = deft.merge([W], [torch.ones(len(W), 1)], [None], [added.view(1, -1)])
+    expected = (W.float() + added).to(dtype)
+    assert torch.equal(sums.nan_to_num(7), expected.nan_to_num(7)) and torch.equal(sums.isnan(), expected.isnan())
 
 
 def test_empty_lists_and_empty_matrices():
