@@ -210,6 +210,17 @@ def test_memory_that_is_shared():
         [lists[0][0], W5[0].view(-1)[:8].view(4, 2)],
         *lists[1:],
     )
+    flat = torch.randn(100)  # rows 10 apart, beside rows 7 apart; and beside elements of another size
+    mine = flat.as_strided((4, 5), (10, 1))
+    refused(
+        r"out\[0\] shares memory with W\[1\]",
+        native.merge,
+        [mine, W5[1]],
+        [W5[0], flat.as_strided((4, 5), (7, 1), 5)],
+        *lists,
+    )
+    halves = flat.view(torch.bfloat16).as_strided((4, 5), (10, 1), 12)
+    refused(r"out\[0\] shares memory with W\[1\]", native.merge, [mine, halves.clone()], [W5[0], halves], *lists)
     memory = torch.randn(100)
     refused(r"project: A\[1\] shares memory with R\[1\]", native.project,
             [R[0].clone(), memory[:10].view(2, 5)], K, W, [None, memory[9:19].view(2, 5)], *torch.ones(2, 2))  # fmt: skip
