@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["reference", "config", "triton", "ops", "nn", "adapters"]  # each may import those before it
-EXTRAS = {"triton": ["triton"], "adapters": ["safetensors"]}  # and these packages
+EXTRAS = {"triton": ["triton"], "adapters": ["safetensors", "huggingface_hub"]}  # and these packages
 
 
 def imports(file: Path):

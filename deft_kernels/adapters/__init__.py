@@ -1,8 +1,19 @@
 """Adapters of whole models: into a model and out of it, merged and swapped, in files and back."""
 
-from .files import adapter_state_dict, load_adapter, save_adapter
-from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, set_adapters
-from .merge import hotswap, merge, unmerge
+from .pipeline import (
+    adapter_parameters,
+    adapter_state_dict,
+    delete_adapter,
+    eject,
+    hotswap,
+    inject_adapter,
+    list_adapters,
+    load_adapter,
+    merge,
+    save_adapter,
+    set_adapters,
+    unmerge,
+)
 
 __all__ = [
     "adapter_parameters",
@@ -11,6 +22,7 @@ __all__ = [
     "eject",
     "hotswap",
     "inject_adapter",
+    "list_adapters",
     "load_adapter",
     "merge",
     "save_adapter",

@@ -37,7 +37,7 @@ SKETCHED, SAMPLED = 16, 16  # layers of a fingerprint, and weights of each
 class Adapter(NamedTuple):
     """An adapter as read from files and checked against a model."""
 
-    config: DeftConfig
+    config: DeftConfig | dict[str, DeftConfig]  # of all its layers, or of each
     tensors: dict[str, dict[str, Tensor]]  # layer -> role ("P", "R", "gate") -> tensor
 
 
@@ -67,41 +67,20 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     from safetensors.torch import save
 
     folder = Path(folder)
-    layers = require_layers(model, [adapter_name])
-    config = next(layer.configs[adapter_name] for layer in layers.values() if adapter_name in layer.configs)
-    written = _to_peft(config, model, [name for name, layer in layers.items() if adapter_name in layer.configs])
-    metadata = {"format": "pt", "adapter_config": json.dumps(written)}
-    fingerprint = base_fingerprint({k: v for k, v in layers.items() if adapter_name in v.configs})
-    if fingerprint:
-        metadata["base_fingerprint"] = fingerprint
+    metadata = describe(model, adapter_name)
+    written = json.dumps(json.loads(metadata["adapter_config"]), indent=2, sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / WEIGHTS_NAME, save(adapter_state_dict(model, adapter_name), metadata))
-    _replace_file(folder / CONFIG_NAME, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
+    replace_file(folder / WEIGHTS_NAME, save(adapter_state_dict(model, adapter_name), {"format": "pt", **metadata}))
+    replace_file(folder / CONFIG_NAME, (written + "\n").encode())
 
 
-def load_adapter(
-    model: nn.Module,
-    folder_or_file: str | os.PathLike,
-    adapter_name: str = "default",
-    *,
-    trainable: bool = False,
-    any_base: bool = False,
-) -> list[str]:
-    """Load an adapter from a folder in PEFT's layout or from a safetensors file, and make it the active one.
-
-    Args:
-        trainable: whether its parameters require grad, to go on training.
-        any_base: load an adapter made for another base of the same shapes, with a warning instead of an error.
-
-    Returns the names of the adapted layers.
-
-    Raises:
-        FileNotFoundError: nothing there. ValueError: files that cannot be read, keys that are missing or fit no layer,
-        wrong shapes, values that are not finite, another base, options these layers do not have. The model is then as
-        it was.
-    """
-    loaded = read_adapter(model, folder_or_file, any_base=any_base)
-    return attach_adapter(model, loaded, adapter_name, trainable=trainable)
+def describe(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """What a file carries beside the tensors: PEFT's configuration and the base's fingerprint, both JSON."""
+    layers = {k: v for k, v in require_layers(model, [adapter_name]).items() if adapter_name in v.configs}
+    config = next(layer.configs[adapter_name] for layer in layers.values())
+    metadata = {"adapter_config": json.dumps(_to_peft(config, model, list(layers)))}
+    fingerprint = base_fingerprint(layers)
+    return metadata | ({"base_fingerprint": fingerprint} if fingerprint else {})
 
 
 def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = False, activate: bool = True):
@@ -113,10 +92,17 @@ def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = Fal
     """Read an adapter and check everything about it against the model, which is not touched."""
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
-    state, metadata = _read_safetensors(file)
+    state, metadata = read_safetensors(file)
     raw, source = _read_config(file, metadata)
-    config = _from_peft(raw, source)
+    return check_adapter(model, file, state, raw, source, metadata.get("base_fingerprint"), any_base)
 
+
+def check_adapter(
+    model: nn.Module, file: Path, state: dict[str, Tensor], raw: dict, source: Path, fingerprint: str | None, any_base: bool
+) -> Adapter:
+    """An adapter from what `file` holds: tensors by key, PEFT's configuration (found in `source`), the base's fingerprint;
+    checked against the model."""
+    config = _from_peft(raw, source)
     modules = outer_modules(model)
     tensors, unknown = _by_layer(file, state, modules, LORA_ROLES if isinstance(config, LoraConfig) else DEFT_ROLES)
     if unknown:
@@ -131,11 +117,11 @@ def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = Fal
         for role, t in roles.items():
             if not (t.is_floating_point() and torch.isfinite(t.float()).all()):
                 raise ValueError(f"{file}: {role} of {name} has values that are not finite")
-    _check_base(file, metadata.get("base_fingerprint"), {k: modules[k] for k in tensors}, any_base)
+    _check_base(file, fingerprint, {k: modules[k] for k in tensors}, any_base)
     return Adapter(config, tensors)
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
@@ -149,9 +135,11 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_config(file: Path, metadata: dict[str, str]) -> tuple[dict, Path]:
-    """PEFT's JSON beside the tensors, or, for a file of ours alone, the copy that it carries; and where it was found."""
+    """PEFT's JSON beside the tensors, or, for a file alone, the copy that it carries (ours, or diffusers'
+    `save_lora_adapter`'s); and where it was found."""
     beside, raw = file.parent / CONFIG_NAME, None
-    carried = json.loads(metadata["adapter_config"]) if "adapter_config" in metadata else None
+    carried = metadata.get("adapter_config", metadata.get("lora_adapter_metadata"))
+    carried = None if carried is None else json.loads(carried)
     if beside.is_file():
         try:
             raw = json.loads(beside.read_text())
@@ -313,7 +301,7 @@ def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], 
         warnings.warn(message, stacklevel=4)
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write so that a reader, or a crash, sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -7,12 +7,17 @@ import re
 import torch
 from torch import Tensor, nn
 
-from ..config import DEFAULT_TARGETS, DeftConfig
+from ..config import DEFAULT_TARGETS, TARGETS, DeftConfig
 from ..nn.bank import Bank
 from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
 
 # Modules that use their layers' weights directly, torch's fast paths among them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+
+class Parts(nn.ModuleDict):
+    """Several models adapted as one, a pipeline's: layers are named `<part>.<layer>`. Each part is called by itself, and so
+    has a bank of its own."""
 
 
 def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "default") -> list[str]:
@@ -38,14 +43,15 @@ def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "de
 
 def attach(
     model: nn.Module,
-    config: DeftConfig,
+    config: DeftConfig | dict[str, DeftConfig],
     adapter_name: str,
     names: list[str],
     tensors: dict[str, dict] | None = None,
     trainable: bool = True,
     activate: bool = True,
 ) -> list[str]:
-    """`inject_adapter` on the layers given by name, with given values for P, R and gate where they come from a file."""
+    """`inject_adapter` on the layers given by name, with given values for P, R and gate where they come from a file; each
+    layer may have a config of its own."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name {adapter_name!r}: expected a non-empty name without dots")
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -54,8 +60,11 @@ def attach(
         raise ValueError(f"the model has an adapter named {adapter_name!r} already: choose another name or delete it")
     if activate and any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) before adding another")
-    if "" in names:
-        raise TypeError(f"the model itself is a {type(model).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
+    roots = {f"{part}.": root for part, root in model.items()} if isinstance(model, Parts) else {"": model}
+    for prefix, root in roots.items():
+        if prefix[:-1] in names:
+            raise TypeError(f"the model itself is a {type(root).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
+    configs = config if isinstance(config, dict) else dict.fromkeys(names, config)
     for name in names:
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, READS_WEIGHTS):
@@ -77,7 +86,7 @@ def attach(
     try:
         for name, layer in targets:
             layer.train(modules[name].training)
-            layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name], trainable)
+            layer.add_adapter(adapter_name, configs[name], None if tensors is None else tensors[name], trainable)
             done.append(layer)
             for p in layer.adapter_tensors(adapter_name).values():
                 if not torch.isfinite(p).all():
@@ -87,14 +96,17 @@ def attach(
             layer.delete_adapter(adapter_name)
         raise
 
-    bank = model.__dict__.get("_deft_bank")
-    if bank is None:
-        bank = model.__dict__["_deft_bank"] = Bank(model)
-        adapters = {id(p) for layer in layers.values() for n in layer.configs for p in layer.adapter_tensors(n).values()}
-        bank.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
-        for p in bank.frozen:
-            p.requires_grad_(False)
-    bank.layers += [layer for name, layer in targets if layer is not modules[name]]
+    for prefix, root in roots.items():
+        joining = {name: layer for name, layer in targets if name.startswith(prefix)}
+        bank = root.__dict__.get("_deft_bank")
+        if joining and bank is None:
+            bank = root.__dict__["_deft_bank"] = Bank(root)
+            adapters = {id(p) for layer in layers.values() for n in layer.configs for p in layer.adapter_tensors(n).values()}
+            bank.frozen = [p for p in root.parameters() if p.requires_grad and id(p) not in adapters]
+            for p in bank.frozen:
+                p.requires_grad_(False)
+        if joining:
+            bank.layers += [layer for name, layer in joining.items() if layer is not modules[name]]
     for name, module in modules.items():
         layer = wrappers.get(id(module), module)
         if layer is not module:
@@ -110,7 +122,9 @@ def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
     one after a dot, a string is a regular expression for the full name, "all-linear" is every linear layer but a language
     model's output layer."""
     modules = outer_modules(model)
-    targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    targets = config.target_modules
+    if targets is None:
+        targets = next((TARGETS[c.__name__] for c in type(model).__mro__ if c.__name__ in TARGETS), DEFAULT_TARGETS)
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = [k for k, v in modules.items() if isinstance(_base(v), nn.Linear) or is_conv1d(_base(v))]

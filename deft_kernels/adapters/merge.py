@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..nn.layers import DeftLayer, writes
 from ..nn.prepare import Factors, beside, decompose
-from .files import attach_adapter, read_adapter
+from .files import Adapter, attach_adapter, read_adapter
 from .inject import named_weights, outer_modules, require_layers, wrap
 
 SNAPSHOTS = ("device", "host")
@@ -61,12 +61,12 @@ def unmerge(model: nn.Module, force: bool = False) -> None:
         layer.is_merged = False
 
 
-def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> None:
+def hotswap(model: nn.Module, path_or_name: str | Path | Adapter, weight: float = 1.0) -> None:
     """Merge another adapter in place of what is merged now, from the pristine weights: no drift, no recompilation.
 
     Args:
-        path_or_name: an adapter of the model by name, or a folder or file to load one from; it replaces the one that the
-            last hot-swap loaded, under the name "hotswap".
+        path_or_name: an adapter of the model by name, or a folder or file to load one from (or what `read_adapter` made of
+            it); it replaces the one that the last hot-swap loaded, under the name "hotswap".
         weight: its strength.
 
     Raises as `merge` and `load_adapter` do.
@@ -74,13 +74,15 @@ def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> 
     layers = require_layers(model)
     _check_untouched(layers)
     on_host = any(layer.merged and layer._pristine.device != layer.weight.device for layer in layers.values())
-    name = str(path_or_name)
+    name = None if isinstance(path_or_name, Adapter) else str(path_or_name)
     if any(name in layer.configs for layer in layers.values()):
         chosen = _spread(layers, named_weights(name, weight))
         _check_mergeable(model, {key: layers[key] for key in chosen})
     else:
         name, everywhere = "hotswap", named_weights("hotswap", weight)
-        loaded = read_adapter(model, path_or_name)  # all that can be wrong with a file is found here
+        loaded = path_or_name  # all that can be wrong with a file is found when it is read
+        if not isinstance(loaded, Adapter):
+            loaded = read_adapter(model, path_or_name)
         modules = outer_modules(model)
         _check_mergeable(model, {key: wrap(key, modules[key]) for key in loaded.tensors})
         for layer in layers.values():
