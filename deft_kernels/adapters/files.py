@@ -19,6 +19,9 @@ from .inject import adaptable, attach, match_targets, outer_modules, require_lay
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PIPELINE_WEIGHTS = "pytorch_deft_weights.safetensors"  # a pipeline's adapter, keys `<part>.<module>.deft_P`
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for a LoRA, and for what save_lora_adapter writes
+FOUND = (PIPELINE_WEIGHTS, WEIGHTS_NAME, LORA_WEIGHTS)  # in a folder, in this order
 PREFIX = "base_model.model."
 # suffix of a key in a file -> role in a layer
 DEFT_ROLES = {"deft_P": "P", "deft_R": "R", "deft_gate": "gate"}
@@ -67,20 +70,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     from safetensors.torch import save
 
     folder = Path(folder)
-    metadata = describe(model, adapter_name)
-    written = json.dumps(json.loads(metadata["adapter_config"]), indent=2, sort_keys=True)
+    written, metadata = describe(model, adapter_name)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / WEIGHTS_NAME, save(adapter_state_dict(model, adapter_name), {"format": "pt", **metadata}))
-    replace_file(folder / CONFIG_NAME, (written + "\n").encode())
+    replace_file(folder / WEIGHTS_NAME, save(adapter_state_dict(model, adapter_name), {"format": "pt"} | metadata))
+    replace_file(folder / CONFIG_NAME, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
 
 
-def describe(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """What a file carries beside the tensors: PEFT's configuration and the base's fingerprint, both JSON."""
+def describe(model: nn.Module, adapter_name: str) -> tuple[dict, dict[str, str]]:
+    """An adapter's configuration in PEFT's words, and what a file's metadata says: that, and the base's fingerprint."""
     layers = {k: v for k, v in require_layers(model, [adapter_name]).items() if adapter_name in v.configs}
     config = next(layer.configs[adapter_name] for layer in layers.values())
-    metadata = {"adapter_config": json.dumps(_to_peft(config, model, list(layers)))}
-    fingerprint = base_fingerprint(layers)
-    return metadata | ({"base_fingerprint": fingerprint} if fingerprint else {})
+    written, fingerprint = _to_peft(config, model, list(layers)), base_fingerprint(layers)
+    metadata = {"adapter_config": json.dumps(written)}
+    return written, metadata | ({"base_fingerprint": fingerprint} if fingerprint else {})
 
 
 def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = False, activate: bool = True):
@@ -88,21 +90,20 @@ def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = 
     return attach(model, loaded.config, adapter_name, list(loaded.tensors), loaded.tensors, trainable, activate)
 
 
-def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False) -> Adapter:
-    """Read an adapter and check everything about it against the model, which is not touched."""
+def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False, part: str = "") -> Adapter:
+    """Read an adapter and check everything about it against the model, which is not touched; `part` is the prefix of its
+    keys in a pipeline's file."""
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
     state, metadata = read_safetensors(file)
+    if part:
+        state, metadata = (
+            {key.removeprefix(f"{part}."): value for key, value in held.items() if key.startswith(f"{part}.")}
+            for held in (state, metadata)
+        )
     raw, source = _read_config(file, metadata)
-    return check_adapter(model, file, state, raw, source, metadata.get("base_fingerprint"), any_base)
-
-
-def check_adapter(
-    model: nn.Module, file: Path, state: dict[str, Tensor], raw: dict, source: Path, fingerprint: str | None, any_base: bool
-) -> Adapter:
-    """An adapter from what `file` holds: tensors by key, PEFT's configuration (found in `source`), the base's fingerprint;
-    checked against the model."""
     config = _from_peft(raw, source)
+
     modules = outer_modules(model)
     tensors, unknown = _by_layer(file, state, modules, LORA_ROLES if isinstance(config, LoraConfig) else DEFT_ROLES)
     if unknown:
@@ -117,7 +118,7 @@ def check_adapter(
         for role, t in roles.items():
             if not (t.is_floating_point() and torch.isfinite(t.float()).all()):
                 raise ValueError(f"{file}: {role} of {name} has values that are not finite")
-    _check_base(file, fingerprint, {k: modules[k] for k in tensors}, any_base)
+    _check_base(file, metadata.get("base_fingerprint"), {k: modules[k] for k in tensors}, any_base)
     return Adapter(config, tensors)
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from .files import CONFIG_NAME, WEIGHTS_NAME
+from .files import CONFIG_NAME, FOUND, WEIGHTS_NAME
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 
@@ -29,9 +29,10 @@ def locate(
     """
     path = Path(source).expanduser()
     if not path.exists() and HUB_ID.fullmatch(str(source)) and not str(source).endswith(".safetensors"):
-        inside = f"{subfolder}/" if subfolder else ""
-        names = [f"{inside}{CONFIG_NAME}", f"{inside}{weight_name}" if weight_name else f"{inside}*.safetensors"]
-        if not (weight_name or subfolder):
+        names = [CONFIG_NAME, *((weight_name,) if weight_name else FOUND)]
+        if subfolder:
+            names = [f"{subfolder}/{name}" for name in names]
+        elif not weight_name:
             names += [f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}"]  # a folder for each part of a pipeline
         path = _download(str(source), names, revision, token, cache_dir, local_files_only)
     if subfolder:
@@ -49,21 +50,21 @@ def _download(repo: str, names: list[str], revision, token, cache_dir, local_fil
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    found = None
+    found, reason = None, "it has none of them, or their copy in the cache here is incomplete"
     try:
         found = Path(snapshot_download(
             repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
             allow_patterns=names,
         ))  # fmt: skip
-        reason = "its copy in the cache here lacks them" if local_files_only else "it has none of them"
     except (OSError, HfHubHTTPError) as error:
         reason = str(error).strip().partition("\n")[0]
-    if found is None or not any(file.match("*.safetensors") for name in names for file in found.glob(name)):
-        command = f"hf download {repo}" + "".join(f' --include "{name}"' for name in names)
+    weights = [name for name in names if not name.endswith(CONFIG_NAME)]
+    if found is None or not any(next(found.glob(name), None) for name in weights):
+        command = " ".join(["hf download", repo, *(f'--include "{name}"' for name in names)])
         command += f" --revision {revision}" if revision else ""
         raise FileNotFoundError(
-            f"no folder {repo} is here, and the hub did not give {', '.join(names)} of {repo}: {reason}. "
+            f"there is no folder {repo} here, and the hub gave none of the files {', '.join(weights)} of {repo} ({reason}). "
             f"Where there is a network, run\n    {command} --local-dir {repo.partition('/')[2]}\n"
-            "and pass that folder's path, or copy it to this machine and pass the path that it has here"
+            "copy that folder to this machine, and pass its path. A file of another name is asked for by weight_name="
         )
     return found

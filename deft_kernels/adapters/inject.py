@@ -62,7 +62,7 @@ def attach(
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) before adding another")
     roots = {f"{part}.": root for part, root in model.items()} if isinstance(model, Parts) else {"": model}
     for prefix, root in roots.items():
-        if prefix[:-1] in names:
+        if prefix in names:
             raise TypeError(f"the model itself is a {type(root).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
     configs = config if isinstance(config, dict) else dict.fromkeys(names, config)
     for name in names:

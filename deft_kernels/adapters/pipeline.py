@@ -8,7 +8,6 @@ files.py), metadata `<part>.adapter_config` and `<part>.base_fingerprint`.
 """
 
 import functools
-import json
 import os
 from pathlib import Path
 
@@ -17,14 +16,12 @@ from torch import Tensor, nn
 from ..config import DeftConfig
 from . import files, inject
 from . import merge as merging
-from .files import PREFIX, WEIGHTS_NAME, Adapter, attach_adapter, check_adapter, read_adapter, read_safetensors
+from .files import FOUND, PIPELINE_WEIGHTS, PREFIX, Adapter, attach_adapter, read_adapter, read_safetensors
 from .hub import locate
 from .inject import Parts, adapted_layers
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
-PIPELINE_WEIGHTS = "pytorch_deft_weights.safetensors"
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # where diffusers' save_lora_adapter puts an adapter of any kind
 
 
 def components(target) -> dict[str, nn.Module]:
@@ -125,7 +122,7 @@ def save_adapter(model, folder: str | os.PathLike, adapter_name: str = "default"
     state, metadata = adapter_state_dict(model, adapter_name), {"format": "pt"}
     for part, names in list_adapters(model).items():
         if adapter_name in names:
-            described = files.describe(model[part], adapter_name)
+            _, described = files.describe(model[part], adapter_name)
             metadata |= {f"{part}.{key}": value for key, value in described.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     files.replace_file(Path(folder) / PIPELINE_WEIGHTS, save(state, metadata))
@@ -156,7 +153,7 @@ def load_adapter(
     Args:
         source: a folder, a safetensors file, or a hub id (owner/name), of a pipeline's file as `save_adapter` writes it; of
             PEFT's layout, which goes to a pipeline's denoiser; of folders in PEFT's layout under the names of parts; of what
-            diffusers' `save_lora_adapter` writes (bare keys); or of a LoRA file, by `import_lora`.
+            diffusers' `save_lora_adapter` writes (bare keys); or of a LoRA file as `import_lora` reads it.
         weight_name: the file to take, where there are several. subfolder: where it lies.
         revision, token, cache_dir, local_files_only: of a hub id, as huggingface_hub takes them.
         trainable: whether its parameters require grad, to go on training.
@@ -173,13 +170,6 @@ def load_adapter(
         source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir,
         local_files_only=local_files_only,
     )  # fmt: skip
-    if (file := _weights_file(path)) is not None and _is_lora(file):
-        from .lora import import_lora
-
-        names = import_lora(model, file, adapter_name)
-        for p in (p for group in adapter_parameters(model, adapter_name).values() for p in group):
-            p.requires_grad_(trainable)
-        return names
     model = as_model(model)
     return attach_adapter(model, read(model, path, any_base), adapter_name, trainable=trainable)
 
@@ -195,14 +185,7 @@ def _weights_file(path: Path) -> Path | None:
     """The adapter's tensors at a path; None for a folder that has none itself."""
     if not path.is_dir():
         return path
-    return next((path / name for name in (PIPELINE_WEIGHTS, WEIGHTS_NAME, LORA_WEIGHTS) if (path / name).is_file()), None)
-
-
-def _is_lora(file: Path) -> bool:
-    """Whether this is a LoRA as other tools write it, without PEFT's configuration."""
-    state, metadata = read_safetensors(file)
-    ours = "adapter_config" in metadata or (file.parent / files.CONFIG_NAME).is_file()
-    return not ours and any("lora" in key for key in state) and not any("deft_" in key for key in state)
+    return next((path / name for name in FOUND if (path / name).is_file()), None)
 
 
 def read(model: nn.Module, path: Path, any_base: bool = False) -> Adapter:
@@ -214,8 +197,7 @@ def read(model: nn.Module, path: Path, any_base: bool = False) -> Adapter:
         found = {n: read_adapter(part, path / n, any_base) for n, part in parts.items() if n and (path / n).is_dir()}
     if not found:
         folders = f", or a folder for a part ({', '.join(parts)})" if isinstance(model, Parts) else ""
-        expected = ", ".join((PIPELINE_WEIGHTS, WEIGHTS_NAME, LORA_WEIGHTS))
-        raise FileNotFoundError(f"{path} has none of {expected}{folders}; weight_name= tells another file's name")
+        raise FileNotFoundError(f"{path} has none of {', '.join(FOUND)}{folders}; weight_name= tells another file's name")
     if not isinstance(model, Parts):
         return next(iter(found.values()))
     return Adapter(
@@ -227,6 +209,11 @@ def read(model: nn.Module, path: Path, any_base: bool = False) -> Adapter:
 def _read_file(model: nn.Module, parts: dict[str, nn.Module], file: Path, any_base: bool) -> dict[str, Adapter]:
     """The adapters of a file by part: a pipeline's file says by its keys which parts it has, any other is one adapter."""
     state, metadata = read_safetensors(file)
+    configured = (file.parent / files.CONFIG_NAME).is_file() or any(key.endswith("adapter_config") for key in metadata)
+    if any("lora" in key for key in state) and not configured:  # as other tools write it
+        from .lora import read_lora
+
+        return read_lora(model, file)
     heads = {key.partition(".")[0] for key in state}
     named = sorted(heads & {*DENOISERS, *TEXT_ENCODERS, *parts})
     if not named:
@@ -239,13 +226,4 @@ def _read_file(model: nn.Module, parts: dict[str, nn.Module], file: Path, any_ba
         raise ValueError(f"{file}: holds an adapter for {', '.join(strangers)}, but {type(model).__name__} {has}")
     if heads != set(named):
         raise ValueError(f"{file}: keys that belong to no part begin with {', '.join(sorted(heads - set(named))[:8])}")
-    found = {}
-    for part in named:
-        own = {key.removeprefix(f"{part}."): t for key, t in state.items() if key.startswith(f"{part}.")}
-        try:
-            raw = json.loads(metadata[f"{part}.adapter_config"])
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{file}: its metadata has no readable {part}.adapter_config: {error!r}") from None
-        fingerprint = metadata.get(f"{part}.base_fingerprint")
-        found[part] = check_adapter(parts[part], file, own, raw, file, fingerprint, any_base)
-    return found
+    return {part: read_adapter(parts[part], file, any_base, part) for part in named}
