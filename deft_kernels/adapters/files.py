@@ -49,7 +49,7 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     state = {}
     for name, layer in require_layers(model, [adapter_name]).items():
         lora = isinstance(layer.configs.get(adapter_name), LoraConfig)
-        for role, p in layer.adapter_tensors(adapter_name).items():
+        for role, p in layer.masters(adapter_name).items():
             suffix = next(k for k, v in (LORA_ROLES if lora else DEFT_ROLES).items() if v == role)
             t = p.detach().cpu().clone()
             if not torch.isfinite(t).all():

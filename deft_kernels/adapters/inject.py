@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..config import DEFAULT_TARGETS, TARGETS, DeftConfig
 from ..nn.bank import Bank
-from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
+from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d, refuse_fused
 
 # Modules that use their layers' weights directly, torch's fast paths among them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -72,8 +72,12 @@ def attach(
                 f"{name}: a {type(parent).__name__} reads its layers' weights without calling them, so that an adapter "
                 "would have no effect; leave it out by exclude_modules"
             )
+        refuse_fused(name.rpartition(".")[0], parent)
         if _base(modules[name]).weight.is_meta:
-            raise ValueError(f"{name}: its weight is on the meta device (not loaded, or offloaded); load it first")
+            raise ValueError(
+                f"{name}: its weight is on the meta device (not loaded, or offloaded): load it, or call the pipeline's "
+                "remove_all_hooks() and enable offloading again once the adapter is in"
+            )
 
     wrappers: dict[int, DeftLayer] = {}  # by identity, so that a module used in two places stays one
     targets: list[tuple[str, DeftLayer]] = []
@@ -106,6 +110,8 @@ def attach(
             for p in bank.frozen:
                 p.requires_grad_(False)
         if joining:
+            blocks = dict.fromkeys(name.rpartition(".")[0] for name in joining)
+            bank.blocks |= {name: modules[name] for name in blocks if hasattr(modules[name], "fused_projections")}
             bank.layers += [layer for name, layer in joining.items() if layer is not modules[name]]
     for name, module in modules.items():
         layer = wrappers.get(id(module), module)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..nn.layers import DeftLayer, writes
+from ..nn.layers import DeftLayer, refuse_fused, writes
 from ..nn.prepare import Factors, beside, decompose
 from .files import Adapter, attach_adapter, read_adapter
 from .inject import named_weights, outer_modules, require_layers, wrap
@@ -54,6 +54,7 @@ def unmerge(model: nn.Module, force: bool = False) -> None:
     layers = require_layers(model)
     if not any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("nothing is merged: call deft_kernels.merge(model) first")
+    _check_unfused(model, layers)
     if not force:
         _check_untouched(layers)
     for layer in layers.values():
@@ -104,7 +105,14 @@ def _spread(layers: dict[str, DeftLayer], weights: dict[str, float]) -> dict[str
     return {key: names for key, names in chosen.items() if names}
 
 
+def _check_unfused(model: nn.Module, layers: dict[str, DeftLayer]) -> None:
+    """What is written to weights would not reach the fused copies of them."""
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        refuse_fused(name, model.get_submodule(name))
+
+
 def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer]) -> None:
+    _check_unfused(model, targets)
     owners: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():

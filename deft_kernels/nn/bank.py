@@ -25,18 +25,24 @@ class Bank:
     def __init__(self, root: nn.Module):
         self.layers: list = []
         self.inside = False
+        self.blocks: dict[str, nn.Module] = {}  # attention blocks with adapted projections
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
         self._hooks = (
-            root.register_forward_pre_hook(self._enter),
+            root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self._leave, always_call=True),
         )
 
-    def _enter(self, root, args) -> None:
-        from .layers import prepare_layers
+    def _enter(self, root, args, kwargs) -> None:
+        from .layers import prepare_layers, refuse_fused
 
         eager = not torch.compiler.is_compiling()
-        layers = [layer for layer in self.layers if layer.adapts]
+        # A layer elsewhere than the input, offloaded or of another device, prepares for itself when its turn comes.
+        devices = {t.device for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)}
+        layers = [layer for layer in self.layers if layer.adapts and (not devices or layer.weight.device in devices)]
+        if layers:
+            for name, block in self.blocks.items():
+                refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
                 layer._by_activation = layer.prefers_activation(layer.tokens)

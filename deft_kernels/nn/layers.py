@@ -19,6 +19,12 @@ INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
 class MasterDict(nn.ParameterDict):
     """Parameters that stay at least float32 through `.to(dtype)`, `.half()` and `.bfloat16()` of their model."""
 
+    def forward(self, name: str) -> Tensor:
+        """A parameter, by a call: where the model is offloaded, its hooks bring the values for as long as a call lasts."""
+        return self[name].view_as(self[name])  # not the parameter itself, which the hooks empty again
+
+    __call__ = nn.Module.__call__  # which ParameterDict refuses
+
     def _apply(self, fn, recurse=True):
         for name, param in list(self.items()):
             moved = fn(param.data)
@@ -58,7 +64,7 @@ class DeftLayer(nn.Module):
         self._passing: list[Factors] | None = None  # the bank's, of a forward without grad that is under way
         self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
         self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
-        self.register_buffer("_scales", torch.empty(2, 0), persistent=False)
+        self._scales = torch.empty(2, 0)  # no buffer: offloading would put an old strength back
         if config is not None:
             self.add_adapter(adapter_name, config)
             self.set_adapters({adapter_name: 1.0})
@@ -101,7 +107,7 @@ class DeftLayer(nn.Module):
             and weight.is_floating_point()
             and not weight.is_meta
             and self.forward_is_plain(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and not (base._forward_hooks or base._forward_pre_hooks or hooked(base))
         )
         return self.matrix(weight.detach()) if plain else None
 
@@ -176,8 +182,11 @@ class DeftLayer(nn.Module):
         return {role: store[name] for role, store in stores.items() if name in store}
 
     def masters(self, name: str) -> dict[str, Tensor]:
-        """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them."""
-        return {role: p.to(self.master_dtype) for role, p in self.adapter_tensors(name).items()}
+        """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them, and wherever
+        offloading keeps them."""
+        stores = {"P": self.deft_P, "R": self.deft_R, "gate": self.deft_gate}
+        read = {role: store(name) if hooked(store) else store[name] for role, store in stores.items() if name in store}
+        return {role: p.to(self.master_dtype) for role, p in read.items()}
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -212,7 +221,9 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
-        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(self.base_layer.weight.device)
+        weight = self.base_layer.weight
+        device = self._scales.device if weight.is_meta else weight.device  # an offloaded weight says nothing of its device
+        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(device)
         if (self._scales.shape, self._scales.dtype, self._scales.device) == (values.shape, values.dtype, values.device):
             self._scales.copy_(values)
         else:
@@ -253,6 +264,11 @@ class DeftLayer(nn.Module):
         usable = factors is not None and factors[0].B.device == x.device
         if not usable or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
             (factors,) = prepare_layers([self], rows)
+            if factors[0].B.device != x.device:
+                raise RuntimeError(
+                    f"the adapter is on {factors[0].B.device}, its layer's input on {x.device}: move the model there; where "
+                    "it is offloaded, put the adapter in before offloading is enabled"
+                )
         if not torch.compiler.is_compiling():
             self.tokens = rows
         return self._adapted(x, factors, args, kwargs)
@@ -315,6 +331,28 @@ class DeftLayer(nn.Module):
                          for k in self.configs)  # fmt: skip
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers has put a hook around the module's forward, which brings its tensors and takes them
+    away again: between calls they may be elsewhere, or nowhere."""
+    return "forward" in vars(module)
+
+
+def fused(module: nn.Module) -> bool:
+    """Whether this is an attention block of diffusers for which `fuse_qkv_projections` is on: it then calls a copy of its
+    projections' weights instead of its projections."""
+    on = getattr(module, "fused_projections", False)  # stays on in blocks that are unfused by their processor alone
+    return on and (hasattr(module, "unfuse_projections") or "Fused" in type(module.processor).__name__)
+
+
+def refuse_fused(name: str, module: nn.Module) -> None:
+    """RuntimeError where adapters on an attention block's projections would not act."""
+    if fused(module):
+        raise RuntimeError(
+            f"{name}: its projections are fused, and adapters on them would not act: call the model's "
+            "unfuse_qkv_projections() first; once adapters are merged, they can be fused again"
+        )
+
+
 def writes(tensor: Tensor) -> int | None:
     """The count of in-place writes to a tensor; None for one made under inference_mode, which keeps no count."""
     return None if tensor.is_inference() else tensor._version
@@ -328,15 +366,15 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
         if layer._by_activation if rows is None else layer.prefers_activation(rows):
             weight = None
         fold = not any(layer.dropout(name) for name in layer.active)
-        dtype = compute_dtype(layer.base_layer.weight)
         for name in layer.active:
-            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             tensors = layer.masters(name)
+            dtype = compute_dtype(layer.base_layer.weight, tensors["P"].device.type)
+            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             P.append(tensors["P"])
             R.append(tensors.get("R"))
             W.append(weight)
             gates.append(tensors.get("gate"))
-        scales.append(layer._scales)
+        scales.append(layer._scales.to(tensors["P"].device))
         counts.append(len(layer.active))
     if not specs:
         return []
@@ -348,10 +386,10 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
     return [[next(flat) for _ in range(count)] for count in counts]
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on for the weight's device, else the weight's own (float32 for integer storage)."""
-    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(weight.device.type)
+def compute_dtype(weight: Tensor, device: str) -> torch.dtype:
+    """Autocast's dtype where it is on for this kind of device, else the weight's own (float32 for integer storage)."""
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
 
@@ -408,9 +446,17 @@ class DeftLinear(DeftLayer):
             return super()._removed(K)
         # K^T W through the layer itself: the gradient of its output along K's columns
         with torch.enable_grad():
-            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=compute_dtype(self.weight))
+            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=compute_dtype(self.weight, K.device.type))
             y = self.base_layer(x.requires_grad_())
             return torch.autograd.grad(y, x, K.t().to(y.dtype))[0].to(K.dtype)
+
+    def _base_output(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """The base layer's output and its bias, which a hooked layer shows by its answer to a row of zeros (with the others,
+        since each call may load the weight)."""
+        if self.bias is None or not hooked(self.base_layer):
+            return self.base_layer(x, *args, **kwargs), self.bias
+        y = self.base_layer(torch.cat([x.reshape(-1, x.shape[-1]), x.new_zeros(1, x.shape[-1])]), *args, **kwargs)
+        return y[:-1].view(*x.shape[:-1], -1), y[-1]
 
     def _rows(self, x: Tensor) -> int:
         return x.numel() // max(x.shape[-1], 1)
@@ -426,10 +472,10 @@ class DeftLinear(DeftLayer):
             self._check_dtype(x)
             y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y, bias = self._base_output(x, *args, **kwargs)
             if K is not None or R is not None:
                 B, K, R = (None if t is None else t.to(y.dtype) for t in (B, K, R))
-                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B, K, R)
+                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, bias, B, K, R)
         if not folded:
             for f, name in zip(factors, self.active):
                 if f.R is not None:
@@ -488,8 +534,13 @@ class DeftConv2d(DeftLayer):
             y = LowRankConv2d.apply(padded, weight, self.bias, B.to(x.dtype), A.to(x.dtype), geometry)
         else:
             # by autograd: a convolution whose weight is out of reach keeps its output for the removal's gradient
-            y = base(x if batched else x[None])
-            plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
+            x = x if batched else x[None]
+            if self.bias is not None and hooked(base):  # as in DeftLinear, by an image of zeros
+                y, bias = base(torch.cat([x, torch.zeros_like(x[:1])])).split([len(x), 1])
+                plain = y - bias
+            else:
+                y = base(x)
+                plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
             for f in factors:
                 if f.K is not None:
                     y = y - expand(F.conv2d(plain, f.K.to(y.dtype).t()[:, :, None, None]), f.B)
