@@ -73,11 +73,6 @@ def attach(
                 "would have no effect; leave it out by exclude_modules"
             )
         refuse_fused(name.rpartition(".")[0], parent)
-        if _base(modules[name]).weight.is_meta:
-            raise ValueError(
-                f"{name}: its weight is on the meta device (not loaded, or offloaded): load it, or call the pipeline's "
-                "remove_all_hooks() and enable offloading again once the adapter is in"
-            )
 
     wrappers: dict[int, DeftLayer] = {}  # by identity, so that a module used in two places stays one
     targets: list[tuple[str, DeftLayer]] = []
@@ -86,6 +81,9 @@ def attach(
         if id(module) not in wrappers:
             wrappers[id(module)] = wrap(name, module)
             targets.append((name, wrappers[id(module)]))
+    for name, layer in targets:
+        if layer.device.type == "meta":
+            raise ValueError(f"{name}: its weight is on the meta device, not loaded and not offloaded either; load it first")
     done: list[DeftLayer] = []
     try:
         for name, layer in targets:

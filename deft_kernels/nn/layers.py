@@ -82,6 +82,13 @@ class DeftLayer(nn.Module):
         """The base layer's bias."""
         return self.base_layer.bias
 
+    @property
+    def device(self) -> torch.device:
+        """Where adapters are kept: beside the weight; of an offloaded one, where accelerate brings it."""
+        weight, hook = self.base_layer.weight, getattr(self.base_layer, "_hf_hook", None)
+        home = getattr(hook, "execution_device", None) if weight.is_meta else None
+        return weight.device if home is None else torch.device(home)
+
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor laid out as the base weight is stored, as W (m, n), out x in; a view wherever strides allow."""
         raise NotImplementedError
@@ -136,7 +143,7 @@ class DeftLayer(nn.Module):
             raise ValueError(f"adapter {name!r} exists already on this layer")
         m, n = self.shape
         r = config.r if isinstance(config, LoraConfig) else min(config.r, m)  # a projector's rank is at most m
-        device = self.base_layer.weight.device
+        device = self.device
         if tensors is None:
             tensors = self._start(r, config, device)
         for key, store in (("P", self.deft_P), ("R", self.deft_R), ("gate", self.deft_gate)):
@@ -221,9 +228,7 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
-        weight = self.base_layer.weight
-        device = self._scales.device if weight.is_meta else weight.device  # an offloaded weight says nothing of its device
-        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(device)
+        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(self.device)
         if (self._scales.shape, self._scales.dtype, self._scales.device) == (values.shape, values.dtype, values.device):
             self._scales.copy_(values)
         else:
