@@ -65,6 +65,7 @@ def takes_pipelines(verb):
 
 
 set_adapters = takes_pipelines(inject.set_adapters)
+route_adapters = takes_pipelines(inject.route_adapters)
 delete_adapter = takes_pipelines(inject.delete_adapter)
 eject = takes_pipelines(inject.eject)
 adapter_parameters = takes_pipelines(inject.adapter_parameters)

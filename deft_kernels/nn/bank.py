@@ -7,7 +7,7 @@ from torch import nn
 
 
 class _Pending:
-    """Lives as long as a forward's graph waits for its backward."""
+    """Lives as long as a forward's graph waits for its backward: prepare's node holds it, and drops it when it has run."""
 
 
 class Bank:
@@ -26,6 +26,7 @@ class Bank:
         self.layers: list = []
         self.inside = False
         self.blocks: dict[str, nn.Module] = {}  # attention blocks with adapted projections
+        self.batch: int | None = None  # samples in the forward that is under way, where layers are routed by sample
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
         self._hooks = (
@@ -37,22 +38,25 @@ class Bank:
         from .layers import prepare_layers, refuse_fused
 
         eager = not torch.compiler.is_compiling()
+        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in inputs}
         # A layer elsewhere than the input, offloaded or of another device, prepares for itself when its turn comes.
-        devices = {t.device for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)}
-        layers = [layer for layer in self.layers if layer.adapts and (not devices or layer.weight.device in devices)]
-        if layers:
+        adapting = [layer for layer in self.layers if layer.adapts]
+        layers = [layer for layer in adapting if not devices or layer.weight.device in devices]
+        if any(layer.routes is not None for layer in adapting):
+            self.batch = next((t.shape[0] for t in inputs if t.dim()), None)
+        if adapting:
             for name, block in self.blocks.items():
                 refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
                 layer._by_activation = layer.prefers_activation(layer.tokens)
-        prepared = prepare_layers(layers)
-        for layer, factors in zip(layers, prepared):
+        pending = _Pending() if eager else None
+        for layer, factors in zip(layers, prepare_layers(layers, pending=pending)):
             layer._bank = self  # set here, so that a layer copied or pickled by itself takes no bank along
             layer._keep(factors)
-        if eager and prepared and prepared[0][0].B.grad_fn is not None:
-            pending = prepared[0][0].B.grad_fn.pending = _Pending()  # dropped by Prepare's backward
-            self._pending.add(pending)
+        if eager:
+            self._pending.add(pending)  # gone when this returns, unless a backward is to come
         self.inside = True
 
     def _leave(self, root, args, output) -> None:

@@ -4,6 +4,8 @@ The path of one tensor: `forward` takes the factors (the bank's, or its own by `
 through `LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,9 +13,16 @@ from torch import Tensor, nn
 from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
-from .prepare import Factors, Spec, beside, decompose, prepare
+from .prepare import Factors, Spec, beside, combined, decompose, prepare, stacked
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
+
+
+class Routes(NamedTuple):
+    """Which adapter, at which strength, each sample of a batch goes through on one layer."""
+
+    layer: str  # its name in the model, for errors
+    samples: list[tuple[str | None, float]]  # None: the base layer alone
 
 
 class MasterDict(nn.ParameterDict):
@@ -53,6 +62,8 @@ class DeftLayer(nn.Module):
         self.configs: dict[str, DeftConfig] = {}
         self.active: list[str] = []  # adapters in the order in which factors are concatenated
         self.strengths: dict[str, float] = {}  # of the active ones; forward reads them from `_scales` only
+        self.combination = "sum"  # how the active ones act together, see `prepare.combined`
+        self.routes: Routes | None = None  # instead of all active ones on every sample
         self.is_merged = False  # the model is: forwards go to the base layer, whatever is active here
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
         self._pristine: Tensor | None = None  # the base weight as it was before the merge
@@ -64,7 +75,10 @@ class DeftLayer(nn.Module):
         self._passing: list[Factors] | None = None  # the bank's, of a forward without grad that is under way
         self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
         self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
-        self._scales = torch.empty(2, 0)  # no buffer: offloading would put an old strength back
+        # No buffers: offloading would put an old strength back.
+        self._scales = torch.empty(2, 0)
+        self._route_index: Tensor | None = None  # (samples,), index among the active ones
+        self._route_weight: Tensor | None = None  # (samples,)
         if config is not None:
             self.add_adapter(adapter_name, config)
             self.set_adapters({adapter_name: 1.0})
@@ -202,12 +216,17 @@ class DeftLayer(nn.Module):
                 del store[name]
         self.configs.pop(name)
         self._resting.pop(name, None)
-        self.set_adapters({k: w for k, w in self.strengths.items() if k != name})
+        self.set_adapters({k: w for k, w in self.strengths.items() if k != name}, self.combination, self.routes)
 
-    def set_adapters(self, weights: dict[str, float]) -> None:
-        """Make exactly these adapters active, each at its strength (any real number). The parameters of the others rest:
-        they require no grad until their adapter is active again."""
+    def set_adapters(self, weights: dict[str, float], combination: str = "sum", routes: Routes | None = None) -> None:
+        """Make exactly these adapters active, each at its strength (any real number), together or routed by sample. The
+        parameters of the others rest: they require no grad until their adapter is active again."""
         before = self.active
+        self.combination = combination
+        if routes is not None:
+            here = [(name if name in weights and name in self.configs else None, w) for name, w in routes.samples]
+            routes = routes._replace(samples=here)
+        self.routes = routes
         self.strengths = {name: float(w) for name, w in weights.items() if name in self.configs}
         self.active = list(self.strengths)
         for name in before:
@@ -228,11 +247,23 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
-        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(self.device)
-        if (self._scales.shape, self._scales.dtype, self._scales.device) == (values.shape, values.dtype, values.device):
-            self._scales.copy_(values)
+        self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
+        index = weight = None
+        if self.routes is not None:
+            slots = {name: i for i, name in enumerate(self.active)} | {None: len(self.active)}
+            index = torch.tensor([slots[name] for name, _ in self.routes.samples])
+            weight = torch.tensor([w for _, w in self.routes.samples], dtype=self.master_dtype)
+        self._overwrite("_route_index", index)
+        self._overwrite("_route_weight", weight)
+
+    def _overwrite(self, name: str, values: Tensor | None) -> None:
+        values = None if values is None else values.to(self.device)
+        old = getattr(self, name)
+        kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in (old, values)]
+        if values is not None and kinds[0] == kinds[1]:
+            old.copy_(values)
         else:
-            self._scales = values
+            setattr(self, name, values)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -247,6 +278,11 @@ class DeftLayer(nn.Module):
     def adapts(self) -> bool:
         """Whether a forward has factors to apply: some adapter is active and the model is not merged."""
         return not self.is_merged and bool(self.active)
+
+    @property
+    def combines(self) -> bool:
+        """Whether several adapters act here other than by their sum."""
+        return self.combination != "sum" and len(self.active) > 1
 
     def trains(self) -> bool:
         """Whether a forward now would train an active adapter."""
@@ -276,6 +312,8 @@ class DeftLayer(nn.Module):
                 )
         if not torch.compiler.is_compiling():
             self.tokens = rows
+        if self.routes is not None:
+            return self._routed(x, factors, args, kwargs)
         return self._adapted(x, factors, args, kwargs)
 
     def prefers_activation(self, rows: int | None) -> bool:
@@ -312,6 +350,39 @@ class DeftLayer(nn.Module):
 
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         raise NotImplementedError
+
+    def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        """Every sample of x through its own adapter: one pass of low-rank products for the whole batch."""
+        raise NotImplementedError
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of the adapter (the last: none), and strength, of each sample of x (N, ...): the routes, tiled, since
+        guidance asks a model for several predictions of each sample at once."""
+        given, (name, samples) = x.shape[0], self.routes
+        batch = self._bank.batch if self._bank is not None and self._bank.inside else None
+        if given % len(samples) or (batch is not None and given != batch):
+            raise ValueError(
+                f"{name}: input of shape {tuple(x.shape)} cannot be routed by sample: adapters are routed for a batch of "
+                f"{len(samples)}" + ("" if batch is None else f", and the model was called with a batch of {batch}")
+            )
+        times = given // len(samples)
+        return self._route_index.repeat(times), self._route_weight.repeat(times)
+
+    def _dropped(self, x: Tensor, index: Tensor) -> Tensor:
+        """x (N, ...) under the dropout of each sample's adapter."""
+        rates = [self.dropout(name) for name in self.active]
+        if not any(rates):
+            return x
+        keep = 1 - torch.tensor([*rates, 0.0], device=x.device)[index].view(-1, *[1] * (x.dim() - 1))
+        return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
+
+    def _base_output(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """The base layer's output for x (N, ...), and its bias (m,), which a hooked layer shows by its answer to a sample of
+        zeros (with the others, since each call may load the weight)."""
+        if self.bias is None or not hooked(self.base_layer):
+            return self.base_layer(x, *args, **kwargs), self.bias
+        y = self.base_layer(torch.cat([x, x.new_zeros(1, *x.shape[1:])]), *args, **kwargs)
+        return y[:-1], y[-1].reshape(self.shape[0], -1)[:, 0]
 
     def _check_dtype(self, x: Tensor) -> None:
         """What the base layer itself would refuse: an input that is not of its weight's dtype, outside autocast."""
@@ -363,8 +434,9 @@ def writes(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[list[Factors]]:
-    """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known."""
+def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=None) -> list[list[Factors]]:
+    """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known. The node
+    holds `pending` until its backward has run."""
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
     for layer in layers:
         weight = layer.frozen_weight()
@@ -374,6 +446,7 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
         for name in layer.active:
             tensors = layer.masters(name)
             dtype = compute_dtype(layer.base_layer.weight, tensors["P"].device.type)
+            dtype = layer.master_dtype if layer.combines else dtype
             specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             P.append(tensors["P"])
             R.append(tensors.get("R"))
@@ -387,8 +460,20 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
     if any(gate is not None for gate in gates):
         one = torch.ones((), device=injection.device, dtype=injection.dtype)
         injection = injection * torch.stack([one if g is None else torch.sigmoid(g) for g in gates])
-    flat = iter(prepare(specs, injection, removal, P, R, W))
-    return [[next(flat) for _ in range(count)] for count in counts]
+    flat = iter(prepare(specs, injection, removal, P, R, W, pending))
+    prepared = [[next(flat) for _ in range(count)] for count in counts]
+    return [_together(layer, factors) if layer.combines else factors for layer, factors in zip(layers, prepared)]
+
+
+def _together(layer: DeftLayer, factors: list[Factors]) -> list[Factors]:
+    """Factors in the compute dtype from those in the masters', each B as the layer's combination makes it."""
+    K = []
+    for f, name, strength in zip(factors, layer.active, layer._scales[1]):
+        method = layer.configs[name].method
+        K.append(None if method == "lora" else (torch.relu(f.B) if method == "relu" else f.B) * strength)
+    B = combined([f.B for f in factors], K, layer.combination)
+    dtype = compute_dtype(layer.base_layer.weight, B[0].device.type)
+    return [Factors(*(t if t is None else t.to(dtype) for t in f._replace(B=b))) for f, b in zip(factors, B)]
 
 
 def compute_dtype(weight: Tensor, device: str) -> torch.dtype:
@@ -456,12 +541,9 @@ class DeftLinear(DeftLayer):
             return torch.autograd.grad(y, x, K.t().to(y.dtype))[0].to(K.dtype)
 
     def _base_output(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        """The base layer's output and its bias, which a hooked layer shows by its answer to a row of zeros (with the others,
-        since each call may load the weight)."""
-        if self.bias is None or not hooked(self.base_layer):
-            return self.base_layer(x, *args, **kwargs), self.bias
-        y = self.base_layer(torch.cat([x.reshape(-1, x.shape[-1]), x.new_zeros(1, x.shape[-1])]), *args, **kwargs)
-        return y[:-1].view(*x.shape[:-1], -1), y[-1]
+        rows = x.reshape(-1, x.shape[-1]) if hooked(self.base_layer) else x
+        y, bias = super()._base_output(rows, *args, **kwargs)
+        return y.reshape(*x.shape[:-1], -1), bias
 
     def _rows(self, x: Tensor) -> int:
         return x.numel() // max(x.shape[-1], 1)
@@ -487,6 +569,22 @@ class DeftLinear(DeftLayer):
                     h = F.linear(F.dropout(x, self.dropout(name)), f.R.to(x.dtype))
                     y = y + F.linear(h, f.B.to(x.dtype)).to(y.dtype)
         return y
+
+    def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        index, weight = self._route(x)
+        y, bias = self._base_output(autocast(x), *args, **kwargs)
+        (m, n), batch = self.shape, x.shape[0]
+        B, A, K, R = (None if t is None else t.to(y.dtype)[index] for t in (stacked(factors, role, n) for role in "BAKR"))
+        rows, plain = x.to(y.dtype).reshape(batch, -1, n), y.reshape(batch, -1, m)
+        h = []
+        if A is not None:
+            h.append(rows @ A.mT)
+        if R is not None:
+            h.append(self._dropped(rows, index) @ R.mT)
+        if K is not None:
+            h.append(-(plain if bias is None else plain - bias.to(y.dtype)) @ K)
+        h = sum(h) * weight.to(y.dtype)[:, None, None]
+        return torch.baddbmm(plain, h, B.mT).view(y.shape)
 
 
 class DeftConv2d(DeftLayer):
@@ -539,13 +637,8 @@ class DeftConv2d(DeftLayer):
             y = LowRankConv2d.apply(padded, weight, self.bias, B.to(x.dtype), A.to(x.dtype), geometry)
         else:
             # by autograd: a convolution whose weight is out of reach keeps its output for the removal's gradient
-            x = x if batched else x[None]
-            if self.bias is not None and hooked(base):  # as in DeftLinear, by an image of zeros
-                y, bias = base(torch.cat([x, torch.zeros_like(x[:1])])).split([len(x), 1])
-                plain = y - bias
-            else:
-                y = base(x)
-                plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
+            y, bias = self._base_output(x if batched else x[None])
+            plain = y if bias is None else y - bias[:, None, None].to(y.dtype)
             for f in factors:
                 if f.K is not None:
                     y = y - expand(F.conv2d(plain, f.K.to(y.dtype).t()[:, :, None, None]), f.B)
@@ -555,6 +648,27 @@ class DeftConv2d(DeftLayer):
             for f, name in zip(factors, self.active):
                 if f.R is not None:
                     y = y + expand(inject(F.dropout(padded, self.dropout(name)), f.R), f.B).to(y.dtype)
+        return y if batched else y[0]
+
+    def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        base, batched = self.base_layer, x.dim() == 4
+        x = autocast(x if batched else x[None])
+        index, weight = self._route(x)
+        y, bias = self._base_output(x)
+        padded, padding = self._pad(x)
+        geometry = (base.stride, padding, base.dilation)
+        # all adapters' products, of which each sample keeps its own
+        B, A, K, R = (beside(factors, role, self.shape[1]) for role in "BAKR")
+        h = []
+        for thin, z in ((A, padded), (R, self._dropped(padded, index))):
+            if thin is not None:
+                h.append(F.conv2d(z.to(y.dtype), thin.to(y.dtype).reshape(-1, *base.weight.shape[1:]), None, *geometry))
+        if K is not None:
+            plain = y if bias is None else y - bias[:, None, None].to(y.dtype)
+            h.append(-F.conv2d(plain, K.to(y.dtype).t()[:, :, None, None]))
+        owner = torch.cat([torch.full((f.B.shape[1],), i, device=index.device) for i, f in enumerate(factors)])
+        kept = ((index[:, None] == owner) * weight[:, None]).to(y.dtype)
+        y = y + F.conv2d(sum(h) * kept[:, :, None, None], B.to(y.dtype)[:, :, None, None])
         return y if batched else y[0]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
