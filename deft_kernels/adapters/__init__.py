@@ -2,6 +2,7 @@
 
 from .files import adapter_state_dict, load_adapter, save_adapter
 from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, set_adapters
+from .lora import export_lora, import_lora
 from .merge import hotswap, merge, unmerge
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "adapter_state_dict",
     "delete_adapter",
     "eject",
+    "export_lora",
     "hotswap",
+    "import_lora",
     "inject_adapter",
     "load_adapter",
     "merge",
