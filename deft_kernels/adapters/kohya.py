@@ -110,6 +110,11 @@ def kohya_prefix(component: str, model: nn.Module, encoders: int) -> str:
     return "lora_te" if encoders == 1 else f"lora_te{component.removeprefix('text_encoder').lstrip('_') or 1}"
 
 
+def is_fused(model: nn.Module) -> bool:
+    """Whether some of Kohya's layers are several of this model's."""
+    return type(model).__name__ in TRANSFORMERS
+
+
 def is_sdxl(model: nn.Module) -> bool:
     """Whether this is a UNet of SDXL's kind: conditioned on sizes and a pooled text."""
     return getattr(getattr(model, "config", None), "addition_embed_type", None) == "text_time"

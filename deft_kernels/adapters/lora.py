@@ -38,7 +38,7 @@ from .files import (
     write_adapter,
 )
 from .inject import adaptable, adapted_layers, delete_adapter, named_weights, outer_modules, require_layers, wrap
-from .kohya import is_sdxl, kohya_names, kohya_prefix
+from .kohya import is_fused, is_sdxl, kohya_names, kohya_prefix
 from .merge import _check_finite, _factors, _spread
 from .pipeline import components
 
@@ -100,7 +100,11 @@ def export_lora(
     for key, layers, chosen in _chosen(parts, adapter_name, weights):
         component = key or prefix or ("" if format == "peft" else _component(parts[key]))
         layers = {name: layers[name] for name in chosen}
-        pairs = {name: _stored(name, B, A, rank, dtype) for name, (B, A) in lora_factors(layers, chosen).items()}
+        factors = lora_factors(layers, chosen)
+        ranks = {name: min(A.shape[0], rank or A.shape[0]) for name, (_, A) in factors.items()}
+        # diffusers loses the alphas of a Kohya file's attention layers that are not the commonest: there, one for all
+        alphas = dict.fromkeys(ranks, commonest(ranks)) if format == "kohya" and not is_fused(parts[key]) else ranks
+        pairs = {name: _stored(name, B, A, rank, dtype, alphas[name]) for name, (B, A) in factors.items()}
         exported[component] = _Export(parts[key], layers, pairs)
         made_of |= {n: f"{c.method}{' (PaRa)' * c.para}, rank {c.r}, strength {w:g}" for layer, ws in chosen.items()
                     for n, w in ws.items() for c in [layers[layer].configs[n]]}  # fmt: skip
@@ -132,10 +136,11 @@ def export_lora(
 
 
 class _Pair(NamedTuple):
-    """The factors of one layer as they are stored, and what that cost."""
+    """The factors of one layer as they are stored, their update being alpha / r B A, and what that cost."""
 
     B: Tensor  # (m, r)
     A: Tensor  # (r, n)
+    alpha: int
     error: float
 
 
@@ -195,8 +200,10 @@ def lora_factors(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float
     return {name: (b, a) for name, b, a in zip(layers, B, A)}
 
 
-def _stored(name: str, B: Tensor, A: Tensor, rank: int | None, dtype: torch.dtype) -> _Pair:
+def _stored(name: str, B: Tensor, A: Tensor, rank: int | None, dtype: torch.dtype, alpha: int) -> _Pair:
     """The factors as a file will hold them, on the CPU, and the relative error of their product."""
+    r = min(A.shape[0], rank or A.shape[0])
+    B = B if alpha == r else B * (r / alpha)
     lost: list[tuple[Tensor, Tensor]] = []  # terms whose sum is exact - stored; none of them cancels another
     kept_B, kept_A = B, A
     if rank is not None and rank < A.shape[0]:
@@ -208,7 +215,7 @@ def _stored(name: str, B: Tensor, A: Tensor, rank: int | None, dtype: torch.dtyp
     if dtype != kept_B.dtype:
         lost += [(kept_B - out_B.to(B.dtype), kept_A), (out_B.to(B.dtype), kept_A - out_A.to(B.dtype))]
     whole = _norm([(B, A)])
-    return _Pair(out_B.cpu(), out_A.cpu(), _norm(lost) / whole if lost and whole else 0.0)
+    return _Pair(out_B.cpu(), out_A.cpu(), alpha, _norm(lost) / whole if lost and whole else 0.0)
 
 
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -276,10 +283,12 @@ def _kohya_state(exported: dict[str, _Export], parts: dict[str, nn.Module]):
                     up, down = (lora_shaped(e.layers[names[0]], role, t) for role, t in (("P", up), ("R", down)))
                 key = f"{stem}_{key.replace('.', '_')}"
                 state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = down.contiguous(), up.contiguous()
-                state[f"{key}.alpha"] = torch.tensor(float(down.shape[0]))
+                alpha = e.pairs[names[0]].alpha if len(names) == 1 else down.shape[0]
+                state[f"{key}.alpha"] = torch.tensor(float(alpha))
     ranks = {t.shape[0] for key, t in state.items() if key.endswith("lora_down.weight")}
-    dim = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"  # sd-scripts' word for it
-    return state, {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": dim}
+    alphas = {float(t) for key, t in state.items() if key.endswith(".alpha")}
+    dim, alpha = (f"{v.pop():g}" if len(v) == 1 else "Dynamic" for v in (ranks, alphas))  # sd-scripts' word for it
+    return state, {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha}
 
 
 def _side_by_side(pairs: list[_Pair | None], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -526,7 +535,7 @@ def _kind(key: str) -> str | None:
 
 def _no_layer(model, parts) -> str:
     where = ", ".join(type(part).__name__ for part in parts.values())
-    hint = "" if "" not in parts else " (a file for several parts of a pipeline: give the pipeline)"
+    hint = " (a file for several parts of a pipeline wants the pipeline)" if "" in parts else ""
     return f"fit no adaptable layer of {where}{hint}"
 
 
