@@ -1,5 +1,6 @@
 """Adapters of whole models: into a model and out of it, merged and swapped, in files and back."""
 
+from .authors import import_reference
 from .files import adapter_state_dict, load_adapter, save_adapter
 from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, set_adapters
 from .lora import export_lora, import_lora
@@ -13,6 +14,7 @@ __all__ = [
     "export_lora",
     "hotswap",
     "import_lora",
+    "import_reference",
     "inject_adapter",
     "load_adapter",
     "merge",
