@@ -16,6 +16,7 @@ that is made here.
 
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def _unpickled(file: Path):
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything; it comes back as what it is, a file that is no good
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", str(error))  # the rest of torch's text advises to execute it
+        reason = f"it asks for {named[1]}" if named else type(error).__name__
         raise ValueError(
             f"{file} is refused: it is damaged, or holds other things than tensors and plain values, which could run code "
             f"({reason})"

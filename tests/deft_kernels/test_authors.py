@@ -309,7 +309,7 @@ def test_no_pickle_is_executed(tmp_path):
         whole = (folder / file).read_bytes()
         for save in (lambda v, f: torch.save(v, f), lambda v, f: f.write_bytes(pickle.dumps(v))):
             save({"x": Canary(canary)}, folder / file)
-            with pytest.raises(ValueError, match=f"{file} is refused: it is damaged, or holds other things than tensors"):
+            with pytest.raises(ValueError, match=f"{file} is refused: .* other things than tensors .*asks for posix.mkdir"):
                 dk.import_reference(model, folder)
             assert not canary.exists()
         (folder / file).write_bytes(whole)
