@@ -213,6 +213,16 @@ def _read_config(file: Path, metadata: dict[str, str]) -> tuple[dict, Path]:
     return carried, file
 
 
+def peft_type(path: Path) -> str | None:
+    """What the configuration of an adapter's folder or file calls it, "DEFT" or "LORA"; None for files without one."""
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        return None
+    metadata = read_safetensors(file)[1]
+    named = file.name == WEIGHTS_NAME and (file.parent / CONFIG_NAME).is_file()
+    return _read_config(file, metadata)[0].get("peft_type") if named or "adapter_config" in metadata else None
+
+
 def read_json(text: str | bytes, where) -> dict:
     """A JSON object; ValueError names `where` it stands if it is none."""
     try:

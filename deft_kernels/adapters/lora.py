@@ -19,7 +19,6 @@ from ..nn.layers import DeftLayer
 from .files import (
     CONFIG_NAME,
     PREFIX,
-    WEIGHTS_NAME,
     Adapter,
     attach_adapter,
     base_fingerprint,
@@ -28,6 +27,7 @@ from .files import (
     from_peft,
     lora_shaped,
     peft_ranks,
+    peft_type,
     read_adapter,
     read_json,
     read_safetensors,
@@ -275,20 +275,31 @@ def _kohya_state(exported: dict[str, _Export], parts: dict[str, nn.Module]):
                 f"{len(nameless)} layers have no name in Kohya's format that other tools load: {some(sorted(nameless))}; "
                 "format='diffusers' has one for every layer"
             )
+        pairs = e.pairs | _zeros_for_diffusers(e)
         for key, names in table.items():
-            if any(name in e.pairs for name in names):
+            if any(name in pairs for name in names):
                 shapes = [wrap(name, e.model.get_submodule(name)).shape for name in names]
-                down, up = _side_by_side([e.pairs.get(name) for name in names], shapes)
+                down, up = _side_by_side([pairs.get(name) for name in names], shapes)
                 if len(names) == 1:
-                    up, down = (lora_shaped(e.layers[names[0]], role, t) for role, t in (("P", up), ("R", down)))
+                    up, down = (lora_shaped(e.layers.get(names[0]), role, t) for role, t in (("P", up), ("R", down)))
                 key = f"{stem}_{key.replace('.', '_')}"
                 state[f"{key}.lora_down.weight"], state[f"{key}.lora_up.weight"] = down.contiguous(), up.contiguous()
-                alpha = e.pairs[names[0]].alpha if len(names) == 1 else down.shape[0]
+                alpha = pairs[names[0]].alpha if len(names) == 1 else down.shape[0]
                 state[f"{key}.alpha"] = torch.tensor(float(alpha))
     ranks = {t.shape[0] for key, t in state.items() if key.endswith("lora_down.weight")}
     alphas = {float(t) for key, t in state.items() if key.endswith(".alpha")}
     dim, alpha = (f"{v.pop():g}" if len(v) == 1 else "Dynamic" for v in (ranks, alphas))  # sd-scripts' word for it
     return state, {"ss_network_module": "networks.lora", "ss_network_dim": dim, "ss_network_alpha": alpha}
+
+
+def _zeros_for_diffusers(e: _Export) -> dict[str, _Pair]:
+    """diffusers tells the keys of a CLIP text encoder by an `out_proj` among them, and refuses a file without one: an update
+    of zero for the first of them, where none is adapted."""
+    if not type(e.model).__name__.startswith("CLIPText") or any(name.endswith("out_proj") for name in e.pairs):
+        return {}
+    name, module = next((n, m) for n, m in outer_modules(e.model).items() if n.endswith("out_proj"))
+    one, (m, n) = next(iter(e.pairs.values())), wrap(name, module).shape
+    return {name: _Pair(one.B.new_zeros(m, 1), one.A.new_zeros(1, n), one.alpha, 0.0)}
 
 
 def _side_by_side(pairs: list[_Pair | None], shapes: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
@@ -374,9 +385,9 @@ def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:
         own = {key: file / key for key in parts if key and (file / key / CONFIG_NAME).is_file()}
         if own:
             return {key: _lora_only(read_adapter(parts[key], folder), folder) for key, folder in own.items()}
-        file = _the_file(file)
+    file = lora_file(file)
     state, metadata = read_safetensors(file)
-    if "adapter_config" in metadata or (file.name == WEIGHTS_NAME and (file.parent / CONFIG_NAME).is_file()):
+    if peft_type(file) is not None:
         return {next(iter(parts)): _lora_only(read_adapter(next(iter(parts.values())), file), file)}
 
     modules = {key: outer_modules(part) for key, part in parts.items()}
@@ -405,8 +416,10 @@ def _lora_only(adapter: Adapter, file: Path) -> Adapter:
     return adapter
 
 
-def _the_file(folder: Path) -> Path:
-    """diffusers' LoRA file in a folder, or the only one there."""
+def lora_file(folder: Path) -> Path:
+    """diffusers' LoRA file in a folder, or the only one there; a file itself."""
+    if not folder.is_dir():
+        return folder
     files = sorted(folder.glob("*.safetensors"))
     if folder / LORA_WEIGHTS in files or not files:
         return folder / LORA_WEIGHTS  # which says that it is missing, when it is read
@@ -545,10 +558,11 @@ def _by_diffusers(model, file: Path, state: dict[str, Tensor]) -> dict[str, Tens
         from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     except ImportError:
         return state
-    reader = getattr(type(model), "lora_state_dict", None)
+    reader = getattr(model, "lora_state_dict", None)
     alphas = None
     if reader is not None:
-        options = {"unet_config": model.unet.config} if hasattr(model, "unet") else {}
+        unet = model.components.get("unet")
+        options = {} if unet is None else {"unet_config": unet.config}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of diffusers' own deprecations

@@ -271,7 +271,7 @@ def damaged_value(value, rng):
 
 def damaged_tensor(t, rng):
     return rng.choice([
-        lambda: t[..., :-1] if t.dim() else t[None], lambda: t[None], lambda: t.flatten(), lambda: t.sum(), lambda: t.flatten()[:0],
+        lambda: t[..., :-1] if t.dim() else t[None], lambda: t[None], lambda: t.flatten(), lambda: t.flatten()[:0], t.sum,
         lambda: t.long(), lambda: t.bool(), lambda: t.to(torch.complex64), lambda: t * float("nan"), lambda: t / 0,
         lambda: t.double() + 1e300, lambda: t.half(), lambda: t.to(torch.float8_e4m3fn), lambda: t.to(torch.uint8),
         lambda: torch.cat([t, t]) if t.dim() else t, lambda: t.mT if t.dim() > 1 else t,
