@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import LoraConfig
+from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftLayer
 from .files import (
     CONFIG_NAME,
@@ -106,8 +106,7 @@ def export_lora(
         alphas = dict.fromkeys(ranks, commonest(ranks)) if format == "kohya" and not is_fused(parts[key]) else ranks
         pairs = {name: _stored(name, B, A, rank, dtype, alphas[name]) for name, (B, A) in factors.items()}
         exported[component] = _Export(parts[key], layers, pairs)
-        made_of |= {n: f"{c.method}{' (PaRa)' * c.para}, rank {c.r}, strength {w:g}" for layer, ws in chosen.items()
-                    for n, w in ws.items() for c in [layers[layer].configs[n]]}  # fmt: skip
+        made_of |= {n: _described(layers[k].configs[n], weight) for k, of in chosen.items() for n, weight in of.items()}
     errors = {_dotted(c, n): pair.error for c, e in exported.items() for n, pair in e.pairs.items()}
     file, told = Path(file), {name: error for name, error in errors.items() if error}
     metadata = {"format": "pt", "deft_kernels": json.dumps({"made_of": made_of, "relative_error": told})}
@@ -133,6 +132,10 @@ def export_lora(
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, save(state, metadata | more))
     return errors
+
+
+def _described(config: DeftConfig, weight: float) -> str:
+    return f"{'PaRa ' if config.para else ''}{config.method}, rank {config.r}, strength {weight:g}"
 
 
 class _Pair(NamedTuple):
@@ -214,8 +217,8 @@ def _stored(name: str, B: Tensor, A: Tensor, rank: int | None, dtype: torch.dtyp
         raise ValueError(f"{name}: its factors are too large for {dtype}: export in float32 or bfloat16")
     if dtype != kept_B.dtype:
         lost += [(kept_B - out_B.to(B.dtype), kept_A), (out_B.to(B.dtype), kept_A - out_A.to(B.dtype))]
-    whole = _norm([(B, A)])
-    return _Pair(out_B.cpu(), out_A.cpu(), alpha, _norm(lost) / whole if lost and whole else 0.0)
+    error = _norm(lost)
+    return _Pair(out_B.cpu(), out_A.cpu(), alpha, error / _norm([(B, A)]) if error else 0.0)
 
 
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

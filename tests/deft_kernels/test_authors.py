@@ -307,9 +307,9 @@ def test_no_pickle_is_executed(tmp_path):
     before = fingerprint(model)
     for file in ("knowledge_injection_state.bin", "knowledge_injection_config.bin"):
         whole = (folder / file).read_bytes()
-        for save in (lambda v, f: torch.save(v, f), lambda v, f: f.write_bytes(pickle.dumps(v))):
+        for save, reason in ((torch.save, "it asks for posix.mkdir"), (lambda v, f: f.write_bytes(pickle.dumps(v)), "")):
             save({"x": Canary(canary)}, folder / file)
-            with pytest.raises(ValueError, match=f"{file} is refused: .* other things than tensors .*asks for posix.mkdir"):
+            with pytest.raises(ValueError, match=f"{file} is refused: .* other things than tensors .*{reason}"):
                 dk.import_reference(model, folder)
             assert not canary.exists()
         (folder / file).write_bytes(whole)

@@ -119,6 +119,10 @@ def test_wrong_tensors(tmp_path, change, message):
     ({"modules_to_save": ["conv_out"]}, "options that these layers do not have: modules_to_save"),
     ({"para": True}, r"tensors are extra: .*\(R\)"),
     ({"use_bdlora": {"x": 1}}, "options that these layers do not have: use_bdlora"),
+    ({"peft_version": "99.1", "use_magic": True}, r"layers do not have: use_magic \(the file is PEFT 99.1's\)"),
+    ({"para": "yes"}, "para is 'yes', expected true or false"),
+    ({"target_modules": ["to_q", 3]}, r"target_modules is \['to_q', 3\], expected a string or a list of strings"),
+    ({"rank_pattern": {"to_q": 2}}, "options that these layers do not have: rank_pattern"),
     (None, "not readable JSON"),
 ])  # fmt: skip
 def test_wrong_configurations(tmp_path, change, message):
@@ -131,6 +135,19 @@ def test_wrong_configurations(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         dk.load_adapter(model, folder)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("version", ["99.1", "", None, 3, ["0.21"]])
+def test_any_peft_version_is_read(tmp_path, version):
+    """What a version cannot do is told by the options that are on, not by its number; those that are off change nothing."""
+    model, folder = saved(tmp_path)
+    mutated(folder, lambda state: None)
+    file = folder / "adapter_config.json"
+    more = {"peft_version": version, "use_magic": False, "magic_config": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    other, x = seeded_model(), torch.randn(2, 3, 4, 4)
+    dk.load_adapter(other, folder)
+    assert torch.equal(other(x), model(x))
 
 
 def test_two_files_of_different_adapters(tmp_path):
@@ -351,7 +368,8 @@ def test_another_base(tmp_path):
         dk.load_adapter(seeded_model().to(dtype), folder)
     other = small_model()
     before = fingerprint(other)
-    with pytest.raises(ValueError, match=r"made for another base model \(weights differ by .*any_base=True"):
+    with pytest.raises(ValueError, match=r"for another base model \(weights differ by .*: \S+ begins with \[.*\] in the "
+                                         r"file's fingerprint and with \[.*\] here\).*any_base=True"):
         dk.load_adapter(other, folder)
     assert_untouched(other, before)
     with pytest.warns(UserWarning, match="made for another base model"):
