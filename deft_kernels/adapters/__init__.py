@@ -1,5 +1,7 @@
 """Adapters of whole models: into a model and out of it, merged and swapped, in files and back."""
 
+from .authors import import_reference
+from .lora import export_lora, import_lora
 from .pipeline import (
     adapter_parameters,
     adapter_state_dict,
@@ -21,7 +23,10 @@ __all__ = [
     "adapter_state_dict",
     "delete_adapter",
     "eject",
+    "export_lora",
     "hotswap",
+    "import_lora",
+    "import_reference",
     "inject_adapter",
     "list_adapters",
     "load_adapter",

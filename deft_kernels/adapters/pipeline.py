@@ -123,7 +123,7 @@ def save_adapter(model, folder: str | os.PathLike, adapter_name: str = "default"
     state, metadata = adapter_state_dict(model, adapter_name), {"format": "pt"}
     for part, names in list_adapters(model).items():
         if adapter_name in names:
-            _, described = files.describe(model[part], adapter_name)
+            described = files.metadata_of(*files.describe(model[part], adapter_name))
             metadata |= {f"{part}.{key}": value for key, value in described.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     files.replace_file(Path(folder) / PIPELINE_WEIGHTS, save(state, metadata))
