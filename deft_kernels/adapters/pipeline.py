@@ -171,15 +171,14 @@ def load_adapter(
         source, weight_name=weight_name, subfolder=subfolder, revision=revision, token=token, cache_dir=cache_dir,
         local_files_only=local_files_only,
     )  # fmt: skip
-    model = as_model(model)
-    return attach_adapter(model, read(model, path, any_base), adapter_name, trainable=trainable)
+    loaded = read(model, path, any_base)
+    return attach_adapter(as_model(model), loaded, adapter_name, trainable=trainable)
 
 
 @functools.wraps(merging.hotswap)
 def hotswap(model, path_or_name, weight: float = 1.0) -> None:
-    model = as_model(model)
     known = any(path_or_name in names for names in list_adapters(model).values())
-    merging.hotswap(model, path_or_name if known else read(model, locate(path_or_name)), weight)
+    merging.hotswap(as_model(model), path_or_name if known else read(model, locate(path_or_name)), weight)
 
 
 def _weights_file(path: Path) -> Path | None:
@@ -189,10 +188,14 @@ def _weights_file(path: Path) -> Path | None:
     return next((path / name for name in FOUND if (path / name).is_file()), None)
 
 
-def read(model: nn.Module, path: Path, any_base: bool = False) -> Adapter:
-    """Read an adapter for a model or the parts of a pipeline, and check everything about it; nothing is touched."""
-    parts, file = components(model), _weights_file(path)
-    if file is not None:
+def read(target, path: Path, any_base: bool = False) -> Adapter:
+    """Read an adapter for a model or a pipeline, and check everything about it; nothing is touched."""
+    model, parts, file = as_model(target), components(target), _weights_file(path)
+    if file is not None and _is_lora(file):
+        from .lora import read_lora
+
+        found = read_lora(target, file)
+    elif file is not None:
         found = _read_file(model, parts, file, any_base)
     else:
         found = {n: read_adapter(part, path / n, any_base) for n, part in parts.items() if n and (path / n).is_dir()}
@@ -207,14 +210,16 @@ def read(model: nn.Module, path: Path, any_base: bool = False) -> Adapter:
     )
 
 
-def _read_file(model: nn.Module, parts: dict[str, nn.Module], file: Path, any_base: bool) -> dict[str, Adapter]:
-    """The adapters of a file by part: a pipeline's file says by its keys which parts it has, any other is one adapter."""
+def _is_lora(file: Path) -> bool:
+    """Whether this is a LoRA as other tools write it, without PEFT's configuration."""
     state, metadata = read_safetensors(file)
     configured = (file.parent / files.CONFIG_NAME).is_file() or any(key.endswith("adapter_config") for key in metadata)
-    if any("lora" in key for key in state) and not configured:  # as other tools write it
-        from .lora import read_lora
+    return not configured and any("lora" in key for key in state)
 
-        return read_lora(model, file)
+
+def _read_file(model: nn.Module, parts: dict[str, nn.Module], file: Path, any_base: bool) -> dict[str, Adapter]:
+    """The adapters of a file by part: a pipeline's file says by its keys which parts it has, any other is one adapter."""
+    state, _ = read_safetensors(file)
     heads = {key.partition(".")[0] for key in state}
     named = sorted(heads & {*DENOISERS, *TEXT_ENCODERS, *parts})
     if not named:

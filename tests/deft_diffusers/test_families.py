@@ -165,7 +165,11 @@ def test_exported_lora_draws_the_same_in_plain_diffusers(trained):
             dk.export_lora(pipe, folder / family / "lora", format="peft")
     fresh_process(PLAIN, folder)
     for family, (pipe, *_) in pipes.items():
-        assert difference(torch.load(folder / family / "plain.pt"), draw(pipe, family)) <= SAME[torch.float32], family
+        picture, other = draw(pipe, family), build(family)
+        assert difference(torch.load(folder / family / "plain.pt"), picture) <= SAME[torch.float32], family
+        file = folder / family / "lora.safetensors"
+        dk.load_adapter(other, file if file.is_file() else folder / family / "lora")
+        assert difference(draw(other, family), picture) <= SAME[torch.float32], family
 
 
 # Layers of one block of each class, and how many there are in the tiny model.
