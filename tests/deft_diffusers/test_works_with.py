@@ -7,7 +7,7 @@ and brought back to the CPU: what is read while it is away shows.
 import accelerate
 import pytest
 import torch
-from tiny_pipelines import build, denoiser, draw
+from tiny_pipelines import PROMPT, build, denoiser, draw
 
 import deft_kernels as dk
 
@@ -99,6 +99,21 @@ def test_an_adapter_put_in_afterwards(pictures, tmp_path, family, how):
     assert difference(draw(pipe, family), pictures[family][0.4]) <= ROUNDING
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("how", ["weights in main memory", "leaves on disk"])
+def test_each_sample_its_own_adapter_while_offloaded(tmp_path, family, how):
+    drawn = []
+    for offload in (False, True):
+        pipe = adapted(family)
+        if offload:
+            OFFLOADING[how](pipe, tmp_path)
+        for names in (["default", "base"], ["base", "default"]):
+            dk.route_adapters(pipe, names, [0.7, 0.7])
+            drawn.append(draw(pipe, family, prompt=[PROMPT] * 2))
+    assert difference(drawn[0], drawn[1]) > 100 * ROUNDING
+    assert difference(drawn[0], drawn[2]) <= ROUNDING and difference(drawn[1], drawn[3]) <= ROUNDING
+
+
 def test_the_identity_start_reads_an_offloaded_weight():
     pipe = build("flux")
     base = draw(pipe, "flux")
@@ -106,6 +121,17 @@ def test_the_identity_start_reads_an_offloaded_weight():
     dk.inject_adapter(pipe, dk.DeftConfig(r=2))
     assert min(p.norm() for p in dk.adapter_parameters(pipe)["R"]) > 0
     assert difference(draw(pipe, "flux"), base) <= ROUNDING
+
+
+def test_a_model_loaded_partly_to_disk(pictures, tmp_path):
+    pipe = build("sdxl")
+    pipe.unet.save_pretrained(tmp_path / "unet")
+    device_map = {name: "disk" if name == "up_blocks" else "cpu" for name, _ in pipe.unet.named_children()}
+    pipe.unet = type(pipe.unet).from_pretrained(tmp_path / "unet", device_map=device_map, offload_folder=tmp_path / "disk")
+    assert pipe.unet.up_blocks[0].resnets[0].conv1.weight.is_meta
+    torch.manual_seed(0)
+    dk.inject_adapter(pipe, CONFIGS["sdxl"])
+    assert difference(draw(pipe, "sdxl"), pictures["sdxl"][1.0]) <= ROUNDING
 
 
 def test_weights_that_are_away():

@@ -85,6 +85,17 @@ def test_each_part_prepares_its_own_layers_and_trains():
     assert [len(bank.layers) for bank in banks] == [8, 8]
 
 
+def test_each_sample_its_own_adapter():
+    pipe = adapted()
+    parts = ("unet", "text_encoder")
+    each = outputs(pipe).view(len(parts), 2, 16, 8)  # part, sample, token, feature
+    dk.set_adapters(pipe, [])
+    base = outputs(pipe).view_as(each)
+    dk.route_adapters(pipe, ["a", "base"])
+    routed = outputs(pipe).view_as(each)
+    torch.testing.assert_close(routed, torch.stack([each[:, 0], base[:, 1]], 1), rtol=1e-4, atol=1e-5)
+
+
 def test_merge_unmerge_and_hotswap(tmp_path):
     pipe = adapted()
     pristine = {k: t.clone() for k, t in whole(pipe).state_dict().items()}
