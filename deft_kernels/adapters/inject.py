@@ -3,6 +3,7 @@
 import difflib
 import math
 import re
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from ..config import DEFAULT_TARGETS, DeftConfig
 from ..nn.bank import Bank
 from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
+from ..nn.quantised import release
 
 # Modules that use their layers' weights directly, torch's fast paths among them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+INEXACT = 0.005  # start_deviation that is told: an output rounded to bfloat16 is 0.002 away, one of 8-bit inputs 0.006
 
 
 def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "default") -> list[str]:
@@ -77,7 +80,10 @@ def attach(
     try:
         for name, layer in targets:
             layer.train(modules[name].training)
-            layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name], trainable)
+            try:
+                layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name], trainable)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             done.append(layer)
             for p in layer.adapter_tensors(adapter_name).values():
                 if not torch.isfinite(p).all():
@@ -87,6 +93,7 @@ def attach(
             layer.delete_adapter(adapter_name)
         raise
 
+    _tell_inexact({name: layer.start_deviation for name, layer in targets if layer.start_deviation > INEXACT})
     bank = model.__dict__.get("_deft_bank")
     if bank is None:
         bank = model.__dict__["_deft_bank"] = Bank(model)
@@ -103,6 +110,18 @@ def attach(
     if activate:
         set_adapters(model, adapter_name)
     return names
+
+
+def _tell_inexact(deviations: dict[str, float]) -> None:
+    if deviations:
+        worst = max(deviations, key=deviations.get)
+        warnings.warn(
+            f"{len(deviations)} layers do not act exactly as the weight that they hold, as where 8-bit layers round their "
+            f"inputs too (worst: {worst}, whose output is {deviations[worst]:.1%} away). The start is the identity but for "
+            "that share of what the adapter removes. Bases of which the weights alone are quantised start exactly; "
+            "init_weights=False starts at random",
+            stacklevel=4,
+        )
 
 
 def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
@@ -264,6 +283,7 @@ def eject(model: nn.Module) -> None:
             _replace(model, name, module.base_layer)
     for layer in layers.values():  # a bank further out may still list it
         layer.set_adapters({})
+        release(layer.base_layer)
     for module in model.modules():
         bank = module.__dict__.pop("_deft_bank", None)
         if bank is not None:

@@ -12,8 +12,11 @@ from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
 from .prepare import Factors, Spec, beside, decompose, prepare
+from .quantised import hold, is_hooked, quantised, release
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
+PROBED = 16  # rows through a layer whose weight is not dense, to see whether it acts as that weight
+NOT_ITS_WEIGHT = 0.1  # relative distance at which it does not: 8-bit activations are 0.01 apart
 
 
 class MasterDict(nn.ParameterDict):
@@ -49,7 +52,9 @@ class DeftLayer(nn.Module):
         self.strengths: dict[str, float] = {}  # of the active ones; forward reads them from `_scales` only
         self.is_merged = False  # the model is: forwards go to the base layer, whatever is active here
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
-        self._pristine: Tensor | None = None  # the base weight as it was before the merge
+        # the base weight as it was before the merge; of a quantised one, all its tensors
+        self._pristine: Tensor | list[Tensor] | None = None
+        self.start_deviation = 0.0  # how far the base layer is from acting as the weight that the start was taken from
         self._merged_version: int | None = None
         self.tokens: int | None = None  # rows of the last input: what the bank chooses the form from
         self._by_activation = False  # the form that the bank prepares for
@@ -101,7 +106,7 @@ class DeftLayer(nn.Module):
             and weight.is_floating_point()
             and not weight.is_meta
             and self.forward_is_plain(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and not is_hooked(base)
         )
         return self.matrix(weight.detach()) if plain else None
 
@@ -116,7 +121,7 @@ class DeftLayer(nn.Module):
 
     def pristine_weight(self) -> Tensor | None:
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
-        return self.dense_weight() if self._pristine is None else self.matrix(self._pristine)
+        return self.matrix(self._pristine) if isinstance(self._pristine, Tensor) else self.dense_weight()
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -128,6 +133,7 @@ class DeftLayer(nn.Module):
         says whether its parameters require grad once it is active."""
         if name in self.configs:
             raise ValueError(f"adapter {name!r} exists already on this layer")
+        hold(self.base_layer)
         m, n = self.shape
         r = config.r if isinstance(config, LoraConfig) else min(config.r, m)  # a projector's rank is at most m
         device = self.base_layer.weight.device
@@ -162,9 +168,9 @@ class DeftLayer(nn.Module):
             tensors["R"] = torch.randn(r, n, **empty) * (INIT_STD * config.init_scale)
         return tensors
 
-    def _removed(self, K: Tensor) -> Tensor:
+    def _removed(self, K: Tensor, W: Tensor | None = None) -> Tensor:
         """K^T W (r, n)."""
-        W = self.pristine_weight()
+        W = self.pristine_weight() if W is None else W
         if W is None:
             raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
         one = torch.ones(1, device=K.device)
@@ -186,6 +192,8 @@ class DeftLayer(nn.Module):
                 del store[name]
         self.configs.pop(name)
         self._resting.pop(name, None)
+        if not self.configs:
+            release(self.base_layer)
         self.set_adapters({k: w for k, w in self.strengths.items() if k != name})
 
     def set_adapters(self, weights: dict[str, float]) -> None:
@@ -403,14 +411,36 @@ class DeftLinear(DeftLayer):
     def forward_is_plain(base: nn.Module) -> bool:
         return is_conv1d(base) or type(base).forward is nn.Linear.forward
 
-    def _removed(self, K: Tensor) -> Tensor:
+    def _removed(self, K: Tensor, W: Tensor | None = None) -> Tensor:
         if self.pristine_weight() is not None:
             return super()._removed(K)
-        # K^T W through the layer itself: the gradient of its output along K's columns
+        held = None if is_hooked(self.base_layer) else quantised(self.base_layer)
+        W = None if held is None else held.dequantise()
+        removed = self._removed_by_output(K) if W is None else super()._removed(K, W)
+        with torch.no_grad():
+            x = torch.randn(PROBED, self.shape[1], device=K.device).to(self._input_dtype())
+            y = self.base_layer(x).float()
+            through = (y if self.bias is None else y - self.bias.float()) @ K.float()
+            expected = x.float() @ removed.float().t()
+            self.start_deviation = float((through - expected).norm() / expected.norm().clamp_min(1e-30))
+        if not self.start_deviation <= NOT_ITS_WEIGHT:
+            raise ValueError(
+                f"its output is {self.start_deviation:.0%} away from the product with the weight that it holds"
+                f"{'' if held is None else f' ({held.name})'}, so that the start cannot be the identity: load its weight "
+                "again, or start at random (init_weights=False)"
+            )
+        return removed
+
+    def _removed_by_output(self, K: Tensor) -> Tensor:
+        """K^T W through the layer itself: the gradient of its output along K's columns."""
         with torch.enable_grad():
-            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=compute_dtype(self.weight))
+            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=self._input_dtype())
             y = self.base_layer(x.requires_grad_())
             return torch.autograd.grad(y, x, K.t().to(y.dtype))[0].to(K.dtype)
+
+    def _input_dtype(self) -> torch.dtype:
+        """What the base layer takes: GGUF's say."""
+        return getattr(self.base_layer, "compute_dtype", None) or compute_dtype(self.weight)
 
     def _rows(self, x: Tensor) -> int:
         return x.numel() // max(x.shape[-1], 1)
@@ -427,6 +457,11 @@ class DeftLinear(DeftLayer):
             y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
             y = self.base_layer(x, *args, **kwargs)
+            if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+                raise RuntimeError(
+                    f"the base layer, {self.base_layer}, passes no gradient on to its input, so that nothing before it can "
+                    "be trained: quantise its weight alone, not its activations"
+                )
             if K is not None or R is not None:
                 B, K, R = (None if t is None else t.to(y.dtype) for t in (B, K, R))
                 y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B, K, R)
