@@ -215,7 +215,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 def _to_peft(config: DeftConfig, model: nn.Module, names: list[str]) -> dict:
     written = {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": str(getattr(getattr(model, "config", None), "_name_or_path", None) or "") or None,
         "r": config.r,
         "target_modules": names if config.target_modules is None else config.target_modules,
         "exclude_modules": config.exclude_modules,

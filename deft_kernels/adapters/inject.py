@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..config import DEFAULT_TARGETS, DeftConfig
 from ..nn.bank import Bank
 from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
-from ..nn.quantised import release
+from ..nn.quantised import hold, release
 
 # Modules that use their layers' weights directly, torch's fast paths among them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -91,9 +91,12 @@ def attach(
     except BaseException:  # an interrupt too: the model stays as it was
         for layer in done:
             layer.delete_adapter(adapter_name)
+        for module in [] if layers else modules.values():
+            release(module)
         raise
 
-    _tell_inexact({name: layer.start_deviation for name, layer in targets if layer.start_deviation > INEXACT})
+    for module in modules.values():  # gradients pass through those without an adapter as well
+        hold(module)
     bank = model.__dict__.get("_deft_bank")
     if bank is None:
         bank = model.__dict__["_deft_bank"] = Bank(model)
@@ -109,6 +112,7 @@ def attach(
             _replace(model, name, layer)
     if activate:
         set_adapters(model, adapter_name)
+    _tell_inexact({name: layer.start_deviation for name, layer in targets if layer.start_deviation > INEXACT})
     return names
 
 
@@ -283,8 +287,8 @@ def eject(model: nn.Module) -> None:
             _replace(model, name, module.base_layer)
     for layer in layers.values():  # a bank further out may still list it
         layer.set_adapters({})
-        release(layer.base_layer)
     for module in model.modules():
+        release(module)
         bank = module.__dict__.pop("_deft_bank", None)
         if bank is not None:
             bank.remove()

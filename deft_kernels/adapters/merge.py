@@ -204,7 +204,7 @@ def _tell(losses: dict[str, Tensor], kinds: dict[str, str]) -> None:
         f"merging into {len(losses)} quantised layers ({', '.join(sorted(set(kinds.values())))}) has rounded their weights "
         f"anew: the error is {shares(norms.square().sum(0).sqrt())}; worst in {name}: {shares(norms[worst])}. Unmerged, the "
         "adapter is exact",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

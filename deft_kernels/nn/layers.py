@@ -12,7 +12,7 @@ from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
 from .prepare import Factors, Spec, beside, decompose, prepare
-from .quantised import hold, is_hooked, quantised, release
+from .quantised import hold, is_hooked, quantised
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
 PROBED = 16  # rows through a layer whose weight is not dense, to see whether it acts as that weight
@@ -123,6 +123,15 @@ class DeftLayer(nn.Module):
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
         return self.matrix(self._pristine) if isinstance(self._pristine, Tensor) else self.dense_weight()
 
+    def read_weight(self) -> Tensor | None:
+        """`pristine_weight`, or the W (m, n) that a quantised base layer stands for, float32, dequantised at each call; None
+        where neither can be had. ValueError for a quantised weight that lacks a part."""
+        W = self.pristine_weight()
+        if W is None and not is_hooked(self.base_layer):
+            held = quantised(self.base_layer)
+            W = None if held is None else held.dequantise(self._pristine)
+        return W
+
     # Adapters --------------------------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)  # whatever the caller is in, parameters and scales must be able to train later
@@ -168,9 +177,9 @@ class DeftLayer(nn.Module):
             tensors["R"] = torch.randn(r, n, **empty) * (INIT_STD * config.init_scale)
         return tensors
 
-    def _removed(self, K: Tensor, W: Tensor | None = None) -> Tensor:
+    def _removed(self, K: Tensor) -> Tensor:
         """K^T W (r, n)."""
-        W = self.pristine_weight() if W is None else W
+        W = self.read_weight()
         if W is None:
             raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
         one = torch.ones(1, device=K.device)
@@ -192,8 +201,6 @@ class DeftLayer(nn.Module):
                 del store[name]
         self.configs.pop(name)
         self._resting.pop(name, None)
-        if not self.configs:
-            release(self.base_layer)
         self.set_adapters({k: w for k, w in self.strengths.items() if k != name})
 
     def set_adapters(self, weights: dict[str, float]) -> None:
@@ -357,9 +364,12 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on for the weight's device, else the weight's own (float32 for integer storage)."""
+    """Autocast's dtype where it is on for the weight's device, else the weight's own (float32 for integer storage, and for
+    bitsandbytes' 4 bits, which may be stored as any type)."""
     if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(weight.device.type)
+    if hasattr(weight, "quant_state"):
+        return torch.float32
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
 
@@ -411,23 +421,22 @@ class DeftLinear(DeftLayer):
     def forward_is_plain(base: nn.Module) -> bool:
         return is_conv1d(base) or type(base).forward is nn.Linear.forward
 
-    def _removed(self, K: Tensor, W: Tensor | None = None) -> Tensor:
+    def _removed(self, K: Tensor) -> Tensor:
         if self.pristine_weight() is not None:
             return super()._removed(K)
-        held = None if is_hooked(self.base_layer) else quantised(self.base_layer)
-        W = None if held is None else held.dequantise()
-        removed = self._removed_by_output(K) if W is None else super()._removed(K, W)
+        removed = self._removed_by_output(K) if self.read_weight() is None else super()._removed(K)
         with torch.no_grad():
-            x = torch.randn(PROBED, self.shape[1], device=K.device).to(self._input_dtype())
+            own = torch.Generator().manual_seed(0)  # the caller's seed draws the same P on any base
+            x = torch.randn(PROBED, self.shape[1], generator=own).to(K.device, self._input_dtype())
             y = self.base_layer(x).float()
             through = (y if self.bias is None else y - self.bias.float()) @ K.float()
             expected = x.float() @ removed.float().t()
             self.start_deviation = float((through - expected).norm() / expected.norm().clamp_min(1e-30))
         if not self.start_deviation <= NOT_ITS_WEIGHT:
             raise ValueError(
-                f"its output is {self.start_deviation:.0%} away from the product with the weight that it holds"
-                f"{'' if held is None else f' ({held.name})'}, so that the start cannot be the identity: load its weight "
-                "again, or start at random (init_weights=False)"
+                f"the output of {self.base_layer} is {self.start_deviation:.0%} away from the product with the weight that "
+                "it holds, so that the start cannot be the identity: load its weight again, or start at random "
+                "(init_weights=False)"
             )
         return removed
 

@@ -44,8 +44,7 @@ class _Bitsandbytes4bit(Quantised):
         self.base = base
         if getattr(base.weight, "quant_state", None) is None:
             raise ValueError("its 4-bit weight has no quantisation state yet: move the layer to its device first")
-        if getattr(base.weight.quant_state, "packing_format_for_cpu", False):
-            base.state_dict()  # which takes the weight out of the layout that `hold` explains
+        _unpack(base)
         self.state = base.weight.quant_state
         self.name = f"bitsandbytes {self.state.quant_type}" + (" with double quantisation" if self.state.nested else "")
 
@@ -88,9 +87,8 @@ class _Bitsandbytes8bit(Quantised):
 
     @property
     def tensors(self):
-        # the first forward moves them from the weight to the layer's state
-        held = self.base.state if self.base.weight.CB is None else self.base.weight
-        return [held.CB, held.SCB]
+        weight, state = self.base.weight, self.base.state  # to which the first forward moves them
+        return [state.CB if weight.CB is None else weight.CB, state.SCB if weight.SCB is None else weight.SCB]
 
     def dequantise(self, tensors=None):
         from bitsandbytes.functional import int8_vectorwise_dequant
@@ -201,12 +199,18 @@ def hold(base: nn.Module) -> None:
     """Keep a layer's weight in the one layout that can be read, differentiated and put back.
 
     On CPUs with AVX512-BF16 bitsandbytes 0.50 packs a 4-bit weight anew, in place, in the first forward that needs no
-    gradient: it rounds the scales to bfloat16, refuses shapes that are no multiples of 32 and 64, and a backward after it
-    is wrong. Adapted layers do without, until `release`.
+    gradient. That rounds the scales to bfloat16, fails for shapes that are no multiples of 32 and 64, and passes no gradient
+    on, or a wrong one. The 4-bit layers of adapted models do without, until `release`.
     """
     if getattr(base, "support_avx512bf16_for_cpu", False):
         base.support_avx512bf16_for_cpu = False
         base._held_by_deft = True
+        _unpack(base)
+
+
+def _unpack(base: nn.Module) -> None:
+    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+        base.state_dict()  # by which bitsandbytes takes the weight out of that layout
 
 
 def release(base: nn.Module) -> None:
