@@ -12,6 +12,7 @@ import gguf
 import pytest
 import torch
 import torchao.quantization as ao
+from bitsandbytes.functional import has_avx512bf16
 from common import CONFIGS, Opaque, gradients, small_model
 from diffusers import BitsAndBytesConfig, FluxTransformer2DModel, GGUFQuantizationConfig, TorchAoConfig
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
@@ -490,10 +491,17 @@ def test_bitsandbytes_does_not_repack_adapted_models():
     assert distance(x.grad, (truth[1] @ truth[0]).sum(0).expand(T, -1)) < 1e-5
     dk.eject(model)
     assert all(layer.support_avx512bf16_for_cpu for layer in model)
+
+
+@pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX512-BF16, for which bitsandbytes repacks")
+def test_a_base_that_bitsandbytes_has_repacked_is_read_all_the_same():
+    model = nn.Sequential(make("bnb-nf4", m=64, n=N), make("bnb-nf4", m=64, n=64)).eval()
+    x, truth = torch.randn(T, N), true_weight(model[0])
     with torch.no_grad():
-        packed = model(x)  # rounds its scales to bfloat16
+        packed = model(x)  # which rounds its scales to bfloat16
+    assert model[0].weight.quant_state.packing_format_for_cpu
     dk.inject_adapter(model, dk.DeftConfig(target_modules=["1"]))
-    assert distance(model(x), packed) < 1e-2 and distance(true_weight(model[0]), truth[0]) < 4e-3
+    assert distance(model(x), packed) < 1e-2 and distance(true_weight(model[0]), truth) < 4e-3
 
 
 # Files, and what torch does to a module -------------------------------------------------------------------------------
