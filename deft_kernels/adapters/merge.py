@@ -13,6 +13,7 @@ from .files import attach_adapter, read_adapter
 from .inject import named_weights, outer_modules, require_layers, wrap
 
 SNAPSHOTS = ("device", "host")
+NO_UPDATE = 1e-5  # share of W' that rounding in float32 alone may make of W' - W: an adapter at its start
 
 
 def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", requantize: bool = False) -> None:
@@ -195,10 +196,11 @@ def _tell(losses: dict[str, Tensor], kinds: dict[str, str]) -> None:
 
     def shares(norms: Tensor) -> str:
         lost, whole, update = norms.tolist()
-        return f"{lost / max(whole, 1e-30):.1%} of W', {lost / max(update, 1e-30):.1%} of the update W' - W"
+        of_update = f"{lost / update:.1%} of the update W' - W" if update > NO_UPDATE * whole else "and there is no update"
+        return f"{lost / max(whole, 1e-30):.1%} of W', {of_update}"
 
     norms = torch.stack([n.cpu() for n in losses.values()])
-    worst = int((norms[:, 0] / norms[:, 2].clamp_min(1e-30)).argmax())
+    worst = int((norms[:, 0] / torch.maximum(norms[:, 2], NO_UPDATE * norms[:, 1]).clamp_min(1e-30)).argmax())
     name = list(losses)[worst]
     warnings.warn(
         f"merging into {len(losses)} quantised layers ({', '.join(sorted(set(kinds.values())))}) has rounded their weights "

@@ -84,6 +84,8 @@ class _Bitsandbytes8bit(Quantised):
         self.base = base
         if any(t is None for t in self.tensors):
             raise ValueError("its 8-bit weight has lost its row scales (SCB), without which W cannot be had: load it again")
+        if self.tensors[0].data_ptr() != base.weight.data_ptr():  # a copied layer has its codes twice until it is called
+            base.weight.data = self.tensors[0]
 
     @property
     def tensors(self):
@@ -209,8 +211,11 @@ def hold(base: nn.Module) -> None:
 
 
 def _unpack(base: nn.Module) -> None:
-    if getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
+    state = getattr(base.weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
         base.state_dict()  # by which bitsandbytes takes the weight out of that layout
+        if state.absmax.dim() == 2:  # but 0.50.2 leaves the scales by column where they are not quantised themselves
+            state.absmax = state.absmax.t().reshape(-1).float()
 
 
 def release(base: nn.Module) -> None:

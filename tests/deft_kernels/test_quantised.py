@@ -406,6 +406,21 @@ def test_a_merge_that_fails_leaves_the_pristine_weights(monkeypatch):
     assert all(same_bits(layer.base_layer, before[name]) and not layer.is_merged for name, layer in model.items())
 
 
+@pytest.mark.parametrize("kind", ["bnb-8bit", "bnb-nf4-double", "torchao-int8"])
+@pytest.mark.filterwarnings("ignore:merging into")
+def test_a_copy_of_a_merged_model_unmerges_by_itself(kind):
+    model, x = adapted_model(kind).eval(), torch.randn(T, N)
+    before, unmerged = {name: bits(layer.base_layer) for name, layer in model.items()}, model["to_q"](x)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    dk.merge(model, requantize=True)
+    merged, twin = model["to_q"](x), copy.deepcopy(model)
+    dk.unmerge(twin)
+    if kind.startswith("bnb"):  # torchao's tensors are not compared by torch.equal
+        assert all(torch.equal(v, state[k]) for k, v in twin.state_dict().items())
+    assert all(same_bits(layer.base_layer, before[name]) for name, layer in twin.items())
+    assert torch.equal(twin["to_q"](x), unmerged) and torch.equal(model["to_q"](x), merged)
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -494,8 +509,9 @@ def test_bitsandbytes_does_not_repack_adapted_models():
 
 
 @pytest.mark.skipif(not has_avx512bf16(), reason="needs a CPU with AVX512-BF16, for which bitsandbytes repacks")
-def test_a_base_that_bitsandbytes_has_repacked_is_read_all_the_same():
-    model = nn.Sequential(make("bnb-nf4", m=64, n=N), make("bnb-nf4", m=64, n=64)).eval()
+@pytest.mark.parametrize("kind", ["bnb-nf4", "bnb-nf4-double", "bnb-nf4-stored-as-bfloat16"])
+def test_a_base_that_bitsandbytes_has_repacked_is_read_all_the_same(kind):
+    model = nn.Sequential(make(kind, m=64, n=N), make(kind, m=64, n=64)).eval()
     x, truth = torch.randn(T, N), true_weight(model[0])
     with torch.no_grad():
         packed = model(x)  # which rounds its scales to bfloat16
@@ -531,12 +547,17 @@ def test_fingerprints_know_a_quantised_base(tmp_path):
         dk.load_adapter(copy.deepcopy(base), tmp_path / "nf4")
     with pytest.warns(UserWarning, match="made for bitsandbytes nf4 base weights, and these are torchao Int8Tensor"):
         dk.load_adapter(quantise("torchao-int8"), tmp_path / "nf4")
+    for block in base.blocks:  # a tenth away: as far as quantising goes, but the type is the same
+        block.to_q.weight.add_(torch.randn_like(block.to_q.weight) * block.to_q.weight.std() / 10)
+    with pytest.raises(ValueError, match="another base model"):
+        dk.load_adapter(quantise("bnb-nf4"), tmp_path / "nf4")
     for block in base.blocks:
         nn.init.normal_(block.to_q.weight)
     for kind in ("bnb-nf4", "bnb-8bit"):
         with pytest.raises(ValueError, match="another base model"):
             dk.load_adapter(quantise(kind), tmp_path / "nf4")
-    dk.merge(four_bits, requantize=True)  # the fingerprint is the pristine base's all the same
+    with pytest.warns(UserWarning, match="of W', and there is no update; worst in"):  # the identity start
+        dk.merge(four_bits, requantize=True)  # the fingerprint is the pristine base's all the same
     dk.save_adapter(four_bits, tmp_path / "merged")
     sketches = [safe_open(tmp_path / name / "adapter_model.safetensors", "pt").metadata() for name in ("nf4", "merged")]
     assert sketches[0]["base_fingerprint"] == sketches[1]["base_fingerprint"]
