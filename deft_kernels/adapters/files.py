@@ -93,7 +93,8 @@ def load_adapter(
 
     Args:
         trainable: whether its parameters require grad, to go on training.
-        any_base: load an adapter made for another base of the same shapes, with a warning instead of an error.
+        any_base: load an adapter made for another base of the same shapes, with a warning instead of an error. Weights that
+            differ as one base does in another quantisation are warned of in any case.
 
     Returns the names of the adapted layers.
 

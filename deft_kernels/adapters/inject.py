@@ -34,7 +34,10 @@ def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "de
 
     Raises:
         ValueError: a target that matches nothing (the nearest names are told), no layer matched, a name in use, NaN in a
-            base weight. TypeError: a target that is no linear layer and no plain convolution. The model is then as it was.
+            base weight, a quantised one that cannot be read. TypeError: a target that is no linear layer and no plain
+            convolution. The model is then as it was.
+
+    Warns where quantised layers round their inputs too, so that the start is not quite the identity.
     """
     return attach(model, config, adapter_name, match_targets(model, config))
 

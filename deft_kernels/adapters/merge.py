@@ -116,7 +116,10 @@ def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer], requantize
             owners[id(p)] = owners.get(id(p), 0) + 1
     for name, layer in targets.items():
         if layer.pristine_weight() is None:
-            held = quantised(layer.base_layer)
+            try:
+                held = quantised(layer.base_layer)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             if held is None or is_hooked(layer.base_layer):
                 raise ValueError(
                     f"{name}: cannot merge into this layer: its weight is quantised in an unknown way, sharded or hooked"

@@ -261,6 +261,10 @@ def test_a_weight_that_cannot_be_had_is_refused_by_name(trouble):
     with pytest.raises(ValueError, match=message):
         dk.inject_adapter(model, dk.DeftConfig(target_modules=["0"]))
     assert not isinstance(model[0], dk.DeftLinear)
+    if trouble != "other scales":  # with which W is another one, but is one
+        dk.inject_adapter(model, dk.DeftConfig(target_modules=["0"], init_weights=False))
+        with pytest.raises(ValueError, match=message):
+            dk.merge(model, requantize=True)
 
 
 def test_a_base_that_passes_no_gradient_is_refused():
@@ -421,6 +425,21 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself(kind):
     assert torch.equal(twin["to_q"](x), unmerged) and torch.equal(model["to_q"](x), merged)
 
 
+@pytest.mark.parametrize("kind", ["bnb-8bit", "bnb-nf4-double", "torchao-int8", "gguf-Q4_0"])
+@pytest.mark.filterwarnings("ignore:merging into")
+def test_a_write_into_merged_weights_is_noticed(kind):
+    model = adapted_model(kind)
+    before = {name: bits(layer.base_layer) for name, layer in model.items()}
+    dk.merge(model, requantize=True)
+    weight = model["to_q"].base_layer.weight
+    with torch.no_grad():
+        weight.copy_(weight.as_tensor().clone() if kind.startswith("gguf") else weight.clone())
+    with pytest.raises(RuntimeError, match="to_q: the weight was written to while an adapter was merged"):
+        dk.unmerge(model)
+    dk.unmerge(model, force=True)
+    assert all(same_bits(layer.base_layer, before[name]) for name, layer in model.items())
+
+
 # Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -574,6 +593,22 @@ def test_copies_moves_and_casts(kind):
     if kind.startswith("bnb"):  # GGUF computes in the dtype that it was loaded for, torchao in its weight's
         assert distance(layer(x), y) < 0.01
     assert layer.shape == (M, N) and layer.deft_P["default"].shape == (M, 3) and layer.deft_R["default"].shape == (3, N)
+
+
+@pytest.mark.parametrize("kind", ["bnb-nf4-double", "bnb-8bit", "torchao-int8", "torchao-float8", "gguf-Q4_0"])
+def test_it_compiles_whole(kind):
+    model, x = nn.Sequential(nn.Linear(N, N), make(kind)).requires_grad_(False), torch.randn(T, N)
+    dk.inject_adapter(model, dk.DeftConfig(target_modules=["1"], init_weights=False))
+    compiled, found = torch.compile(model, backend="aot_eager", fullgraph=True), []
+    with torch.set_grad_enabled(not kind.startswith("gguf")):  # diffusers' GGUFLinear has no compiled backward of its own
+        for called in (model, compiled):
+            y = called(x)
+            if y.requires_grad:
+                y.square().sum().backward()
+            found.append({"y": y.detach(), **gradients(model)})
+            model.zero_grad()
+    assert found[0].keys() == found[1].keys() and len(found[0]) == (1 if kind.startswith("gguf") else 3)
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 # diffusers' own loading -----------------------------------------------------------------------------------------------
