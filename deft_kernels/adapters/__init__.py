@@ -1,7 +1,7 @@
 """Adapters of whole models: into a model and out of it, merged and swapped, in files and back."""
 
 from .files import adapter_state_dict, load_adapter, save_adapter
-from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, set_adapters
+from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, route_adapters, set_adapters
 from .merge import hotswap, merge, unmerge
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "inject_adapter",
     "load_adapter",
     "merge",
+    "route_adapters",
     "save_adapter",
     "set_adapters",
     "unmerge",

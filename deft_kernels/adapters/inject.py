@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from ..config import DEFAULT_TARGETS, DeftConfig
 from ..nn.bank import Bank
-from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, is_conv1d
+from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, MasterDict, Routes, is_conv1d
+from ..nn.prepare import COMBINATIONS
 from ..nn.quantised import hold, release
 
 # Modules that use their layers' weights directly, torch's fast paths among them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+BASE = ("base", "__base__")  # a sample without adapter; the second is PEFT's name for it
 INEXACT = 0.005  # start_deviation that is told: an output rounded to bfloat16 is 0.002 away, one of 8-bit inputs 0.006
 
 
@@ -54,6 +56,10 @@ def attach(
     """`inject_adapter` on the layers given by name, with given values for P, R and gate where they come from a file."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name {adapter_name!r}: expected a non-empty name without dots")
+    if hasattr(MasterDict(), adapter_name):
+        raise ValueError(f"adapter_name {adapter_name!r} is an attribute of the modules that hold adapters: choose another")
+    if adapter_name in BASE:
+        raise ValueError(f"adapter_name {adapter_name!r} stands for the base model: choose another name")
     modules = dict(model.named_modules(remove_duplicate=False))
     layers = adapted_layers(model)
     if any(adapter_name in layer.configs for layer in layers.values()):
@@ -248,22 +254,77 @@ def named_weights(names, weights) -> dict[str, float]:
     return dict(zip(names, weights))
 
 
-def set_adapters(model: nn.Module, names: list[str] | str, weights: list[float] | float | None = None) -> None:
-    """Make exactly these adapters active, each at its strength: W' = W + sum_i w_i B_i A_i, every A_i from the pristine W.
+def set_adapters(
+    model: nn.Module, names: list[str] | str, weights: list[float] | float | None = None, combine: str = "sum"
+) -> None:
+    """Make exactly these adapters active, each at its strength, on every sample.
 
     Args:
         names: one name, several, or an empty list for the base model.
         weights: any real number for each adapter, or one for all; None: 1.
+        combine: how several act on one layer, always at the cost of their factors alone:
+            "sum": W' = W + sum_i w_i B_i A_i, every A_i from the pristine W;
+            "sequential": one after the other in the order of `names`, W_i = W_(i-1) + w_i B_i (s_i R_i - K_i^T W_(i-1));
+            "joint": PaRa adapters as one, W' = W - w Q Q^T W with Q = qr([Q_1, Q_2, ...]), a shared direction removed once.
+            The last two are equal where the subspaces are orthogonal.
 
     An adapter that becomes inactive stops requiring grad, and does so again when it is active as it did before.
-    Raises ValueError for an unknown name or a weight that is not finite, RuntimeError while an adapter is merged.
+    Raises ValueError for an unknown name or combination, a weight that is not finite, or adapters that cannot act jointly;
+    RuntimeError while an adapter is merged.
     """
     chosen = named_weights(names, weights)
-    layers = require_layers(model, chosen)
+    layers = _unmerged(model, chosen)
+    check_combination(layers, chosen, combine)
+    for layer in layers.values():
+        layer.set_adapters(chosen, combine)
+
+
+def route_adapters(model: nn.Module, adapter_names: list[str], weights: list[float] | float | None = None) -> None:
+    """Give each sample of a batch its own adapter, until `set_adapters` or another call: all in one grouped pass of low-rank
+    products, forward and backward, equal to running each sample alone.
+
+    Args:
+        adapter_names: one name for each sample, "base" for the base model.
+        weights: any real number for each sample, or one for all; None: 1.
+
+    The model may be called with a multiple of that many samples, which guidance makes of a batch: the list is then repeated.
+    Samples are the first dimension of the model's first tensor, and must be that of every adapted layer's input; the layer
+    for which they are not is named when it is called.
+    Raises ValueError for an unknown name or a weight that is not finite, RuntimeError while an adapter is merged.
+    """
+    if isinstance(adapter_names, str) or not adapter_names:
+        raise ValueError(f"adapter_names is {adapter_names!r}, expected a list with one name for each sample")
+    unique = list(dict.fromkeys(name for name in adapter_names if name not in BASE))
+    strengths = named_weights(range(len(adapter_names)), weights).values()
+    samples = [(None if name in BASE else name, w) for name, w in zip(adapter_names, strengths)]
+    layers = _unmerged(model, unique)
+    for name, layer in layers.items():
+        layer.set_adapters(dict.fromkeys(unique, 1.0), routes=Routes(name, samples))
+
+
+def _unmerged(model: nn.Module, names) -> dict[str, DeftLayer]:
+    layers = require_layers(model, names)
     if any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) first, or use deft_kernels.hotswap")
-    for layer in layers.values():
-        layer.set_adapters(chosen)
+    return layers
+
+
+def check_combination(layers: dict[str, DeftLayer], chosen: dict[str, float], combine: str) -> None:
+    """ValueError for a combination that there is not, or that these adapters cannot enter."""
+    if combine not in COMBINATIONS:
+        raise ValueError(f"combine is {combine!r}, expected one of {', '.join(COMBINATIONS)}")
+    if combine != "joint":
+        return
+    if len(set(chosen.values())) > 1:
+        raise ValueError(f"adapters act jointly at one strength, not at {', '.join(f'{w:g}' for w in chosen.values())}")
+    for name, layer in layers.items():
+        for adapter in chosen:
+            config = layer.configs.get(adapter)
+            if config is not None and not (config.para and config.method in ("qr", "svd")):
+                raise ValueError(
+                    f"{name}: only PaRa adapters with an orthonormal basis (para=True, qr or svd) act jointly, and "
+                    f"{adapter!r} is none: use combine='sequential'"
+                )
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

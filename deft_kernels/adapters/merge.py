@@ -7,31 +7,41 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.layers import DeftLayer, writes
-from ..nn.prepare import Factors, beside, decompose
+from ..nn.prepare import Factors, beside, combined, decompose
 from ..nn.quantised import Quantised, is_hooked, quantised
 from .files import attach_adapter, read_adapter
-from .inject import named_weights, outer_modules, require_layers, wrap
+from .inject import check_combination, named_weights, outer_modules, require_layers, wrap
 
 SNAPSHOTS = ("device", "host")
 NO_UPDATE = 1e-5  # share of W' that rounding in float32 alone may make of W' - W: an adapter at its start
 
 
-def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", requantize: bool = False) -> None:
-    """Write W' = W + sum_i w_i B_i A_i into the base weights, in place: their storage, and so any compiled or captured
-    graph, stays valid, and sampling costs what the base model costs. Every A_i is taken from the pristine W.
+def merge(
+    model: nn.Module,
+    names=None,
+    weights=None,
+    snapshot: str = "device",
+    combine: str | None = None,
+    requantize: bool = False,
+) -> None:
+    """Write W' into the base weights, in place: their storage, and so any compiled or captured graph, stays valid, and
+    sampling costs what the base model costs. Factors are taken from the pristine W.
 
     Args:
         names: adapters to merge, one or several; None: the active ones at their strengths.
         weights: strengths, any real numbers; None: 1 (or the active strengths where `names` is None).
         snapshot: where the pristine weights wait for `unmerge`: "device" (beside the weights) or "host" (main memory,
             pinned where the weights are on a GPU).
+        combine: how several adapters act together, as `set_adapters` explains; None: "sum", or how the active ones do where
+            `names` is None.
         requantize: merge into quantised weights too, by quantising W' anew as W was. Unlike the adapter unmerged, it rounds:
             a warning tells how much, of W' and of the update W' - W. `unmerge` is exact all the same.
 
     Raises:
         RuntimeError: something is merged already (use `hotswap`).
-        ValueError: unknown adapter, parameters with NaN, a weight that another layer shares, one that is neither dense nor
-        quantised, or that is quantised while `requantize` is not set or the type cannot be requantised.
+        ValueError: unknown adapter or combination, samples routed to adapters of their own, parameters with NaN, a weight
+        that another layer shares, one that is neither dense nor quantised, or one that is quantised where `requantize` is
+        not set or the type cannot be made.
         The model is then as it was. Where writing itself fails (no memory, an interrupt), the pristine weights are put back.
     """
     if snapshot not in SNAPSHOTS:
@@ -39,6 +49,10 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", 
     layers = require_layers(model)
     if any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("adapters are merged already: call deft_kernels.unmerge(model), or hotswap to change them")
+    if names is None:
+        if any(layer.routes is not None for layer in layers.values()):
+            raise ValueError("samples are routed to adapters of their own: name the adapters that are to be merged")
+        combine = combine or next(layer.combination for layer in layers.values())
     if names is None and weights is None:
         chosen = {key: dict(layer.strengths) for key, layer in layers.items() if layer.strengths}
     else:
@@ -48,7 +62,10 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", 
     if not any(chosen.values()):
         raise ValueError("nothing to merge: no adapter is active and none was named")
     _check_mergeable(model, {key: layers[key] for key in chosen}, requantize)
-    _write(layers, chosen, snapshot)
+    combine = combine or "sum"
+    for key, weights in chosen.items():
+        check_combination({key: layers[key]}, weights, combine)
+    _write(layers, chosen, snapshot, combine)
 
 
 def unmerge(model: nn.Module, force: bool = False) -> None:
@@ -141,11 +158,11 @@ def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer], requantize
 
 
 @torch.no_grad()
-def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], snapshot: str) -> None:
+def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], snapshot: str, how: str = "sum") -> None:
     """Merge `chosen` (layer -> adapter -> strength) from the pristine weights, whatever is merged now."""
     targets = {name: layers[name] for name in chosen}
     _check_finite(targets, chosen)
-    B, K, R = _factors(targets, chosen)
+    B, K, R = _factors(targets, chosen, how)
     pristine = {name: layer._pristine for name, layer in targets.items()}
     for name, layer in targets.items():
         if pristine[name] is None:
@@ -228,7 +245,7 @@ def _write_dense(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, 
             stored.copy_(written.view(stored.shape))  # strides of which (out, in*kh*kw) cannot be a view
 
 
-def _factors(targets: dict[str, DeftLayer], chosen) -> tuple[list[Tensor | None], ...]:
+def _factors(targets: dict[str, DeftLayer], chosen, how: str = "sum") -> tuple[list[Tensor | None], ...]:
     """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
     entries = [(key, name, weight) for key in targets for name, weight in chosen[key].items()]
     bases, removals, _ = decompose(
@@ -243,6 +260,8 @@ def _factors(targets: dict[str, DeftLayer], chosen) -> tuple[list[Tensor | None]
             r = r * (weight * targets[key].configs[name].scale(b.shape[1]))
             r = r * torch.sigmoid(tensors["gate"]) if "gate" in tensors else r
         parts[key].append(Factors(b, None, None if k is None else k * weight, r))
+    for key, f in parts.items():
+        parts[key] = [g._replace(B=b) for g, b in zip(f, combined([g.B for g in f], [g.K for g in f], how))]
     return tuple([beside(f, role, targets[key].shape[1]) for key, f in parts.items()] for role in "BKR")
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class _Pending:
-    """Lives as long as a forward's graph waits for its backward."""
+    """Lives as long as a forward's graph waits for its backward: prepare's node holds it, and drops it when it has run."""
 
 
 class Bank:
@@ -25,28 +25,31 @@ class Bank:
     def __init__(self, root: nn.Module):
         self.layers: list = []
         self.inside = False
+        self.batch: int | None = None  # samples in the forward that is under way, where layers are routed by sample
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
         self._hooks = (
-            root.register_forward_pre_hook(self._enter),
+            root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self._leave, always_call=True),
         )
 
-    def _enter(self, root, args) -> None:
+    def _enter(self, root, args, kwargs) -> None:
         from .layers import prepare_layers
 
         eager = not torch.compiler.is_compiling()
         layers = [layer for layer in self.layers if layer.adapts]
+        if any(layer.routes is not None for layer in layers):
+            inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()]
+            self.batch = inputs[0].shape[0] if inputs else None
         if eager and not self._pending:
             for layer in layers:
                 layer._by_activation = layer.prefers_activation(layer.tokens)
-        prepared = prepare_layers(layers)
-        for layer, factors in zip(layers, prepared):
+        pending = _Pending() if eager else None
+        for layer, factors in zip(layers, prepare_layers(layers, pending=pending)):
             layer._bank = self  # set here, so that a layer copied or pickled by itself takes no bank along
             layer._keep(factors)
-        if eager and prepared and prepared[0][0].B.grad_fn is not None:
-            pending = prepared[0][0].B.grad_fn.pending = _Pending()  # dropped by Prepare's backward
-            self._pending.add(pending)
+        if eager:
+            self._pending.add(pending)  # gone when this returns, unless a backward is to come
         self.inside = True
 
     def _leave(self, root, args, output) -> None:

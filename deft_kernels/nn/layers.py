@@ -4,6 +4,8 @@ The path of one tensor: `forward` takes the factors (the bank's, or its own by `
 through `LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,12 +13,19 @@ from torch import Tensor, nn
 from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
-from .prepare import Factors, Spec, beside, decompose, prepare
+from .prepare import Factors, Spec, beside, combined, decompose, prepare, stacked
 from .quantised import hold, is_hooked, quantised
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
 PROBED = 16  # rows through a layer whose weight is not dense, to see whether it acts as that weight
 NOT_ITS_WEIGHT = 0.1  # relative distance at which it does not: 8-bit activations are 0.01 apart
+
+
+class Routes(NamedTuple):
+    """Which adapter, at which strength, each sample of a batch goes through on one layer."""
+
+    layer: str  # its name in the model, for errors
+    samples: list[tuple[str | None, float]]  # None: the base layer alone
 
 
 class MasterDict(nn.ParameterDict):
@@ -50,6 +59,8 @@ class DeftLayer(nn.Module):
         self.configs: dict[str, DeftConfig] = {}
         self.active: list[str] = []  # adapters in the order in which factors are concatenated
         self.strengths: dict[str, float] = {}  # of the active ones; forward reads them from `_scales` only
+        self.combination = "sum"  # how the active ones act together, see `prepare.combined`
+        self.routes: Routes | None = None  # instead of all active ones on every sample
         self.is_merged = False  # the model is: forwards go to the base layer, whatever is active here
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
         # the base weight as it was before the merge; of a quantised one, all its tensors
@@ -64,6 +75,8 @@ class DeftLayer(nn.Module):
         self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
         self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
         self.register_buffer("_scales", torch.empty(2, 0), persistent=False)
+        self.register_buffer("_route_index", None, persistent=False)  # (samples,), index among the active ones
+        self.register_buffer("_route_weight", None, persistent=False)  # (samples,)
         if config is not None:
             self.add_adapter(adapter_name, config)
             self.set_adapters({adapter_name: 1.0})
@@ -181,9 +194,13 @@ class DeftLayer(nn.Module):
         """K^T W (r, n)."""
         W = self.read_weight()
         if W is None:
-            raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
+            return self._removed_by_output(K)
         one = torch.ones(1, device=K.device)
         return -torch.ops.deft_kernels.project([K], [W], [None], one, one)[0]
+
+    def _removed_by_output(self, K: Tensor) -> Tensor:
+        """K^T W where W cannot be read."""
+        raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters here: "P", "R" and "gate", those that it has; empty for an adapter not on this layer."""
@@ -201,12 +218,17 @@ class DeftLayer(nn.Module):
                 del store[name]
         self.configs.pop(name)
         self._resting.pop(name, None)
-        self.set_adapters({k: w for k, w in self.strengths.items() if k != name})
+        self.set_adapters({k: w for k, w in self.strengths.items() if k != name}, self.combination, self.routes)
 
-    def set_adapters(self, weights: dict[str, float]) -> None:
-        """Make exactly these adapters active, each at its strength (any real number). The parameters of the others rest:
-        they require no grad until their adapter is active again."""
+    def set_adapters(self, weights: dict[str, float], combination: str = "sum", routes: Routes | None = None) -> None:
+        """Make exactly these adapters active, each at its strength (any real number), together or routed by sample. The
+        parameters of the others rest: they require no grad until their adapter is active again."""
         before = self.active
+        self.combination = combination
+        if routes is not None:
+            here = [(name if name in weights and name in self.configs else None, w) for name, w in routes.samples]
+            routes = routes._replace(samples=here)
+        self.routes = routes
         self.strengths = {name: float(w) for name, w in weights.items() if name in self.configs}
         self.active = list(self.strengths)
         for name in before:
@@ -227,11 +249,23 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
-        values = torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1).to(self.base_layer.weight.device)
-        if (self._scales.shape, self._scales.dtype, self._scales.device) == (values.shape, values.dtype, values.device):
-            self._scales.copy_(values)
+        self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
+        index = weight = None
+        if self.routes is not None:
+            slots = {name: i for i, name in enumerate(self.active)} | {None: len(self.active)}
+            index = torch.tensor([slots[name] for name, _ in self.routes.samples])
+            weight = torch.tensor([w for _, w in self.routes.samples], dtype=self.master_dtype)
+        self._overwrite("_route_index", index)
+        self._overwrite("_route_weight", weight)
+
+    def _overwrite(self, name: str, values: Tensor | None) -> None:
+        values = None if values is None else values.to(self.base_layer.weight.device)
+        old = getattr(self, name)
+        kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in (old, values)]
+        if values is not None and kinds[0] == kinds[1]:
+            old.copy_(values)
         else:
-            self._scales = values
+            setattr(self, name, values)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -246,6 +280,11 @@ class DeftLayer(nn.Module):
     def adapts(self) -> bool:
         """Whether a forward has factors to apply: some adapter is active and the model is not merged."""
         return not self.is_merged and bool(self.active)
+
+    @property
+    def combines(self) -> bool:
+        """Whether several adapters act here other than by their sum."""
+        return self.combination != "sum" and len(self.active) > 1
 
     def trains(self) -> bool:
         """Whether a forward now would train an active adapter."""
@@ -270,6 +309,8 @@ class DeftLayer(nn.Module):
             (factors,) = prepare_layers([self], rows)
         if not torch.compiler.is_compiling():
             self.tokens = rows
+        if self.routes is not None:
+            return self._routed(x, factors, args, kwargs)
         return self._adapted(x, factors, args, kwargs)
 
     def prefers_activation(self, rows: int | None) -> bool:
@@ -307,6 +348,31 @@ class DeftLayer(nn.Module):
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         raise NotImplementedError
 
+    def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        """Every sample of x through its own adapter: one pass of low-rank products for the whole batch."""
+        raise NotImplementedError
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of the adapter (the last: none), and strength, of each sample of x (N, ...): the routes, tiled, since
+        guidance asks a model for several predictions of each sample at once."""
+        given, (name, samples) = x.shape[0], self.routes
+        batch = self._bank.batch if self._bank is not None and self._bank.inside else None
+        if given % len(samples) or (batch is not None and given != batch):
+            raise ValueError(
+                f"{name}: input of shape {tuple(x.shape)} cannot be routed by sample: adapters are routed for a batch of "
+                f"{len(samples)}" + ("" if batch is None else f", and the model was called with a batch of {batch}")
+            )
+        times = given // len(samples)
+        return self._route_index.repeat(times), self._route_weight.repeat(times)
+
+    def _dropped(self, x: Tensor, index: Tensor) -> Tensor:
+        """x (N, ...) under the dropout of each sample's adapter."""
+        rates = [self.dropout(name) for name in self.active]
+        if not any(rates):
+            return x
+        keep = 1 - torch.tensor([*rates, 0.0], device=x.device)[index].view(-1, *[1] * (x.dim() - 1))
+        return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
+
     def _check_dtype(self, x: Tensor) -> None:
         """What the base layer itself would refuse: an input that is not of its weight's dtype, outside autocast."""
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -335,15 +401,16 @@ def writes(tensor: Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[list[Factors]]:
-    """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known."""
+def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=None) -> list[list[Factors]]:
+    """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known. The node
+    holds `pending` until its backward has run."""
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
     for layer in layers:
         weight = layer.frozen_weight()
         if layer._by_activation if rows is None else layer.prefers_activation(rows):
             weight = None
         fold = not any(layer.dropout(name) for name in layer.active)
-        dtype = compute_dtype(layer.base_layer.weight)
+        dtype = layer.master_dtype if layer.combines else compute_dtype(layer.base_layer.weight)
         for name in layer.active:
             specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             tensors = layer.masters(name)
@@ -359,8 +426,20 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
     if any(gate is not None for gate in gates):
         one = torch.ones((), device=injection.device, dtype=injection.dtype)
         injection = injection * torch.stack([one if g is None else torch.sigmoid(g) for g in gates])
-    flat = iter(prepare(specs, injection, removal, P, R, W))
-    return [[next(flat) for _ in range(count)] for count in counts]
+    flat = iter(prepare(specs, injection, removal, P, R, W, pending))
+    prepared = [[next(flat) for _ in range(count)] for count in counts]
+    return [_together(layer, factors) if layer.combines else factors for layer, factors in zip(layers, prepared)]
+
+
+def _together(layer: DeftLayer, factors: list[Factors]) -> list[Factors]:
+    """Factors in the compute dtype from those in the masters', each B as the layer's combination makes it."""
+    K = []
+    for f, name, strength in zip(factors, layer.active, layer._scales[1]):
+        method = layer.configs[name].method
+        K.append(None if method == "lora" else (torch.relu(f.B) if method == "relu" else f.B) * strength)
+    B = combined([f.B for f in factors], K, layer.combination)
+    dtype = compute_dtype(layer.base_layer.weight)
+    return [Factors(*(t if t is None else t.to(dtype) for t in f._replace(B=b))) for f, b in zip(factors, B)]
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -422,9 +501,9 @@ class DeftLinear(DeftLayer):
         return is_conv1d(base) or type(base).forward is nn.Linear.forward
 
     def _removed(self, K: Tensor) -> Tensor:
+        removed = super()._removed(K)
         if self.pristine_weight() is not None:
-            return super()._removed(K)
-        removed = self._removed_by_output(K) if self.read_weight() is None else super()._removed(K)
+            return removed
         with torch.no_grad():
             own = torch.Generator().manual_seed(0)  # the caller's seed draws the same P on any base
             x = torch.randn(PROBED, self.shape[1], generator=own).to(K.device, self._input_dtype())
@@ -441,7 +520,7 @@ class DeftLinear(DeftLayer):
         return removed
 
     def _removed_by_output(self, K: Tensor) -> Tensor:
-        """K^T W through the layer itself: the gradient of its output along K's columns."""
+        # through the layer itself: the gradient of its output along K's columns
         with torch.enable_grad():
             x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=self._input_dtype())
             y = self.base_layer(x.requires_grad_())
@@ -465,12 +544,7 @@ class DeftLinear(DeftLayer):
             self._check_dtype(x)
             y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
-            y = self.base_layer(x, *args, **kwargs)
-            if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
-                raise RuntimeError(
-                    f"the base layer, {self.base_layer}, passes no gradient on to its input, so that nothing before it can "
-                    "be trained: quantise its weight alone, not its activations"
-                )
+            y = self._base_output(x, args, kwargs)
             if K is not None or R is not None:
                 B, K, R = (None if t is None else t.to(y.dtype) for t in (B, K, R))
                 y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B, K, R)
@@ -480,6 +554,31 @@ class DeftLinear(DeftLayer):
                     h = F.linear(F.dropout(x, self.dropout(name)), f.R.to(x.dtype))
                     y = y + F.linear(h, f.B.to(x.dtype)).to(y.dtype)
         return y
+
+    def _base_output(self, x: Tensor, args, kwargs) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            raise RuntimeError(
+                f"the base layer, {self.base_layer}, passes no gradient on to its input, so that nothing before it can be "
+                "trained: quantise its weight alone, not its activations"
+            )
+        return y
+
+    def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        index, weight = self._route(x)
+        y = self._base_output(autocast(x), args, kwargs)
+        (m, n), batch = self.shape, x.shape[0]
+        B, A, K, R = (None if t is None else t.to(y.dtype)[index] for t in (stacked(factors, role, n) for role in "BAKR"))
+        rows, plain = x.to(y.dtype).reshape(batch, -1, n), y.reshape(batch, -1, m)
+        h = []
+        if A is not None:
+            h.append(rows @ A.mT)
+        if R is not None:
+            h.append(self._dropped(rows, index) @ R.mT)
+        if K is not None:
+            h.append(-(plain if self.bias is None else plain - self.bias.to(y.dtype)) @ K)
+        h = sum(h) * weight.to(y.dtype)[:, None, None]
+        return torch.baddbmm(plain, h, B.mT).view(y.shape)
 
 
 class DeftConv2d(DeftLayer):
@@ -543,6 +642,27 @@ class DeftConv2d(DeftLayer):
             for f, name in zip(factors, self.active):
                 if f.R is not None:
                     y = y + expand(inject(F.dropout(padded, self.dropout(name)), f.R), f.B).to(y.dtype)
+        return y if batched else y[0]
+
+    def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
+        base, batched = self.base_layer, x.dim() == 4
+        x = autocast(x if batched else x[None])
+        index, weight = self._route(x)
+        y = base(x)
+        padded, padding = self._pad(x)
+        geometry = (base.stride, padding, base.dilation)
+        # all adapters' products, of which each sample keeps its own
+        B, A, K, R = (beside(factors, role, self.shape[1]) for role in "BAKR")
+        h = []
+        for thin, z in ((A, padded), (R, self._dropped(padded, index))):
+            if thin is not None:
+                h.append(F.conv2d(z.to(y.dtype), thin.to(y.dtype).reshape(-1, *base.weight.shape[1:]), None, *geometry))
+        if K is not None:
+            plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
+            h.append(-F.conv2d(plain, K.to(y.dtype).t()[:, :, None, None]))
+        owner = torch.cat([torch.full((f.B.shape[1],), i, device=index.device) for i, f in enumerate(factors)])
+        kept = ((index[:, None] == owner) * weight[:, None]).to(y.dtype)
+        y = y + F.conv2d(sum(h) * kept[:, :, None, None], B.to(y.dtype)[:, :, None, None])
         return y if batched else y[0]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

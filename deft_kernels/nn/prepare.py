@@ -47,6 +47,52 @@ def beside(factors: list[Factors], role: str, n: int) -> Tensor | None:
     return torch.cat([z if part is None else part for part, z in zip(parts, zeros)], dim)
 
 
+def stacked(factors: list[Factors], role: str, n: int) -> Tensor | None:
+    """The B, A, K or R of several adapters on one layer in one (adapters + 1, ...) tensor, ranks padded with zeros, the last
+    entry all zeros: no adapter. None where none has one."""
+    parts = [getattr(f, role) for f in factors]
+    if all(part is None for part in parts):
+        return None
+    m, r = factors[0].B.shape[0], max(f.B.shape[1] for f in factors)
+    out = factors[0].B.new_zeros(len(parts) + 1, *((m, r) if role in "BK" else (r, n)))
+    for i, part in enumerate(parts):
+        if part is not None:
+            out[i, : part.shape[0], : part.shape[1]] = part
+    return out
+
+
+COMBINATIONS = ("sum", "sequential", "joint")
+
+
+def combined(B: list[Tensor], K: list[Tensor | None], how: str) -> list[Tensor]:
+    """The injection bases with which several adapters of one layer make W' = W + sum_i B'_i A_i, where every
+    A_i = s_i R_i - K_i^T W is from the pristine W. Whatever the combination, only B changes, by r x r couplings:
+
+        sum         B' = B
+        sequential  W_i = W_(i-1) + B_i (s_i R_i - K_i^T W_(i-1)): each removes from what those before it injected,
+                    B'_j = (I - B_k K_k^T) ... (I - B_(j+1) K_(j+1)^T) B_j
+        joint       PaRa: W' = W - Q Q^T W with Q = qr([B_1, B_2, ...]): B' = B (B^T B)^+, as Q Q^T = B (B^T B)^+ B^T.
+                    A direction that several share is removed once.
+
+    B: (m, r_i); K: (m, r_i) with strengths folded in, None where nothing is removed; float32 or float64. Differentiable.
+    """
+    if how == "sum" or len(B) == 1:
+        return B
+    with torch.autocast(B[0].device.type, enabled=False):
+        if how == "joint":
+            together = torch.cat(B, 1).double()  # B^T B squares B's condition: in float64 that costs nothing
+            # below the angle that B's rounding leaves, a direction is shared
+            shared = max((32 * torch.finfo(B[0].dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
+            inverse = torch.linalg.pinv(together.mT @ together, hermitian=True, rtol=shared)
+            return list((together @ inverse).to(B[0].dtype).split([b.shape[1] for b in B], 1))
+        out = []
+        for b, k in zip(B, K):
+            if k is not None:
+                out = [o - b @ (k.mT @ o) for o in out]
+            out.append(b)
+        return out
+
+
 def decompose(P: list[Tensor], methods: list[str]):
     """B and K (None for LoRA) of every P, all QRs in one call, and {i: (U, S, Vh)} of those taken by SVD."""
     qr = [i for i, method in enumerate(methods) if method == "qr"]
@@ -113,7 +159,7 @@ class Prepare(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         specs, L = ctx.specs, len(ctx.specs)
-        ctx.pending = None  # see Bank
+        ctx.pending = None
         injection, removal, *saved = ctx.saved_tensors
         P, B, R, W = (saved[i * L : (i + 1) * L] for i in range(4))
         svd = dict(zip(ctx.svd, zip(saved[4 * L :: 2], saved[4 * L + 1 :: 2])))
@@ -164,7 +210,7 @@ class Prepare(torch.autograd.Function):
         return None, dinjection, None, *dP, *dR, *[None] * L
 
 
-def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W) -> list[Factors]:
+def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W, pending=None) -> list[Factors]:
     """Factors of many adapters in one autograd node.
 
     Args:
@@ -172,7 +218,10 @@ def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W) -> l
         injection: (L,) factor on R: strength times alpha/r times sigmoid(gate). Differentiable.
         removal: (L,) factor on K: the strength alone.
         P: (m, r) each, float32 or float64; R: (r, n) or None; W: (m, n), or None in the activation form.
+        pending: anything that the node shall hold until its backward has run.
     """
     L = len(specs)
     flat = Prepare.apply(tuple(specs), injection, removal, *P, *R, *W)
+    if pending is not None and flat[0].grad_fn is not None:
+        flat[0].grad_fn.pending = pending
     return [Factors(*flat[i::L]) for i in range(L)]

@@ -1,13 +1,19 @@
 """diffusers' own denoisers and transformers' text encoder, small, adapted whole."""
 
+import dataclasses
+import gc
+import resource
+from pathlib import Path
+
 import pytest
 import torch
-from common import gradients
+from common import CONFIGS, gradients
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import deft_kernels as dk
 from deft_kernels.adapters.inject import match_targets
+from deft_kernels.nn import DeftLayer
 
 
 def sdxl_like():
@@ -116,3 +122,67 @@ def test_compiled_whole(case):
     y = run(compiled)
     y.square().mean().backward()
     torch.testing.assert_close((y.detach(), gradients(model)), expected, rtol=1e-4, atol=1e-6)
+
+
+def memory() -> tuple[int, int]:
+    """Resident bytes of this process, and tensors alive in it."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize(), sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+
+
+def test_a_servers_thousand_swaps(tmp_path, monkeypatch):
+    """A compiled, merged denoiser serves twenty adapters in random order, half of them from files: no recompilation, no
+    weight moved, every bit as if freshly loaded, no memory lost, the base back to the bit."""
+    unet, run = sdxl_like()
+    unet.eval()
+    plain = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    fresh, methods = {}, ("qr", "relu", "para", "lora", "qr-gate-alpha")
+    for i in range(20):
+        config = dataclasses.replace(CONFIGS[methods[i % 5]], r=1 + i % 4, init_weights=False)
+        if i % 3 == 0:
+            config.target_modules = ["to_q", "to_v"]  # fewer layers than others
+        name = f"a{i}" if i < 10 else str(tmp_path / f"a{i}")
+        dk.inject_adapter(unet, config, "made")
+        dk.save_adapter(unet, tmp_path / f"a{i}", "made")
+        dk.eject(unet)
+        dk.load_adapter(unet, tmp_path / f"a{i}")
+        dk.merge(unet)
+        fresh[name] = {
+            k.replace("base_layer.", ""): p.detach().clone() for k, p in unet.named_parameters() if ".deft_" not in k
+        }
+        dk.eject(unet)
+
+    dk.load_adapter(unet, tmp_path / "a1", "a1")
+    for i in range(10):
+        if i != 1:
+            dk.load_adapter(unet, tmp_path / f"a{i}", f"a{i}")
+    dk.merge(unet, "a1")
+    weights = {k.replace("base_layer.", ""): p for k, p in unet.named_parameters() if ".deft_" not in k}
+    where = {name: p.data_ptr() for name, p in weights.items()}
+    compiled = torch.compile(unet, fullgraph=True, backend="aot_eager")
+    outputs, warmed = {}, None
+    order = torch.randint(20, (1000,), generator=torch.Generator().manual_seed(0)).tolist()
+    started = [0]
+    monkeypatch.setattr(DeftLayer, "_start", lambda *args: started.append(1))  # no first values are drawn on the way
+    random = torch.get_rng_state()
+    with torch.no_grad():
+        run(compiled)
+        torch._dynamo.utils.counters.clear()
+        for step, choice in enumerate(order):
+            name = list(fresh)[choice]
+            dk.hotswap(unet, name)
+            assert all(torch.equal(p, fresh[name][k]) for k, p in weights.items()), (step, name)
+            if step % 10 == 0:
+                y = run(compiled)
+                assert torch.equal(y, outputs.setdefault(name, y))
+            if step == 200:
+                warmed = memory()
+    counters = torch._dynamo.utils.counters
+    assert not counters["recompiles"] and not counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    assert started == [0] and torch.equal(torch.get_rng_state(), random)
+    assert {name: p.data_ptr() for name, p in weights.items()} == where
+    resident, tensors = memory()
+    assert tensors <= warmed[1] + 200 and resident <= warmed[0] + 8 * 2**20, (warmed, resident, tensors)
+    dk.unmerge(unet)
+    assert all(torch.equal(p, plain[k]) for k, p in weights.items())

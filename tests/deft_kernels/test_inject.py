@@ -191,6 +191,9 @@ def test_bad_models_and_names():
     assert fingerprint(model)[0] == before and all(p.requires_grad for p in model.parameters())
     with pytest.raises(ValueError, match="without dots"):
         dk.inject_adapter(small_model(), dk.DeftConfig(r=2), "a.b")
+    for name in ("keys", "training", "_modules"):
+        with pytest.raises(ValueError, match=f"'{name}' is an attribute"):
+            dk.inject_adapter(small_model(), dk.DeftConfig(r=2), name)
     with pytest.raises(TypeError, match=r"the model itself is a Linear"):
         dk.inject_adapter(nn.Linear(4, 4), dk.DeftConfig(r=2, target_modules="all-linear"))
     with pytest.raises(TypeError, match=r"grouped: DeftConv2d does not adapt grouped|matches grouped, a Conv2d"):

@@ -188,6 +188,25 @@ def test_every_result_is_that_of_the_dequantised_layer(kind, dtype, training):
             assert distance(found[key], expected[key]) <= allowed, (method, key)
 
 
+@pytest.mark.parametrize("kind", ["bnb-nf4-double", "torchao-int8", "gguf-Q4_K"])
+def test_several_adapters_and_one_for_each_sample(kind):
+    base, x = make(kind), torch.randn(3, T, N)
+    packed, plain = (nn.ModuleDict({"to_q": b}) for b in (base, with_weight(base, true_weight(base))))
+    for model in (packed, plain):
+        for name, config in (("a", dk.DeftConfig(r=3)), ("b", dk.DeftConfig(r=4, para=True)), ("c", dk.LoraConfig(r=2))):
+            config.target_modules, config.init_weights = ["to_q"], False
+            dk.inject_adapter(model, config, name)
+    plain.load_state_dict({k: v for k, v in packed.state_dict().items() if "deft" in k}, strict=False)
+    x64 = x.double()
+    for use in (
+        lambda model: dk.set_adapters(model, ["a", "b", "c"], [0.5, -1, 2]),
+        lambda model: dk.set_adapters(model, ["a", "b"], combine="sequential"),
+        lambda model: dk.route_adapters(model, ["c", "base", "a"]),
+    ):
+        use(packed), use(plain)
+        assert distance(packed["to_q"](x), plain["to_q"](x64)) < 1e-6  # float32
+
+
 def test_a_small_gradient_beside_a_large_bias():
     """K's gradient passes through the base layer, whose bias is added to it and taken off again."""
     base = Opaque(N, M).requires_grad_(False)
