@@ -84,8 +84,6 @@ class _Bitsandbytes8bit(Quantised):
         self.base = base
         if any(t is None for t in self.tensors):
             raise ValueError("its 8-bit weight has lost its row scales (SCB), without which W cannot be had: load it again")
-        if self.tensors[0].data_ptr() != base.weight.data_ptr():  # a copied layer has its codes twice until it is called
-            base.weight.data = self.tensors[0]
 
     @property
     def tensors(self):
