@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftConv2d
+from ..nn.quantised import quantised
 from .inject import adaptable, attach, match_targets, outer_modules, require_layers, wrap
 
 CONFIG_NAME = "adapter_config.json"
@@ -34,6 +35,7 @@ UNDERSTOOD = set(
 )
 INITIALISATIONS = (True, False, "gaussian", None)  # of a LoRA; the others change the base weights as well
 OTHER_BASE = 0.005  # relative distance of fingerprints; half-precision copies of one base differ by 0.001
+OTHER_QUANTISATION = 0.25  # of one base quantised in two ways: nf4 is 0.09 away from what it was made of
 SKETCHED, SAMPLED = 16, 16  # layers of a fingerprint, and weights of each
 
 
@@ -202,7 +204,7 @@ def _some(names: list[str], limit: int = 8) -> str:
 
 def _to_peft(config: DeftConfig, model: nn.Module, names: list[str]) -> dict:
     written = {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": str(getattr(getattr(model, "config", None), "_name_or_path", None) or "") or None,
         "r": config.r,
         "target_modules": names if config.target_modules is None else config.target_modules,
         "exclude_modules": config.exclude_modules,
@@ -264,42 +266,73 @@ def _from_peft(raw: dict, file: Path) -> DeftConfig:
 
 def base_fingerprint(layers: dict[str, nn.Module]) -> str | None:
     """A sketch of base weights that survives a change of dtype, as JSON: a few weights of each of a few layers, spread
-    evenly. None where no layer holds a dense weight."""
-    names = [name for name in sorted(layers) if _sample(layers[name]) is not None]
+    evenly; those of a quantised layer under the name of its type. None where no layer's weight can be read."""
+    names = [name for name in sorted(layers) if _is_readable(layers[name])]
     if len(names) > SKETCHED:
         names = [names[i * len(names) // SKETCHED] for i in range(SKETCHED)]
-    return json.dumps({name: _sample(layers[name]).tolist() for name in names}) if names else None
+    return json.dumps({name: _sketch(layers[name]) for name in names}) if names else None
 
 
-def _sample(layer: nn.Module) -> Tensor | None:
-    """Weights spread evenly over a layer's pristine weight, float32; None without a dense one."""
+def _dense(layer: nn.Module) -> Tensor | None:
     pristine = getattr(layer, "_pristine", None)
-    weight = layer.weight if pristine is None else pristine
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
-        return None
+    weight = pristine if isinstance(pristine, Tensor) else layer.weight
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    return weight if plain else None
+
+
+def _is_readable(layer: nn.Module) -> bool:
+    return _dense(layer) is not None or quantised(getattr(layer, "base_layer", layer)) is not None
+
+
+def _sketch(layer: nn.Module) -> list[float] | dict[str, list[float]] | None:
+    """Weights spread evenly over a layer's pristine weight, float32, by the name of its type where that is quantised; None
+    where the weight cannot be read."""
+    weight, held = _dense(layer), None
+    if weight is None:
+        held = quantised(getattr(layer, "base_layer", layer))
+        weight = None if held is None else held.dequantise(getattr(layer, "_pristine", None))
+        if weight is None:
+            return None
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, SAMPLED, dtype=torch.float64).long().to(flat.device)
-    return flat[index].float().cpu()
+    values = flat[index].float().cpu().tolist()
+    return values if held is None else {held.name: values}
+
+
+def _unfold(sketch) -> tuple[str, Tensor]:
+    """The type ("" where dense) and the weights of a sketch."""
+    ((kind, values),) = sketch.items() if isinstance(sketch, dict) else [("", sketch)]
+    return kind, torch.tensor(values, dtype=torch.float32)
 
 
 def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], any_base: bool) -> None:
     if recorded is None:
         return
     try:
-        made = {name: torch.tensor(values, dtype=torch.float32) for name, values in json.loads(recorded).items()}
+        made = {name: _unfold(sketch) for name, sketch in json.loads(recorded).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: its base_fingerprint cannot be read: {error}") from None
-    here = {name: _sample(layers[name]) for name in made if name in layers}
-    pairs = [(made[name], s) for name, s in here.items() if s is not None and s.shape == made[name].shape]
+    here = {name: _sketch(layers[name]) for name in made if name in layers}
+    here = {name: _unfold(sketch) for name, sketch in here.items() if sketch is not None}
+    pairs = [(made[name], now) for name, now in here.items() if now[1].shape == made[name][1].shape]
     if not pairs:
         return
-    then, now = (torch.cat(side) for side in zip(*pairs))
+    then, now = (torch.cat([values for _, values in side]) for side in zip(*pairs))
+    kinds = [", ".join(sorted({kind or "dense" for kind, _ in side})) for side in zip(*pairs)]
     distance = float((now - then).norm() / then.norm().clamp_min(1e-12))
-    if not distance <= OTHER_BASE:  # not-a-number too
-        message = f"{file}: this adapter was made for another base model (weights differ by {distance:.1%})"
-        if not any_base:
-            raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
-        warnings.warn(message, stacklevel=4)
+    if distance <= OTHER_BASE:
+        return
+    if kinds[0] != kinds[1] and distance <= OTHER_QUANTISATION:
+        warnings.warn(
+            f"{file}: this adapter was made for {kinds[0]} base weights, and these are {kinds[1]}, which differ by "
+            f"{distance:.1%}: by their rounding, if they are of one base",
+            stacklevel=4,
+        )
+        return
+    message = f"{file}: this adapter was made for another base model (weights differ by {distance:.1%})"  # or by nan
+    if not any_base:
+        raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
+    warnings.warn(message, stacklevel=4)
 
 
 def replace_file(path: Path, content: bytes) -> None:
