@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftConv2d
+from ..nn.quantised import quantised
 from .inject import adaptable, attach, match_targets, outer_modules, require_layers, wrap
 
 CONFIG_NAME = "adapter_config.json"
@@ -40,6 +41,7 @@ SWITCHES = ("para", "gate", "init_weights", "use_rslora")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 INITIALISATIONS = (True, False, "gaussian", None)  # of a LoRA; the others change the base weights as well
 OTHER_BASE = 0.005  # relative distance of fingerprints; half-precision copies of one base differ by 0.001
+OTHER_QUANTISATION = 0.25  # of one base quantised in two ways: nf4 is 0.09 away from what it was made of
 SKETCHED, SAMPLED = 16, 16  # layers of a fingerprint, and weights of each
 
 
@@ -91,7 +93,7 @@ def describe(model: nn.Module, adapter_name: str) -> tuple[dict, str | None]:
     """An adapter's configuration in PEFT's words, and the fingerprint of its base."""
     layers = {k: v for k, v in require_layers(model, [adapter_name]).items() if adapter_name in v.configs}
     config = next(layer.configs[adapter_name] for layer in layers.values())
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    base = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "") or None
     written = to_peft(config, {name: layer.rank(adapter_name) for name, layer in layers.items()}, base)
     return written, base_fingerprint(layers)
 
@@ -392,47 +394,78 @@ def commonest(ranks: dict[str, int]) -> int:
 
 def base_fingerprint(layers: dict[str, nn.Module]) -> str | None:
     """A sketch of base weights that survives a change of dtype, as JSON: a few weights of each of a few layers, spread
-    evenly. None where no layer holds a dense weight."""
-    names = [name for name in sorted(layers) if _sample(layers[name]) is not None]
+    evenly; those of a quantised layer under the name of its type. None where no layer's weight can be read."""
+    names = [name for name in sorted(layers) if _is_readable(layers[name])]
     if len(names) > SKETCHED:
         names = [names[i * len(names) // SKETCHED] for i in range(SKETCHED)]
-    return json.dumps({name: _sample(layers[name]).tolist() for name in names}) if names else None
+    return json.dumps({name: _sketch(layers[name]) for name in names}) if names else None
 
 
-def _sample(layer: nn.Module) -> Tensor | None:
-    """Weights spread evenly over a layer's pristine weight, float32; None without a dense one."""
+def _dense(layer: nn.Module) -> Tensor | None:
     pristine = getattr(layer, "_pristine", None)
-    weight = layer.weight if pristine is None else pristine
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
-        return None
+    weight = pristine if isinstance(pristine, Tensor) else layer.weight
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    return weight if plain else None
+
+
+def _is_readable(layer: nn.Module) -> bool:
+    return _dense(layer) is not None or quantised(getattr(layer, "base_layer", layer)) is not None
+
+
+def _sketch(layer: nn.Module) -> list[float] | dict[str, list[float]] | None:
+    """Weights spread evenly over a layer's pristine weight, float32, by the name of its type where that is quantised; None
+    where the weight cannot be read."""
+    weight, held = _dense(layer), None
+    if weight is None:
+        held = quantised(getattr(layer, "base_layer", layer))
+        weight = None if held is None else held.dequantise(getattr(layer, "_pristine", None))
+        if weight is None:
+            return None
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, SAMPLED, dtype=torch.float64).long().to(flat.device)
-    return flat[index].float().cpu()
+    values = flat[index].float().cpu().tolist()
+    return values if held is None else {held.name: values}
+
+
+def _unfold(sketch) -> tuple[str, Tensor]:
+    """The type ("" where dense) and the weights of a sketch."""
+    ((kind, values),) = sketch.items() if isinstance(sketch, dict) else [("", sketch)]
+    return kind, torch.tensor(values, dtype=torch.float32)
 
 
 def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], any_base: bool) -> None:
     if recorded is None:
         return
     try:
-        made = {name: torch.tensor(values, dtype=torch.float32) for name, values in json.loads(recorded).items()}
+        made = {name: _unfold(sketch) for name, sketch in json.loads(recorded).items()}
     except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{file}: its base_fingerprint cannot be read: {error}") from None
-    here = {name: _sample(layers[name]) for name in made if name in layers}
-    pairs = [(name, made[name], s) for name, s in here.items() if s is not None and s.shape == made[name].shape]
+    here = {name: _sketch(layers[name]) for name in made if name in layers}
+    here = {name: _unfold(sketch) for name, sketch in here.items() if sketch is not None}
+    pairs = {name: (made[name], now) for name, now in here.items() if now[1].shape == made[name][1].shape}
     if not pairs:
         return
-    then, now = (torch.cat(side) for side in list(zip(*pairs))[1:])
+    then, now = (torch.cat([values for _, values in side]) for side in zip(*pairs.values()))
+    kinds = [", ".join(sorted({kind or "dense" for kind, _ in side})) for side in zip(*pairs.values())]
     distance = float((now - then).norm() / then.norm().clamp_min(1e-12))
-    if not distance <= OTHER_BASE:  # not-a-number too
-        name, *both = max(pairs, key=lambda pair: float((pair[1] - pair[2]).norm()))
-        first = ["[" + ", ".join(f"{v:.4g}" for v in values[:3].tolist()) + ", …]" for values in both]
-        message = (
-            f"{file}: this adapter was made for another base model (weights differ by {distance:.1%}: {name} begins with "
-            f"{first[0]} in the file's fingerprint and with {first[1]} here)"
+    if distance <= OTHER_BASE:
+        return
+    if kinds[0] != kinds[1] and distance <= OTHER_QUANTISATION:
+        warnings.warn(
+            f"{file}: this adapter was made for {kinds[0]} base weights, and these are {kinds[1]}, which differ by "
+            f"{distance:.1%}: by their rounding, if they are of one base",
+            stacklevel=5,
         )
-        if not any_base:
-            raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
-        warnings.warn(message, stacklevel=5)
+        return
+    name, both = max(pairs.items(), key=lambda pair: float((pair[1][0][1] - pair[1][1][1]).norm()))
+    first = ["[" + ", ".join(f"{v:.4g}" for v in values[:3].tolist()) + ", …]" for _, values in both]
+    message = (  # of a distance that is not a number, too
+        f"{file}: this adapter was made for another base model (weights differ by {distance:.1%}: {name} begins with "
+        f"{first[0]} in the file's fingerprint and with {first[1]} here)"
+    )
+    if not any_base:
+        raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
+    warnings.warn(message, stacklevel=5)
 
 
 def replace_file(path: Path, content: bytes) -> None:

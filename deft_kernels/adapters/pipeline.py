@@ -176,9 +176,9 @@ def load_adapter(
 
 
 @functools.wraps(merging.hotswap)
-def hotswap(model, path_or_name, weight: float = 1.0) -> None:
+def hotswap(model, path_or_name, *args, **kwargs) -> None:
     known = any(path_or_name in names for names in list_adapters(model).values())
-    merging.hotswap(as_model(model), path_or_name if known else read(model, locate(path_or_name)), weight)
+    merging.hotswap(as_model(model), path_or_name if known else read(model, locate(path_or_name)), *args, **kwargs)
 
 
 def _weights_file(path: Path) -> Path | None:

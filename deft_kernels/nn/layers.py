@@ -14,8 +14,11 @@ from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
 from .prepare import Factors, Spec, beside, combined, decompose, prepare, stacked
+from .quantised import hold, is_hooked, quantised
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
+PROBED = 16  # rows through a layer whose weight is not dense, to see whether it acts as that weight
+NOT_ITS_WEIGHT = 0.1  # relative distance at which it does not: 8-bit activations are 0.01 apart
 
 
 class Routes(NamedTuple):
@@ -66,7 +69,9 @@ class DeftLayer(nn.Module):
         self.routes: Routes | None = None  # instead of all active ones on every sample
         self.is_merged = False  # the model is: forwards go to the base layer, whatever is active here
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
-        self._pristine: Tensor | None = None  # the base weight as it was before the merge
+        # the base weight as it was before the merge; of a quantised one, all its tensors
+        self._pristine: Tensor | list[Tensor] | None = None
+        self.start_deviation = 0.0  # how far the base layer is from acting as the weight that the start was taken from
         self._merged_version: int | None = None
         self.tokens: int | None = None  # rows of the last input: what the bank chooses the form from
         self._by_activation = False  # the form that the bank prepares for
@@ -128,7 +133,7 @@ class DeftLayer(nn.Module):
             and weight.is_floating_point()
             and not weight.is_meta
             and self.forward_is_plain(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or hooked(base))
+            and not is_hooked(base)
         )
         return self.matrix(weight.detach()) if plain else None
 
@@ -143,7 +148,16 @@ class DeftLayer(nn.Module):
 
     def pristine_weight(self) -> Tensor | None:
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
-        return self.dense_weight() if self._pristine is None else self.matrix(self._pristine)
+        return self.matrix(self._pristine) if isinstance(self._pristine, Tensor) else self.dense_weight()
+
+    def read_weight(self) -> Tensor | None:
+        """`pristine_weight`, or the W (m, n) that a quantised base layer stands for, float32, dequantised at each call; None
+        where neither can be had. ValueError for a quantised weight that lacks a part."""
+        W = self.pristine_weight()
+        if W is None and not is_hooked(self.base_layer):
+            held = quantised(self.base_layer)
+            W = None if held is None else held.dequantise(self._pristine)
+        return W
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -155,6 +169,7 @@ class DeftLayer(nn.Module):
         says whether its parameters require grad once it is active."""
         if name in self.configs:
             raise ValueError(f"adapter {name!r} exists already on this layer")
+        hold(self.base_layer)
         m, n = self.shape
         r = config.r if isinstance(config, LoraConfig) else min(config.r, m)  # a projector's rank is at most m
         device = self.device
@@ -191,11 +206,15 @@ class DeftLayer(nn.Module):
 
     def _removed(self, K: Tensor) -> Tensor:
         """K^T W (r, n)."""
-        W = self.pristine_weight()
+        W = self.read_weight()
         if W is None:
-            raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
+            return self._removed_by_output(K)
         one = torch.ones(1, device=K.device)
         return -torch.ops.deft_kernels.project([K], [W], [None], one, one)[0]
+
+    def _removed_by_output(self, K: Tensor) -> Tensor:
+        """K^T W where W cannot be read."""
+        raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters here: "P", "R" and "gate", those that it has; empty for an adapter not on this layer."""
@@ -376,12 +395,13 @@ class DeftLayer(nn.Module):
         keep = 1 - torch.tensor([*rates, 0.0], device=x.device)[index].view(-1, *[1] * (x.dim() - 1))
         return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
 
-    def _base_output(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def _base_output(self, x: Tensor, args=(), kwargs=None) -> tuple[Tensor, Tensor | None]:
         """The base layer's output for x (N, ...), and its bias (m,), which a hooked layer shows by its answer to a sample of
         zeros (with the others, since each call may load the weight)."""
-        if self.bias is None or not hooked(self.base_layer):
-            return self.base_layer(x, *args, **kwargs), self.bias
-        y = self.base_layer(torch.cat([x, x.new_zeros(1, *x.shape[1:])]), *args, **kwargs)
+        whole = self.bias is None or not hooked(self.base_layer)
+        y = self.base_layer(x if whole else torch.cat([x, x.new_zeros(1, *x.shape[1:])]), *args, **(kwargs or {}))
+        if whole:
+            return y, self.bias
         return y[:-1], y[-1].reshape(self.shape[0], -1)[:, 0]
 
     def _check_dtype(self, x: Tensor) -> None:
@@ -477,9 +497,12 @@ def _together(layer: DeftLayer, factors: list[Factors]) -> list[Factors]:
 
 
 def compute_dtype(weight: Tensor, device: str) -> torch.dtype:
-    """Autocast's dtype where it is on for this kind of device, else the weight's own (float32 for integer storage)."""
+    """Autocast's dtype where it is on for this kind of device, else the weight's own (float32 for integer storage, and for
+    bitsandbytes' 4 bits, which may be stored as any type)."""
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
+    if hasattr(weight, "quant_state"):
+        return torch.float32
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
 
@@ -532,18 +555,34 @@ class DeftLinear(DeftLayer):
         return is_conv1d(base) or type(base).forward is nn.Linear.forward
 
     def _removed(self, K: Tensor) -> Tensor:
+        removed = super()._removed(K)
         if self.pristine_weight() is not None:
-            return super()._removed(K)
-        # K^T W through the layer itself: the gradient of its output along K's columns
+            return removed
+        with torch.no_grad():
+            own = torch.Generator().manual_seed(0)  # the caller's seed draws the same P on any base
+            x = torch.randn(PROBED, self.shape[1], generator=own).to(K.device, self._input_dtype(K.device))
+            y, bias = self._base_output(x)
+            through = (y.float() if bias is None else y.float() - bias.float()) @ K.float()
+            expected = x.float() @ removed.float().t()
+            self.start_deviation = float((through - expected).norm() / expected.norm().clamp_min(1e-30))
+        if not self.start_deviation <= NOT_ITS_WEIGHT:
+            raise ValueError(
+                f"the output of {self.base_layer} is {self.start_deviation:.0%} away from the product with the weight that "
+                "it holds, so that the start cannot be the identity: load its weight again, or start at random "
+                "(init_weights=False)"
+            )
+        return removed
+
+    def _removed_by_output(self, K: Tensor) -> Tensor:
+        # through the layer itself: the gradient of its output along K's columns
         with torch.enable_grad():
-            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=compute_dtype(self.weight, K.device.type))
+            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=self._input_dtype(K.device))
             y = self.base_layer(x.requires_grad_())
             return torch.autograd.grad(y, x, K.t().to(y.dtype))[0].to(K.dtype)
 
-    def _base_output(self, x: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
-        rows = x.reshape(-1, x.shape[-1]) if hooked(self.base_layer) else x
-        y, bias = super()._base_output(rows, *args, **kwargs)
-        return y.reshape(*x.shape[:-1], -1), bias
+    def _input_dtype(self, device: torch.device) -> torch.dtype:
+        """What the base layer takes: GGUF's say."""
+        return getattr(self.base_layer, "compute_dtype", None) or compute_dtype(self.weight, device.type)
 
     def _rows(self, x: Tensor) -> int:
         return x.numel() // max(x.shape[-1], 1)
@@ -559,7 +598,7 @@ class DeftLinear(DeftLayer):
             self._check_dtype(x)
             y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
-            y, bias = self._base_output(x, *args, **kwargs)
+            y, bias = self._base_output(x, args, kwargs)
             if K is not None or R is not None:
                 B, K, R = (None if t is None else t.to(y.dtype) for t in (B, K, R))
                 y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, bias, B, K, R)
@@ -570,9 +609,19 @@ class DeftLinear(DeftLayer):
                     y = y + F.linear(h, f.B.to(x.dtype)).to(y.dtype)
         return y
 
+    def _base_output(self, x: Tensor, args=(), kwargs=None) -> tuple[Tensor, Tensor | None]:
+        rows = x.reshape(-1, x.shape[-1]) if hooked(self.base_layer) else x
+        y, bias = super()._base_output(rows, args, kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            raise RuntimeError(
+                f"the base layer, {self.base_layer}, passes no gradient on to its input, so that nothing before it can be "
+                "trained: quantise its weight alone, not its activations"
+            )
+        return y.reshape(*x.shape[:-1], -1), bias
+
     def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         index, weight = self._route(x)
-        y, bias = self._base_output(autocast(x), *args, **kwargs)
+        y, bias = self._base_output(autocast(x), args, kwargs)
         (m, n), batch = self.shape, x.shape[0]
         B, A, K, R = (None if t is None else t.to(y.dtype)[index] for t in (stacked(factors, role, n) for role in "BAKR"))
         rows, plain = x.to(y.dtype).reshape(batch, -1, n), y.reshape(batch, -1, m)
