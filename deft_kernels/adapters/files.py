@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftConv2d
-from .inject import adaptable, attach, match_targets, outer_modules, require_layers, wrap
+from .inject import (
+    adaptable,
+    adapted_layers,
+    attach,
+    delete_adapter,
+    eject,
+    match_targets,
+    outer_modules,
+    require_layers,
+    wrap,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -129,6 +139,28 @@ def load_adapter(
 def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = False, activate: bool = True):
     """Put an adapter that `read_adapter` has checked on the model."""
     return attach(model, loaded.config, adapter_name, list(loaded.tensors), loaded.tensors, trainable, activate)
+
+
+def attach_all(jobs: list[tuple[nn.Module, Adapter, str]], trainable: bool = False, activate: bool = True):
+    """`attach_adapter` for several (model, adapter, name): all of them, or, where one fails, none, with what was active
+    before active again. Returns the names of the layers of each."""
+    before = [(model, {k: dict(v.strengths) for k, v in adapted_layers(model).items()}) for model, _, _ in jobs]
+    names, done = [], []
+    try:
+        for model, adapter, name in jobs:
+            names.append(attach_adapter(model, adapter, name, trainable, activate))
+            done.append((model, name))
+    except BaseException:
+        for model, name in done:
+            delete_adapter(model, name)
+        for model, strengths in before:
+            layers = adapted_layers(model)
+            if layers and not strengths:
+                eject(model)
+            for key, layer in layers.items():
+                layer.set_adapters(strengths.get(key, {}))
+        raise
+    return names
 
 
 def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False) -> Adapter:

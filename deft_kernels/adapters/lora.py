@@ -20,7 +20,7 @@ from .files import (
     CONFIG_NAME,
     PREFIX,
     Adapter,
-    attach_adapter,
+    attach_all,
     base_fingerprint,
     checked,
     commonest,
@@ -37,7 +37,7 @@ from .files import (
     to_peft,
     write_adapter,
 )
-from .inject import adaptable, adapted_layers, delete_adapter, named_weights, outer_modules, require_layers, wrap
+from .inject import adaptable, adapted_layers, named_weights, outer_modules, require_layers, wrap
 from .kohya import is_fused, is_sdxl, kohya_names, kohya_prefix
 from .merge import _check_finite, _factors, _spread
 from .pipeline import components
@@ -365,17 +365,8 @@ def import_lora(
     """
     parts = components(model)
     loaded = read_lora(model, file)
-    names, done = [], []
-    try:
-        for key, adapter in loaded.items():
-            attached = attach_adapter(parts[key], adapter, adapter_name, trainable, activate)
-            done.append(parts[key])
-            names += [_dotted(key, name) for name in attached]
-    except BaseException:
-        for part in done:
-            delete_adapter(part, adapter_name)
-        raise
-    return names
+    attached = attach_all([(parts[key], adapter, adapter_name) for key, adapter in loaded.items()], trainable, activate)
+    return [_dotted(key, name) for key, names in zip(loaded, attached) for name in names]
 
 
 def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:
