@@ -214,14 +214,15 @@ def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: st
     return Adapter(config, tensors)
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; without `tensors`, the metadata alone. Errors name the file."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: expected a folder with {WEIGHTS_NAME}, or a safetensors file")
     try:
         with safe_open(file, "pt") as opened:  # memory-mapped
-            keys = opened.keys()
+            keys = opened.keys() if tensors else ()
             return {key: opened.get_tensor(key) for key in keys}, dict(opened.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or corrupt?): {error}") from None
@@ -250,7 +251,7 @@ def peft_type(path: Path) -> str | None:
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
         return None
-    metadata = read_safetensors(file)[1]
+    metadata = read_safetensors(file, tensors=False)[1]
     named = file.name == WEIGHTS_NAME and (file.parent / CONFIG_NAME).is_file()
     return _read_config(file, metadata)[0].get("peft_type") if named or "adapter_config" in metadata else None
 

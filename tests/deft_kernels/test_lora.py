@@ -446,6 +446,10 @@ def test_values_that_are_not_finite_are_not_exported(tmp_path):
         next(p for n, p in model.named_parameters() if "deft_R" in n)[0, 0] = float("inf")
     with pytest.raises(ValueError, match="conv_in.deft_R.default has values that are not finite"):
         dk.export_lora(model, tmp_path / "x", format="peft")
+    with pytest.raises(TypeError, match="this is the adapted layer itself: .* give the model that holds it"):
+        dk.export_lora(model.conv_in, tmp_path / "x", format="peft")
+    with pytest.raises(ValueError, match=r"x.pt: LoRA files are written as .safetensors"):
+        dk.export_lora(model, tmp_path / "x.pt", format="kohya")
     with pytest.raises(ValueError, match="Model has no adapter: call deft_kernels.inject_adapter"):
         dk.export_lora(seeded_model(), tmp_path / "x", format="peft")
 
