@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import DeftConfig, LoraConfig
-from .files import FLOATS, Adapter, attach_adapter, checked, read_json, some
-from .inject import adaptable, delete_adapter, outer_modules, set_adapters, wrap
+from .files import FLOATS, Adapter, attach_all, checked, read_json, some
+from .inject import adaptable, outer_modules, set_adapters, wrap
 from .pipeline import components
 
 STATES = {
@@ -68,22 +68,11 @@ def import_reference(
         model is then as it was.
     """
     part = next(iter(components(model).values()))
-    loaded = {
-        adapter_name + suffix: _fitted(path, adapter, part)
-        for suffix, adapter in read_reference(path, decomposition_method).items()
-    }
-    names: list[str] = []
-    done: list[str] = []
-    try:
-        for name, adapter in loaded.items():
-            names += attach_adapter(part, adapter, name, trainable, activate=False)
-            done.append(name)
-        set_adapters(part, done)
-    except BaseException:
-        for name in done:
-            delete_adapter(part, name)
-        raise
-    return list(dict.fromkeys(names))
+    read = read_reference(path, decomposition_method)
+    jobs = [(part, _fitted(path, adapter, part), adapter_name + suffix) for suffix, adapter in read.items()]
+    attached = attach_all(jobs, trainable)
+    set_adapters(part, [name for _, _, name in jobs])
+    return list(dict.fromkeys(name for names in attached for name in names))
 
 
 def read_reference(path: str | os.PathLike, decomposition_method: str | None = None) -> dict[str, Adapter]:

@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftConv2d
 from ..nn.quantised import quantised
-from .inject import adaptable, attach, match_targets, outer_modules, require_layers, wrap
+from .inject import (
+    adaptable,
+    adapted_layers,
+    attach,
+    delete_adapter,
+    eject,
+    match_targets,
+    outer_modules,
+    require_layers,
+    wrap,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -119,6 +129,28 @@ def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = 
     return attach(model, loaded.config, adapter_name, list(loaded.tensors), loaded.tensors, trainable, activate)
 
 
+def attach_all(jobs: list[tuple[nn.Module, Adapter, str]], trainable: bool = False, activate: bool = True):
+    """`attach_adapter` for several (model, adapter, name): all of them, or, where one fails, none, with what was active
+    before active again. Returns the names of the layers of each."""
+    before = [(model, {k: dict(v.strengths) for k, v in adapted_layers(model).items()}) for model, _, _ in jobs]
+    names, done = [], []
+    try:
+        for model, adapter, name in jobs:
+            names.append(attach_adapter(model, adapter, name, trainable, activate))
+            done.append((model, name))
+    except BaseException:
+        for model, name in done:
+            delete_adapter(model, name)
+        for model, strengths in before:
+            layers = adapted_layers(model)
+            if layers and not strengths:
+                eject(model)
+            for key, layer in layers.items():
+                layer.set_adapters(strengths.get(key, {}))
+        raise
+    return names
+
+
 def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False, part: str = "") -> Adapter:
     """Read an adapter and check everything about it against the model, which is not touched; `part` is the prefix of its
     keys in a pipeline's file."""
@@ -176,14 +208,15 @@ def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: st
     return Adapter(config, tensors)
 
 
-def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; without `tensors`, the metadata alone. Errors name the file."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: expected a folder with {WEIGHTS_NAME}, or a safetensors file")
     try:
         with safe_open(file, "pt") as opened:  # memory-mapped
-            keys = opened.keys()
+            keys = opened.keys() if tensors else ()
             return {key: opened.get_tensor(key) for key in keys}, dict(opened.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or corrupt?): {error}") from None
@@ -213,7 +246,7 @@ def peft_type(path: Path) -> str | None:
     file = path / WEIGHTS_NAME if path.is_dir() else path
     if not file.is_file() or file.suffix != ".safetensors":
         return None
-    metadata = read_safetensors(file)[1]
+    metadata = read_safetensors(file, tensors=False)[1]
     named = file.name == WEIGHTS_NAME and (file.parent / CONFIG_NAME).is_file()
     return _read_config(file, metadata)[0].get("peft_type") if named or "adapter_config" in metadata else None
 

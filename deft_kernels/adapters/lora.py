@@ -20,7 +20,7 @@ from .files import (
     CONFIG_NAME,
     PREFIX,
     Adapter,
-    attach_adapter,
+    attach_all,
     base_fingerprint,
     checked,
     commonest,
@@ -37,7 +37,7 @@ from .files import (
     to_peft,
     write_adapter,
 )
-from .inject import adaptable, adapted_layers, delete_adapter, named_weights, outer_modules, require_layers, wrap
+from .inject import adaptable, adapted_layers, named_weights, outer_modules, require_layers, wrap
 from .kohya import is_fused, is_sdxl, kohya_names, kohya_prefix
 from .merge import _check_finite, _factors, _spread
 from .pipeline import components
@@ -63,7 +63,8 @@ def export_lora(
     dtype: torch.dtype = torch.float32,
     prefix: str | None = None,
 ) -> dict[str, float]:
-    """Write adapters as one LoRA, exactly: gate, alpha and strength are part of the factors, and alpha is the rank.
+    """Write adapters as one LoRA, exactly: gate, alpha and strength are part of the factors, and alpha is the rank
+    (in a Kohya file of ranks that differ, the commonest of them).
 
     The factors are taken from the pristine weights, merged or not. With DEFT and PaRa they depend on them: the file carries
     the fingerprint of its base.
@@ -87,7 +88,8 @@ def export_lora(
 
     Raises:
         ValueError: unknown adapter, format, dtype or rank, values that are not finite, a layer that the format has no name
-        for. RuntimeError: a merged layer whose pristine weight cannot be read. Nothing is then written.
+        for. TypeError: a layer instead of a model. RuntimeError: a merged layer whose pristine weight cannot be read.
+        Nothing is then written.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
@@ -95,6 +97,9 @@ def export_lora(
         raise ValueError(f"dtype {dtype}: expected float32, float16 or bfloat16")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is {rank!r}, expected a rank of at least 1, or None for the exact update")
+    file = Path(file)
+    if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        raise ValueError(f"{file}: LoRA files are written as .safetensors")
     parts = components(model)
     exported, made_of = {}, {}
     for key, layers, chosen in _chosen(parts, adapter_name, weights):
@@ -108,7 +113,7 @@ def export_lora(
         exported[component] = _Export(parts[key], layers, pairs)
         made_of |= {n: _described(layers[k].configs[n], weight) for k, of in chosen.items() for n, weight in of.items()}
     errors = {_dotted(c, n): pair.error for c, e in exported.items() for n, pair in e.pairs.items()}
-    file, told = Path(file), {name: error for name, error in errors.items() if error}
+    told = {name: error for name, error in errors.items() if error}
     metadata = {"format": "pt", "deft_kernels": json.dumps({"made_of": made_of, "relative_error": told})}
     if format == "peft":
         for component, e in exported.items():
@@ -166,6 +171,8 @@ def _chosen(parts: dict[str, nn.Module], adapter_name, weights):
     held = [key for key in layers if layers[key]]
     if not held:
         require_layers(next(iter(parts.values())))  # says what to do
+    if any("" in layers[key] for key in held):
+        raise TypeError("this is the adapted layer itself: a LoRA file names layers, so give the model that holds it")
     if adapter_name is None:
         if weights is not None:
             raise ValueError("weights belong to adapters that are named; the active ones have strengths of their own")
@@ -365,17 +372,8 @@ def import_lora(
     """
     parts = components(model)
     loaded = read_lora(model, file)
-    names, done = [], []
-    try:
-        for key, adapter in loaded.items():
-            attached = attach_adapter(parts[key], adapter, adapter_name, trainable, activate)
-            done.append(parts[key])
-            names += [_dotted(key, name) for name in attached]
-    except BaseException:
-        for part in done:
-            delete_adapter(part, adapter_name)
-        raise
-    return names
+    attached = attach_all([(parts[key], adapter, adapter_name) for key, adapter in loaded.items()], trainable, activate)
+    return [_dotted(key, name) for key, names in zip(loaded, attached) for name in names]
 
 
 def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:
@@ -389,10 +387,10 @@ def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:
         if own:
             return {key: _lora_only(read_adapter(parts[key], folder), folder) for key, folder in own.items()}
     file = lora_file(file)
-    state, metadata = read_safetensors(file)
     if peft_type(file) is not None:
         return {next(iter(parts)): _lora_only(read_adapter(next(iter(parts.values())), file), file)}
 
+    state, metadata = read_safetensors(file)
     modules = {key: outer_modules(part) for key, part in parts.items()}
     found, unknown = _sorted(file, state, parts, modules)
     if unknown and not any(_kind(key) for key in unknown):

@@ -446,6 +446,10 @@ def test_values_that_are_not_finite_are_not_exported(tmp_path):
         next(p for n, p in model.named_parameters() if "deft_R" in n)[0, 0] = float("inf")
     with pytest.raises(ValueError, match="conv_in.deft_R.default has values that are not finite"):
         dk.export_lora(model, tmp_path / "x", format="peft")
+    with pytest.raises(TypeError, match="this is the adapted layer itself: .* give the model that holds it"):
+        dk.export_lora(model.conv_in, tmp_path / "x", format="peft")
+    with pytest.raises(ValueError, match=r"x.pt: LoRA files are written as .safetensors"):
+        dk.export_lora(model, tmp_path / "x.pt", format="kohya")
     with pytest.raises(ValueError, match="Model has no adapter: call deft_kernels.inject_adapter"):
         dk.export_lora(seeded_model(), tmp_path / "x", format="peft")
 
@@ -571,6 +575,25 @@ def test_kohyas_alphas_and_ranks(tmp_path, alphas):
         torch.testing.assert_close(run(unet), run(plain), **CLOSE)
 
 
+def test_comfyuis_names(tmp_path):
+    """The authors' names with dots, as ComfyUI saves them."""
+    model, _, run, _, _, names = family("flux", "kohya")
+    dk.export_lora(model, tmp_path / "kohya.safetensors", format="kohya")
+    state = {}
+    for name, layers in kohya_names(model, set(every_layer(model))).items():
+        if layers[0] in names:
+            key = f"lora_unet_{name.replace('.', '_')}"
+            state[f"diffusion_model.{name}.alpha"] = load_file(tmp_path / "kohya.safetensors")[f"{key}.alpha"]
+            for end, side in (("down", "A"), ("up", "B")):
+                t = load_file(tmp_path / "kohya.safetensors")[f"{key}.lora_{end}.weight"]
+                state[f"diffusion_model.{name}.lora_{side}.weight"] = t
+    save_file(state, tmp_path / "comfy.safetensors")
+    expected = run(model)
+    dk.eject(model)
+    assert sorted(dk.import_lora(model, tmp_path / "comfy.safetensors")) == names
+    torch.testing.assert_close(run(model), expected, **CLOSE)
+
+
 def test_names_that_only_diffusers_knows(tmp_path):
     """FLUX.2's own names, by the pipeline's converter."""
     with torch.device("cpu"):
@@ -673,7 +696,11 @@ def test_one_part_that_fails_leaves_all_as_they_were(tmp_path):
     pipe = pipeline(diffusers.StableDiffusionPipeline, unet=unet, text_encoder=encoder)
     with pytest.raises(ValueError, match="has an adapter named 'taken' already"):
         dk.import_lora(pipe, file, "taken")
-    assert all("taken" not in m.configs for m in unet.modules() if isinstance(m, dk.DeftLinear))
+    assert_untouched(unet, before)
+    dk.inject_adapter(unet, dk.DeftConfig(r=1, target_modules=["conv_in"]), "first")  # what was active is so again
+    with pytest.raises(ValueError, match="has an adapter named 'taken' already"):
+        dk.import_lora(pipe, file, "taken")
+    assert unet.conv_in.active == ["first"] and unet.conv_in.deft_P["first"].requires_grad
     dk.eject(unet)
     assert_untouched(unet, before)
 
