@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ["reference", "config", "triton", "ops", "nn", "adapters"]  # each may import those before it
 EXTRAS = {"triton": ["triton"], "adapters": ["safetensors", "huggingface_hub"]}  # and these packages
 EXTRAS["nn/quantised.py"] = ["bitsandbytes", "torchao", "gguf", "diffusers"]  # where a layer is theirs
+EXTRAS["adapters/lora.py"] = ["diffusers"]  # its converters of names
 
 
 def imports(file: Path):
