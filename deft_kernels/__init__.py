@@ -9,9 +9,11 @@ from .adapters import (
     inject_adapter,
     load_adapter,
     merge,
+    patch_peft,
     save_adapter,
     set_adapters,
     unmerge,
+    unpatch_peft,
 )
 from .config import DeftConfig, LoraConfig
 from .nn import DeftConv2d, DeftLinear, deft_linear, deft_weight
@@ -35,7 +37,9 @@ __all__ = [
     "inject_adapter",
     "load_adapter",
     "merge",
+    "patch_peft",
     "save_adapter",
     "set_adapters",
     "unmerge",
+    "unpatch_peft",
 ]

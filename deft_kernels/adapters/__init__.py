@@ -3,6 +3,7 @@
 from .files import adapter_state_dict, load_adapter, save_adapter
 from .inject import adapter_parameters, delete_adapter, eject, inject_adapter, set_adapters
 from .merge import hotswap, merge, unmerge
+from .peft import patch_peft, unpatch_peft
 
 __all__ = [
     "adapter_parameters",
@@ -13,7 +14,9 @@ __all__ = [
     "inject_adapter",
     "load_adapter",
     "merge",
+    "patch_peft",
     "save_adapter",
     "set_adapters",
     "unmerge",
+    "unpatch_peft",
 ]

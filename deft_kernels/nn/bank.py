@@ -11,7 +11,8 @@ class _Pending:
 
 
 class Bank:
-    """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready.
+    """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready. (Without
+    a root, whoever owns the bank calls `enter` and `leave` around a forward.)
 
     The factors serve calls within that forward, and its recomputation by non-reentrant checkpointing during the backward.
     Whenever else a layer is called, or under reentrant checkpointing (whose segments each walk their own graph), it
@@ -22,17 +23,20 @@ class Bank:
     that were active in the forward must still be so when it is recomputed.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module | None = None):
         self.layers: list = []
         self.inside = False
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
-        self._hooks = (
-            root.register_forward_pre_hook(self._enter),
-            root.register_forward_hook(self._leave, always_call=True),
-        )
+        self._hooks = ()
+        if root is not None:
+            self._hooks = (
+                root.register_forward_pre_hook(self.enter),
+                root.register_forward_hook(self.leave, always_call=True),
+            )
 
-    def _enter(self, root, args) -> None:
+    def enter(self, *call) -> None:
+        """A forward begins: prepare. (`call` is what a hook is told.)"""
         from .layers import prepare_layers
 
         eager = not torch.compiler.is_compiling()
@@ -49,7 +53,8 @@ class Bank:
             self._pending.add(pending)
         self.inside = True
 
-    def _leave(self, root, args, output) -> None:
+    def leave(self, *call) -> None:
+        """The forward is over."""
         self.inside = False
         for layer in self.layers:
             layer._passing = None
