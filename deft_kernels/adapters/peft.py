@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import math
 import weakref
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -124,7 +123,7 @@ def _patch() -> None:
     # Closures over the originals, so that a method called while unpatching cannot meet half a patch.
     patches = {
         layer: {
-            "deft_strength": MappingProxyType({}),  # adapter -> strength where that is not 1
+            "deft_strength": {},  # adapter -> strength where that is not 1; never written to, always replaced
             "other_param_names": (*layer.other_param_names, "deft_strength"),  # delete_adapter forgets it too
             "set_scale": _set_scale,
             "scale_layer": _scale_layer,
@@ -197,6 +196,7 @@ class PeftView(DeftLinear):
             self.configs = {name: adapter for name, (adapter, _) in zip(names, adapters)}
             self.strengths = {name: strength for name, (_, strength) in zip(names, adapters)}
             self._factors = self._passing = None
+            self._scales = torch.empty(2, 0)  # a new tensor: a backward that is still to come has saved the old one
             self._write_scales()
         return self
 
@@ -272,10 +272,11 @@ class PeftBank(Bank):
     def hook(self) -> None:
         """Open with the model's own calls, from the next one on."""
         root = self._root()
-        self._hooks = (
-            root.register_forward_pre_hook(_Door(self.enter)),
-            root.register_forward_hook(_Door(self.leave), always_call=True),
-        )
+        if root is not None:  # gone, where a layer has outlived its model
+            self._hooks = (
+                root.register_forward_pre_hook(_Door(self.enter)),
+                root.register_forward_hook(_Door(self.leave), always_call=True),
+            )
 
     def unhook(self) -> None:
         for handle in self._hooks:
@@ -326,15 +327,12 @@ def _routed(self, original, x: Tensor, names: list[str], args, kwargs) -> Tensor
     """Every sample of the batch through its own adapter."""
     if len(names) != len(x):
         raise ValueError(f"adapter_names has {len(names)} entries for a batch of {len(x)} samples: expected one for each")
-    if self.disable_adapters:
+    if self.disable_adapters or not names:
         return original(self, x, *args, **kwargs)
     if self.merged:
         raise ValueError(
             f"adapter_names cannot route while {', '.join(self.merged_adapters)} is merged: call unmerge_adapter() first"
         )
-    reason = unserved(self)
-    if reason:
-        raise ValueError(f"adapter_names: a DEFT layer keeps PEFT's code, which cannot route, since {reason}")
     rows: dict[str, list[int]] = {}
     for i, name in enumerate(names):
         rows.setdefault(name if name in self.deft_P else BASE, []).append(i)
@@ -355,15 +353,12 @@ def _routed(self, original, x: Tensor, names: list[str], args, kwargs) -> Tensor
 
 def _reset_deft_parameters(self, original, adapter_name: str, init_weights: bool = True) -> None:
     """PEFT's start; where the base weight is no dense one (quantised), R from the layer's own products instead."""
-    weight = self.get_base_layer().weight
-    if (
-        adapter_name not in self.deft_P or self.deft_para[adapter_name] or not init_weights or weight.is_meta
-        or weight.is_floating_point() or unserved(self)
-    ):  # fmt: skip
+    identity = adapter_name in self.deft_P and init_weights and not self.deft_para[adapter_name]
+    if not identity or self.get_base_layer().weight.is_meta or unserved(self) or not unmergeable(self):
         return original(self, adapter_name, init_weights=init_weights)
     original(self, adapter_name, init_weights=False)
     with torch.no_grad():
-        P = self.deft_P[adapter_name].to(weight.device, torch.float32)
+        P = self.deft_P[adapter_name].to(self.get_base_layer().weight.device, torch.float32)
         _, (K,), _ = decompose([P], [self.deft_decomposition[adapter_name]])
         self.deft_R[adapter_name].copy_(_view(self)._removed(K) / self.deft_scaling[adapter_name])
 
@@ -376,6 +371,9 @@ def _set_scale(self, adapter: str, scale: float) -> None:
     if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
         raise ValueError(f"scale of adapter {adapter!r} is {scale!r}, expected a finite number")
     if adapter in self.deft_P:
+        if scale != 1 and unserved(self):
+            reason = unserved(self)
+            raise ValueError(f"scale of adapter {adapter!r} is {scale}, but this layer keeps PEFT's code, without: {reason}")
         strengths = {**self.deft_strength, adapter: float(scale)}
         self.deft_strength = {name: w for name, w in strengths.items() if w != 1}
 
@@ -535,6 +533,10 @@ def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = No
             f"adapter_names has non-existing adapter(s) {', '.join(unknown)}: the model has {', '.join(sorted(known))}, and "
             f"{BASE!r} for none"
         )
+    kept = {name: unserved(m) for name, m in self.model.named_modules() if isinstance(m, layer) and unserved(m)}
+    if kept:
+        name, reason = next(iter(kept.items()))
+        raise ValueError(f"adapter_names cannot route through {name}, which keeps PEFT's code ({len(kept)} such): {reason}")
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     beams = kwargs.get("num_beams") or 1

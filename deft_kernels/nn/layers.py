@@ -334,7 +334,7 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None) -> list[lis
             tensors = layer.masters(name)
             P.append(tensors["P"])
             R.append(tensors.get("R"))
-            W.append(weight)
+            W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
             gates.append(tensors.get("gate"))
         scales.append(layer._scales)
         counts.append(len(layer.active))
