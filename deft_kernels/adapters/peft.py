@@ -196,7 +196,7 @@ class PeftView(DeftLinear):
             self.configs = {name: adapter for name, (adapter, _) in zip(names, adapters)}
             self.strengths = {name: strength for name, (_, strength) in zip(names, adapters)}
             self._factors = self._passing = None
-            self._scales = torch.empty(2, 0)  # a new tensor: a backward that is still to come has saved the old one
+            self._scales = torch.empty(0)  # so that a new one is made: a backward still to come may have saved the old
             self._write_scales()
         return self
 

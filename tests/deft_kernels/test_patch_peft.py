@@ -337,6 +337,26 @@ def test_a_model_injected_before_the_patch(preparations):
         assert preparations == [1, 1, 1, 1, 1, 1, 3]
 
 
+def test_inference_mode_before_training(kernels):
+    x, dy = torch.randn(50, 24), torch.randn(50, 9)
+    model = build("qr", 2)
+    expected = run(model, x, dy)
+    dk.unpatch_peft()
+    dk.patch_peft()
+    with torch.inference_mode():
+        model(x)
+        model.base_model.set_adapter([])  # the first state that a view sees, and one without adapters
+        model(x)
+        model.base_model.set_adapter(["default", "a1"])
+        model(x)
+        model.merge_adapter()
+    model.unmerge_adapter()
+    found = run(model, x, dy)
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+    model.base_model.set_adapter([])
+    model(x)
+
+
 def test_nothing_keeps_a_model_alive(kernels):
     model = build("qr")
     model(torch.randn(3, 24))
