@@ -181,20 +181,21 @@ class PeftView(DeftLinear):
         super().__init__(layer.base_layer)
         self.deft_P, self.deft_R, self.deft_dropout = layer.deft_P, layer.deft_R, layer.deft_dropout
         self.home: PeftBank | None = None
+        self.unserved: str | None = None  # why the layer keeps PEFT's code
         self.left: tuple | None = None  # how the last merge left weight and cached factors
         self._followed: tuple = ()
 
     def follow(self, layer: nn.Module, names=None) -> "PeftView":
         """Be what the layer is now, with its active adapters or those named."""
-        names = [name for name in (layer.active_adapters if names is None else names) if name in self.deft_P]
         weight = self.base_layer.weight
-        adapters = [(_Adapter(layer.deft_decomposition[k], layer.deft_scaling[k]), layer.deft_strength.get(k, 1.0))
-                    for k in names]  # fmt: skip
-        now = (names, adapters, weight.device, weight.dtype)
-        if now != self._followed:
-            self._followed, self.active = now, names
-            self.configs = {name: adapter for name, (adapter, _) in zip(names, adapters)}
-            self.strengths = {name: strength for name, (_, strength) in zip(names, adapters)}
+        names = layer.active_adapters if names is None else names
+        state = layer.deft_scaling, layer.deft_strength, layer.deft_decomposition
+        if (names, *state, weight.device, weight.dtype) != self._followed:
+            self._followed = list(names), *map(dict, state), weight.device, weight.dtype
+            self.unserved = unserved(layer)
+            self.active = [name for name in names if name in self.deft_P]
+            self.configs = {k: _Adapter(layer.deft_decomposition[k], layer.deft_scaling[k]) for k in self.active}
+            self.strengths = {k: layer.deft_strength.get(k, 1.0) for k in self.active}
             self._factors = self._passing = None
             self._scales = torch.empty(0)  # so that a new one is made: a backward still to come may have saved the old
             self._write_scales()
@@ -208,16 +209,22 @@ class PeftView(DeftLinear):
 def unserved(layer: nn.Module) -> str | None:
     """Why a PEFT layer keeps PEFT's code, or None."""
     base = layer.base_layer
-    if not isinstance(base, nn.Linear) and not is_conv1d(base):
+    if not _linear(base):
         return f"its base layer is a {type(base).__name__}"
-    if "forward" in layer.__dict__:
-        return "its forward is replaced on the object itself (as accelerate's offloading does)"
+    replaced = layer.__dict__.get("forward")
+    called = layer.__dict__.get("_old_forward", replaced)  # accelerate keeps there what its hooks call
+    if replaced is not None and getattr(called, "__func__", None) is not type(layer).forward:
+        return "its forward was replaced on the object itself before patch_peft"
     for name, method in layer.deft_decomposition.items():
         if method not in DECOMPOSITIONS:
             return f"adapter {name!r} has decomposition_method {method!r}"
     if any(type(p) is not nn.Parameter for store in (layer.deft_P, layer.deft_R) for p in store.values()):
         return "its P or R is no plain parameter (sharded?)"
     return None
+
+
+def _linear(base: nn.Module) -> bool:
+    return isinstance(base, nn.Linear) or is_conv1d(base)
 
 
 def _view(layer: nn.Module) -> PeftView:
@@ -260,10 +267,13 @@ class PeftBank(Bank):
         self._depth += 1
         if self._depth == 1 and not torch.compiler.is_compiling():  # what is compiled prepares layer by layer
             members = [member for member in (ref() for ref in self._members) if member is not None]
-            self.layers = [_view(m).follow(m) for m in members if not (m.merged or m.disable_adapters or unserved(m))]
+            views = [_view(m).follow(m) for m in members if not (m.merged or m.disable_adapters)]
+            self.layers = [view for view in views if not view.unserved]
             super().enter()
 
     def leave(self, *call) -> None:
+        if self._depth == 0:  # hooked while the model was being called
+            return
         self._depth -= 1
         if self._depth == 0:
             super().leave()
@@ -313,10 +323,10 @@ def _bank(root: nn.Module) -> PeftBank:
 def _forward(self, original, x: Tensor, *args, adapter_names: list[str] | None = None, **kwargs) -> Tensor:
     if adapter_names is not None:
         return _routed(self, original, x, adapter_names, args, kwargs)
-    if self.disable_adapters or self.merged or unserved(self):
+    if self.disable_adapters or self.merged or not _linear(self.base_layer):
         return original(self, x, *args, **kwargs)
     view = _view(self).follow(self)
-    if not view.active:
+    if view.unserved or not view.active:
         return original(self, x, *args, **kwargs)
     if view.home is not None and not torch.compiler.is_compiling():
         view.home.notice()
@@ -353,6 +363,9 @@ def _routed(self, original, x: Tensor, names: list[str], args, kwargs) -> Tensor
 
 def _reset_deft_parameters(self, original, adapter_name: str, init_weights: bool = True) -> None:
     """PEFT's start; where the base weight is no dense one (quantised), R from the layer's own products instead."""
+    self.fan_in_fan_out = is_conv1d(
+        self.get_base_layer()
+    )  # PEFT takes a second adapter's over from whatever layer came last
     identity = adapter_name in self.deft_P and init_weights and not self.deft_para[adapter_name]
     if not identity or self.get_base_layer().weight.is_meta or unserved(self) or not unmergeable(self):
         return original(self, adapter_name, init_weights=init_weights)
@@ -399,8 +412,14 @@ def unmergeable(layer: nn.Module) -> str | None:
     """Why adapters cannot be merged into a layer's weight, or None."""
     weight = layer.get_base_layer().weight
     if not weight.is_floating_point() or type(weight) is not nn.Parameter:
-        return f"its weight is quantised or sharded ({type(weight).__name__}, {weight.dtype})"
+        return f"its weight is no plain one (quantised? sharded?): {type(weight).__name__}, {weight.dtype}"
     return None
+
+
+def _require_mergeable(layer: nn.Module) -> None:
+    reason = unmergeable(layer)
+    if reason:
+        raise ValueError(f"a {type(layer.get_base_layer()).__name__} cannot take an adapter into its weight: {reason}")
 
 
 def _pairs(layer: nn.Module, names: list[str], W: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -419,9 +438,7 @@ def _pairs(layer: nn.Module, names: list[str], W: Tensor) -> tuple[list[Tensor],
 def _merge(self, original, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
-    reason = unmergeable(self)
-    if reason:
-        raise ValueError(f"cannot merge into a {type(self.get_base_layer()).__name__}: {reason}")
+    _require_mergeable(self)
     pristine = self._buffers.get(PRISTINE)
     if unserved(self) or (self.merged and not _untouched(self)):
         return original(self, safe_merge=safe_merge, adapter_names=adapter_names)
@@ -485,7 +502,8 @@ def _unmerge(self, original) -> None:
 @torch.no_grad()
 def _get_delta_weight(self, original, adapter_name: str) -> Tensor:
     """w B A in the base weight's layout and dtype, from the pristine weight also while merged."""
-    if unserved(self) or unmergeable(self):
+    _require_mergeable(self)
+    if unserved(self):
         return original(self, adapter_name)
     weight = self.get_base_layer().weight.detach()
     view = _view(self)

@@ -40,6 +40,7 @@ METHODS = {
     "relu-para": {"decomposition_method": "relu", "para": True},
 }
 TARGETS = ["first", "second", "last"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 FLOOR = 8 * torch.finfo(torch.float32).eps
 
 
@@ -160,7 +161,7 @@ def assert_as_near(ours, theirs, exact, rounded=None):
 
 
 @pytest.mark.parametrize("rows", [3, 300])  # activation and factor form
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("adapters", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_outputs_and_gradients_are_as_exact_as_peft(method, adapters, dtype, rows, calls):
@@ -323,6 +324,16 @@ def test_an_injected_model_prepares_all_layers_together_from_its_second_call(ker
     assert b"deft_kernels" not in pickle.dumps(model)
     dk.unpatch_peft()
     assert not model._forward_pre_hooks and not model._forward_hooks
+
+
+def test_a_model_with_a_hook_of_its_own(kernels, preparations):
+    model, x = Net(), torch.randn(300, 24)
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    inject_adapter_in_model(DeftConfig(r=4, target_modules=["first", "last"]), model)
+    for _ in range(3):
+        model(x).sum().backward()
+    assert preparations == [1, 1, 2, 2] and len(seen) == 3
 
 
 def test_a_model_injected_before_the_patch(preparations):
@@ -650,6 +661,26 @@ def test_routing_refuses_what_it_cannot_do(kernels):
         model(x, adapter_names=["default", "a1"])
 
 
+def test_routing_reaches_modules_to_save(kernels):
+    torch.manual_seed(2)
+    config = DeftConfig(
+        r=3, decomposition_method="qr", init_weights=False, target_modules=["first"], modules_to_save=["last"]
+    )
+    model = get_peft_model(Net(), config)
+    model.add_adapter("other", config)
+    with torch.no_grad():
+        for p in model.base_model.model.last.modules_to_save.parameters():
+            p.normal_()
+    model.eval()
+    x, names = torch.randn(3, 24), ["other", "__base__", "default"]
+    y = model(x, adapter_names=names)
+    for i, name in enumerate(names):
+        if name != "__base__":
+            model.set_adapter(name)
+        with model.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            torch.testing.assert_close(y[i : i + 1], model(x[i : i + 1]), rtol=1e-5, atol=1e-5)
+
+
 def test_generation_with_beams_routes_each_prompt(kernels):
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -688,12 +719,27 @@ def test_layers_that_keep_pefts_code_are_named():
             list(reasons) == ["base_model.model.second"] and "replaced on the object" in reasons["base_model.model.second"]
         )
         torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-6)
-        with pytest.raises(ValueError, match="keeps PEFT's code, without: its forward is replaced"):
+        with pytest.raises(ValueError, match="keeps PEFT's code, without: its forward was replaced"):
             layer.set_scale("default", 0.5)
         with pytest.raises(ValueError, match="cannot route through second, which keeps PEFT's code"):
             model.eval()(x, adapter_names=["default"] * 3)
         del layer.forward
         assert dk.patch_peft(model) == {}
+
+
+def test_a_second_adapter_where_linear_and_conv1d_meet():
+    """PEFT gives the second adapter's `fan_in_fan_out` to every layer, whatever its weight's layout."""
+    config, x = DeftConfig(r=4, decomposition_method="qr", target_modules=TARGETS, fan_in_fan_out=True), torch.randn(9, 24)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        get_peft_model(Net(), config).add_adapter("second", config)
+    with patched():
+        model = get_peft_model(Net(), config)
+        model.add_adapter("second", config)
+        assert [layer.fan_in_fan_out for layer in deft_layers(model).values()] == [False, True, False]
+        model.base_model.set_adapter(["default", "second"])
+        with model.disable_adapter():
+            base = model(x)
+        torch.testing.assert_close(model(x), base, rtol=1e-4, atol=1e-5)  # both start at the identity
 
 
 def test_quantised_bases():
@@ -716,10 +762,11 @@ def test_quantised_bases():
             assert (y - base).norm() <= 0.02 * base.norm()
             y.sum().backward()
             assert layer.deft_R["default"].grad.isfinite().all() and layer.deft_P["default"].grad.isfinite().all()
-            with pytest.raises(ValueError, match=r"cannot merge: layer: its weight is quantised"):
+            with pytest.raises(ValueError, match=r"cannot merge: layer: its weight is no plain one"):
                 model.merge_adapter()
-            with pytest.raises(ValueError, match=r"cannot merge into a Linear[48]bit"):
-                layer.merge()
+            for call in (layer.merge, lambda layer=layer: layer.get_delta_weight("default")):
+                with pytest.raises(ValueError, match=r"a Linear(8bitLt|4bit) cannot take an adapter into its weight"):
+                    call()
 
 
 # The patch itself -----------------------------------------------------------------------------------------------------
@@ -727,6 +774,12 @@ def test_quantised_bases():
 
 def contents():
     return {(cls, name): value for cls in (PeftLayer, PeftLinear, DeftModel) for name, value in vars(cls).items()}
+
+
+def test_without_deft_in_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.tuners.deft.layer", None)
+    with pytest.raises(ImportError, match="patch_peft needs a PEFT that has DEFT"):
+        dk.patch_peft()
 
 
 def test_unpatch_restores_the_very_functions():
