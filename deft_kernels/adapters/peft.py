@@ -48,7 +48,7 @@ def patch_peft(model: nn.Module | None = None) -> dict[str, str]:
 
     - adapter strength counts: `set_scale`, `scale_layer`, `unscale_layer` (which diffusers' `set_adapters`, `fuse_lora`
       and `attention_kwargs={"scale": w}` call) give W' = W + w B A;
-    - `adapter_names=[...]`, one per sample or "__base__", routes each sample of a batch, with PEFT's LoRA's errors;
+    - `adapter_names=[...]`, one per sample or "__base__", routes each sample of a batch, as for PEFT's LoRA;
     - merging writes into the weight's storage and keeps the pristine weight (as much memory again), so that unmerging is
       exact to the bit. A weight that was written to while merged keeps what was written: there PEFT subtracts;
     - quantised bases start at the identity, and merging into them is refused by name.
@@ -109,7 +109,7 @@ def _patch() -> None:
     layer, linear, model, _ = classes = _classes()
     missing = [
         f"{cls.__name__}.{name}"
-        for cls, (title, names) in zip(classes, NEEDED.items()) for name in names.split() if not hasattr(cls, name)
+        for cls, names in zip(classes, NEEDED.values()) for name in names.split() if not hasattr(cls, name)
     ]  # fmt: skip
     missing += [f"DeftLayer.{name}" for name in sorted(STATE - set(getattr(layer, "other_param_names", ())))]
     if tuple(getattr(layer, "adapter_layer_names", ())) != ("deft_P", "deft_R"):
@@ -188,10 +188,10 @@ class PeftView(DeftLinear):
     def follow(self, layer: nn.Module, names=None) -> "PeftView":
         """Be what the layer is now, with its active adapters or those named."""
         weight = self.base_layer.weight
-        names = layer.active_adapters if names is None else names
+        names = list(layer.active_adapters if names is None else names)
         state = layer.deft_scaling, layer.deft_strength, layer.deft_decomposition
         if (names, *state, weight.device, weight.dtype) != self._followed:
-            self._followed = list(names), *map(dict, state), weight.device, weight.dtype
+            self._followed = names, *map(dict, state), weight.device, weight.dtype
             self.unserved = unserved(layer)
             self.active = [name for name in names if name in self.deft_P]
             self.configs = {k: _Adapter(layer.deft_decomposition[k], layer.deft_scaling[k]) for k in self.active}
@@ -363,9 +363,8 @@ def _routed(self, original, x: Tensor, names: list[str], args, kwargs) -> Tensor
 
 def _reset_deft_parameters(self, original, adapter_name: str, init_weights: bool = True) -> None:
     """PEFT's start; where the base weight is no dense one (quantised), R from the layer's own products instead."""
-    self.fan_in_fan_out = is_conv1d(
-        self.get_base_layer()
-    )  # PEFT takes a second adapter's over from whatever layer came last
+    # By the layer: with a second adapter, PEFT gives every layer what suited the one that the first adapter saw last.
+    self.fan_in_fan_out = is_conv1d(self.get_base_layer())
     identity = adapter_name in self.deft_P and init_weights and not self.deft_para[adapter_name]
     if not identity or self.get_base_layer().weight.is_meta or unserved(self) or not unmergeable(self):
         return original(self, adapter_name, init_weights=init_weights)
@@ -445,7 +444,7 @@ def _merge(self, original, safe_merge: bool = False, adapter_names: list[str] | 
     names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.deft_P]
     if not names:
         return None
-    together = [*self.merged_adapters, *names]  # those merged already too, each from the pristine weight
+    together = [*(name for name in self.merged_adapters if name in self.deft_P), *names]  # each from the pristine weight
     weight = self.get_base_layer().weight.detach()
     view = _view(self)
     source = view.matrix(weight if pristine is None else pristine)
@@ -463,10 +462,14 @@ def _merge(self, original, safe_merge: bool = False, adapter_names: list[str] | 
         pristine = weight.clone()
         self.register_buffer(PRISTINE, pristine, persistent=False)
         _touched.add(self)
-    if safe_merge:
-        view.matrix(weight).copy_(merged)
-    else:
-        _ops.merge_into([view.matrix(weight)], [view.matrix(pristine)], *factors)
+    try:
+        if safe_merge:
+            view.matrix(weight).copy_(merged)
+        else:
+            _ops.merge_into([view.matrix(weight)], [view.matrix(pristine)], *factors)
+    except BaseException:  # an interrupt: no half-merged weight
+        _restore(self)
+        raise
     for name, a, r in zip(together, A, R):
         self._cached_merge_factor[name] = r - a  # PEFT's unmerge takes B (s R - factor) away: B A, whatever the strength
     self.merged_adapters.extend(names)
@@ -483,18 +486,22 @@ def _untouched(layer: nn.Module) -> bool:
     version, factors = left
     cached = layer._cached_merge_factor
     return writes(layer.get_base_layer().weight) == version and all(
-        name in cached and torch.equal(cached[name], factor.to(cached[name])) for name, factor in factors.items()
+        name not in cached or torch.equal(cached[name], factor.to(cached[name])) for name, factor in factors.items()
     )
+
+
+def _restore(layer: nn.Module) -> None:
+    layer.get_base_layer().weight.detach().copy_(getattr(layer, PRISTINE))
+    layer.merged_adapters.clear()
+    layer._cached_merge_factor.clear()
+    delattr(layer, PRISTINE)
 
 
 @torch.no_grad()
 def _unmerge(self, original) -> None:
-    if not self.merged or not _untouched(self):
-        original(self)  # PEFT warns, or subtracts
-    else:
-        self.get_base_layer().weight.detach().copy_(getattr(self, PRISTINE))
-        self.merged_adapters.clear()
-        self._cached_merge_factor.clear()
+    if self.merged and _untouched(self):
+        return _restore(self)
+    original(self)  # PEFT warns, or subtracts
     if PRISTINE in self._buffers:
         delattr(self, PRISTINE)
 

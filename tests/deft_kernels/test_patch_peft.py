@@ -477,6 +477,29 @@ def test_merge_and_unload_and_a_failing_safe_merge(kernels):
     torch.testing.assert_close(plain(x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_interrupted_merge_and_an_adapter_deleted_while_merged(kernels, monkeypatch):
+    model = build("qr", 2)
+    layer, before = deft_layers(model)["base_model.model.first"], weights(model)["base_model.model.first"]
+
+    class Ops:
+        project = torch.ops.deft_kernels.project
+
+        @staticmethod
+        def merge_into(out, W, B, K, R):
+            out[0][:2] = 0
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched_ops:
+        patched_ops.setattr(patch, "_ops", Ops)
+        with pytest.raises(KeyboardInterrupt):
+            layer.merge()
+    assert torch.equal(layer.weight, before) and not layer.merged and not dict(layer.named_buffers())
+    layer.merge()
+    layer.delete_adapter("a1")  # as diffusers' delete_adapters does, without a word about merging
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
 def test_delta_weight_is_the_adapters_own_also_while_merged(kernels):
     model = build("qr-alpha", 2)
     layer = deft_layers(model)["base_model.model.second"]
@@ -742,31 +765,36 @@ def test_a_second_adapter_where_linear_and_conv1d_meet():
         torch.testing.assert_close(model(x), base, rtol=1e-4, atol=1e-5)  # both start at the identity
 
 
-def test_quantised_bases():
-    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-
+def quantised(kind: str) -> nn.Module:
     torch.manual_seed(0)
     plain = nn.Linear(64, 48)
-    for quantised in (
-        bnb.nn.Linear8bitLt(64, 48, has_fp16_weights=False), bnb.nn.Linear4bit(64, 48, quant_type="nf4")
-    ):  # fmt: skip
-        quantised.load_state_dict(plain.state_dict())
-        quantised = quantised.to("cpu")
-        with patched():
-            x = torch.randn(9, 64)
-            base = quantised(x)
-            config = DeftConfig(r=4, decomposition_method="qr", target_modules=["layer"])
-            model = get_peft_model(nn.ModuleDict({"layer": quantised}), config)
-            layer = model.base_model.model["layer"]
-            y = layer(x)  # the identity at the start, to int8's own rounding of the input
-            assert (y - base).norm() <= 0.02 * base.norm()
-            y.sum().backward()
-            assert layer.deft_R["default"].grad.isfinite().all() and layer.deft_P["default"].grad.isfinite().all()
-            with pytest.raises(ValueError, match=r"cannot merge: layer: its weight is no plain one"):
-                model.merge_adapter()
-            for call in (layer.merge, lambda layer=layer: layer.get_delta_weight("default")):
-                with pytest.raises(ValueError, match=r"a Linear(8bitLt|4bit) cannot take an adapter into its weight"):
-                    call()
+    library = pytest.importorskip("torchao.quantization" if kind == "torchao" else "bitsandbytes")
+    if kind == "torchao":
+        library.quantize_(plain, library.Int8WeightOnlyConfig())
+        return plain
+    options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"quant_type": "nf4"}
+    layer = getattr(library.nn, kind)(64, 48, **options)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to("cpu")
+
+
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit", "torchao"])
+def test_quantised_bases_train_and_refuse_to_merge_by_name(kind, kernels):
+    layer, x = quantised(kind), torch.randn(9, 64)
+    base = layer(x)
+    model = get_peft_model(
+        nn.ModuleDict({"layer": layer}), DeftConfig(r=4, decomposition_method="qr", target_modules=["layer"])
+    )
+    layer = model.base_model.model["layer"]
+    y = layer(x)
+    assert (y - base).norm() <= 0.02 * base.norm()  # the identity at the start; int8 rounds the input to 1 in 127
+    y.square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.norm() > 0 for p in (layer.deft_P["default"], layer.deft_R["default"]))
+    with pytest.raises(ValueError, match=r"cannot merge: layer: its weight is no plain one"):
+        model.merge_adapter()
+    for call in (layer.merge, lambda: layer.get_delta_weight("default")):
+        with pytest.raises(ValueError, match="cannot take an adapter into its weight"):
+            call()
 
 
 # The patch itself -----------------------------------------------------------------------------------------------------
