@@ -12,10 +12,12 @@ from .adapters import (
     inject_adapter,
     load_adapter,
     merge,
+    patch_peft,
     route_adapters,
     save_adapter,
     set_adapters,
     unmerge,
+    unpatch_peft,
 )
 from .config import DeftConfig, LoraConfig
 from .nn import DeftConv2d, DeftLinear, deft_linear, deft_weight
@@ -42,8 +44,10 @@ __all__ = [
     "inject_adapter",
     "load_adapter",
     "merge",
+    "patch_peft",
     "route_adapters",
     "save_adapter",
     "set_adapters",
     "unmerge",
+    "unpatch_peft",
 ]

@@ -250,6 +250,9 @@ class DeftLayer(nn.Module):
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
         self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
+        self._write_routes()
+
+    def _write_routes(self) -> None:
         index = weight = None
         if self.routes is not None:
             slots = {name: i for i, name in enumerate(self.active)} | {None: len(self.active)}
@@ -416,7 +419,7 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
             tensors = layer.masters(name)
             P.append(tensors["P"])
             R.append(tensors.get("R"))
-            W.append(weight)
+            W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
             gates.append(tensors.get("gate"))
         scales.append(layer._scales)
         counts.append(len(layer.active))
