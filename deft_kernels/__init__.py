@@ -13,10 +13,12 @@ from .adapters import (
     list_adapters,
     load_adapter,
     merge,
+    patch_peft,
     route_adapters,
     save_adapter,
     set_adapters,
     unmerge,
+    unpatch_peft,
 )
 from .config import DeftConfig, LoraConfig
 from .nn import DeftConv2d, DeftLinear, deft_linear, deft_weight
@@ -44,8 +46,10 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "merge",
+    "patch_peft",
     "route_adapters",
     "save_adapter",
     "set_adapters",
     "unmerge",
+    "unpatch_peft",
 ]

@@ -17,6 +17,7 @@ LAYERS = ["reference", "config", "triton", "ops", "nn", "adapters"]  # each may 
 EXTRAS = {"triton": ["triton"], "adapters": ["safetensors", "huggingface_hub"]}  # and these packages
 EXTRAS["nn/quantised.py"] = ["bitsandbytes", "torchao", "gguf", "diffusers"]  # where a layer is theirs
 EXTRAS["adapters/lora.py"] = ["diffusers"]  # its converters of names
+EXTRAS["adapters/peft.py"] = ["peft"]
 
 
 def imports(file: Path):

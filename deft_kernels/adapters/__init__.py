@@ -2,6 +2,7 @@
 
 from .authors import import_reference
 from .lora import export_lora, import_lora
+from .peft import patch_peft, unpatch_peft
 from .pipeline import (
     adapter_parameters,
     adapter_state_dict,
@@ -31,8 +32,10 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "merge",
+    "patch_peft",
     "route_adapters",
     "save_adapter",
     "set_adapters",
     "unmerge",
+    "unpatch_peft",
 ]

@@ -103,7 +103,7 @@ def describe(model: nn.Module, adapter_name: str) -> tuple[dict, str | None]:
     """An adapter's configuration in PEFT's words, and the fingerprint of its base."""
     layers = {k: v for k, v in require_layers(model, [adapter_name]).items() if adapter_name in v.configs}
     config = next(layer.configs[adapter_name] for layer in layers.values())
-    base = str(getattr(getattr(model, "config", None), "_name_or_path", None) or "") or None
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
     written = to_peft(config, {name: layer.rank(adapter_name) for name, layer in layers.items()}, base)
     return written, base_fingerprint(layers)
 
@@ -309,7 +309,7 @@ def some(names: list[str], limit: int = 8) -> str:
 def to_peft(config: DeftConfig, ranks: dict[str, int], base: str | None = None) -> dict:
     """PEFT's JSON for an adapter whose layers have these ranks, made for the model named `base`."""
     written = {
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": str(base) if base else None,
         "r": config.r,
         "target_modules": list(ranks) if config.target_modules is None else config.target_modules,
         "exclude_modules": config.exclude_modules,
@@ -475,11 +475,12 @@ def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], 
         raise ValueError(f"{file}: its base_fingerprint cannot be read: {error}") from None
     here = {name: _sketch(layers[name]) for name in made if name in layers}
     here = {name: _unfold(sketch) for name, sketch in here.items() if sketch is not None}
-    pairs = {name: (made[name], now) for name, now in here.items() if now[1].shape == made[name][1].shape}
+    pairs = [(name, made[name], now) for name, now in here.items() if now[1].shape == made[name][1].shape]
     if not pairs:
         return
-    then, now = (torch.cat([values for _, values in side]) for side in zip(*pairs.values()))
-    kinds = [", ".join(sorted({kind or "dense" for kind, _ in side})) for side in zip(*pairs.values())]
+    _, *sides = zip(*pairs)
+    then, now = (torch.cat([values for _, values in side]) for side in sides)
+    kinds = [", ".join(sorted({kind or "dense" for kind, _ in side})) for side in sides]
     distance = float((now - then).norm() / then.norm().clamp_min(1e-12))
     if distance <= OTHER_BASE:
         return
@@ -490,13 +491,13 @@ def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], 
             stacklevel=5,
         )
         return
-    name, both = max(pairs.items(), key=lambda pair: float((pair[1][0][1] - pair[1][1][1]).norm()))
+    name, *both = max(pairs, key=lambda pair: float((pair[1][1] - pair[2][1]).norm()))
     first = ["[" + ", ".join(f"{v:.4g}" for v in values[:3].tolist()) + ", …]" for _, values in both]
-    message = (  # of a distance that is not a number, too
+    message = (
         f"{file}: this adapter was made for another base model (weights differ by {distance:.1%}: {name} begins with "
         f"{first[0]} in the file's fingerprint and with {first[1]} here)"
     )
-    if not any_base:
+    if not any_base:  # a distance that is not a number comes here too
         raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
     warnings.warn(message, stacklevel=5)
 

@@ -202,11 +202,13 @@ def lora_factors(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float
         projected = torch.ops.deft_kernels.project(*([side[i] for i in dense] for side in (K, W, R)), ones, ones)
         for i, a in zip(dense, projected):
             A[i] = a
-    for i, (name, layer) in enumerate(layers.items()):
-        if W[i] is None and K[i] is not None:  # quantised, hooked: K^T W through the layer itself
-            if layer.is_merged:
+    for i, (name, layer) in enumerate(layers.items()):  # those that are not dense one by one: W takes memory
+        if W[i] is None and K[i] is not None:
+            weight = layer.read_weight()
+            if weight is None and layer.is_merged:
                 raise RuntimeError(f"{name}: its pristine weight cannot be read while adapters are merged: unmerge first")
-            A[i] = -layer._removed(K[i]) if R[i] is None else R[i] - layer._removed(K[i])
+            removed = layer._removed_by_output(K[i]) if weight is None else K[i].mT @ weight
+            A[i] = -removed if R[i] is None else R[i] - removed
     return {name: (b, a) for name, b, a in zip(layers, B, A)}
 
 

@@ -158,7 +158,9 @@ def load_adapter(
         weight_name: the file to take, where there are several. subfolder: where it lies.
         revision, token, cache_dir, local_files_only: of a hub id, as huggingface_hub takes them.
         trainable: whether its parameters require grad, to go on training.
-        any_base: load an adapter made for another base of the same shapes, with a warning instead of an error.
+        any_base: load an adapter made for another base of the same shapes, with a warning instead of an error. A LoRA,
+            which does not depend on its base, and weights that differ as one base does in another quantisation always get
+            the warning.
 
     Returns the names of the adapted layers, a pipeline's as `<part>.<layer>`.
 

@@ -11,7 +11,8 @@ class _Pending:
 
 
 class Bank:
-    """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready.
+    """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready. (Without
+    a root, whoever owns the bank calls `enter` and `leave` around a forward.)
 
     The factors serve calls within that forward, and its recomputation by non-reentrant checkpointing during the backward.
     Whenever else a layer is called, or under reentrant checkpointing (whose segments each walk their own graph), it
@@ -22,23 +23,26 @@ class Bank:
     that were active in the forward must still be so when it is recomputed.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module | None = None):
         self.layers: list = []
         self.inside = False
         self.blocks: dict[str, nn.Module] = {}  # attention blocks with adapted projections
         self.batch: int | None = None  # samples in the forward that is under way, where layers are routed by sample
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
-        self._hooks = (
-            root.register_forward_pre_hook(self._enter, with_kwargs=True),
-            root.register_forward_hook(self._leave, always_call=True),
-        )
+        self._hooks = ()
+        if root is not None:
+            self._hooks = (
+                root.register_forward_pre_hook(self.enter, with_kwargs=True),
+                root.register_forward_hook(self.leave, always_call=True),
+            )
 
-    def _enter(self, root, args, kwargs) -> None:
+    def enter(self, root=None, args=(), kwargs=None) -> None:
+        """A forward with these inputs begins: prepare."""
         from .layers import prepare_layers, refuse_fused
 
         eager = not torch.compiler.is_compiling()
-        inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        inputs = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)]
         devices = {t.device for t in inputs}
         # A layer elsewhere than the input, offloaded or of another device, prepares for itself when its turn comes.
         adapting = [layer for layer in self.layers if layer.adapts]
@@ -59,7 +63,8 @@ class Bank:
             self._pending.add(pending)  # gone when this returns, unless a backward is to come
         self.inside = True
 
-    def _leave(self, root, args, output) -> None:
+    def leave(self, *call) -> None:
+        """The forward is over."""
         self.inside = False
         for layer in self.layers:
             layer._passing = None

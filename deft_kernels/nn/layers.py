@@ -225,7 +225,9 @@ class DeftLayer(nn.Module):
         """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them, and wherever
         offloading keeps them."""
         stores = {"P": self.deft_P, "R": self.deft_R, "gate": self.deft_gate}
-        read = {role: store(name) if hooked(store) else store[name] for role, store in stores.items() if name in store}
+        stores = {role: store for role, store in stores.items() if name in store}
+        called = {role: isinstance(store, MasterDict) and hooked(store) for role, store in stores.items()}
+        read = {role: store(name) if called[role] else store[name] for role, store in stores.items()}
         return {role: p.to(self.master_dtype) for role, p in read.items()}
 
     def delete_adapter(self, name: str) -> None:
@@ -267,6 +269,9 @@ class DeftLayer(nn.Module):
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
         self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
+        self._write_routes()
+
+    def _write_routes(self) -> None:
         index = weight = None
         if self.routes is not None:
             slots = {name: i for i, name in enumerate(self.active)} | {None: len(self.active)}
@@ -470,7 +475,7 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
             specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             P.append(tensors["P"])
             R.append(tensors.get("R"))
-            W.append(weight)
+            W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
             gates.append(tensors.get("gate"))
         scales.append(layer._scales.to(tensors["P"].device))
         counts.append(len(layer.active))

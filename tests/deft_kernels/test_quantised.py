@@ -513,6 +513,27 @@ def test_it_trains_and_its_file_fits_a_freshly_quantised_base(kind, tmp_path):
     assert torch.equal(fresh(x), model(x))
 
 
+@pytest.mark.parametrize("kind", ["bnb-nf4", "bnb-8bit", "torchao-int8", "gguf-Q8_0"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_exported_as_a_lora(kind, merged, tmp_path):
+    """A = s R - K^T W of the W that the layer stands for, merged or not: as a LoRA on the same base it is the adapter."""
+    model = adapted_model(kind).eval()
+    x = torch.randn(3, N)
+    with torch.no_grad():
+        expected = {name: layer(x) for name, layer in model.items()}
+    if merged:
+        with pytest.warns(UserWarning):
+            dk.merge(model, requantize=True)
+    dk.export_lora(model, tmp_path / "lora", format="peft")
+    dk.eject(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dk.import_lora(model, tmp_path / "lora")
+    with torch.no_grad():
+        for name, layer in model.items():  # 8-bit layers round their inputs, which the adapter follows and its LoRA does not
+            assert distance(layer(x), expected[name]) < (0.02 if kind == "bnb-8bit" else 1e-5)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing_gives_the_same_gradients(use_reentrant):
     found = []
