@@ -201,7 +201,8 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], sn
 
 
 def _write_from(pristine, targets: dict[str, DeftLayer], B, K, R) -> dict[str, Tensor]:
-    """W' of every target layer into its weight's storage, all dense ones in one call. Returns what requantising lost."""
+    """W' of every target layer into its weight's storage, all dense ones of a device in one call. Returns what requantising
+    has lost."""
     losses, dense = {}, {}
     for (name, layer), *factors in zip(targets.items(), B, K, R):
         held = quantised(layer.base_layer)
@@ -209,9 +210,17 @@ def _write_from(pristine, targets: dict[str, DeftLayer], B, K, R) -> dict[str, T
             dense[name] = factors
         else:
             losses[name] = _requantise(held, [kept.to(layer.weight.device) for kept in pristine[name]], *factors)
-    if dense:
-        _write_dense(pristine, {name: targets[name] for name in dense}, *map(list, zip(*dense.values())))
+    for group in _by_device({name: targets[name] for name in dense}):
+        _write_dense(pristine, group, *map(list, zip(*(dense[name] for name in group))))
     return losses
+
+
+def _by_device(layers: dict[str, DeftLayer]) -> list[dict[str, DeftLayer]]:
+    """Layers by the device that they are on: one call of an operation serves one device."""
+    groups: dict[torch.device, dict[str, DeftLayer]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.weight.device, {})[name] = layer
+    return list(groups.values())
 
 
 def _requantise(held: Quantised, pristine: list[Tensor], B, K, R) -> Tensor:
@@ -259,11 +268,12 @@ def _write_dense(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, 
 
 def _factors(targets: dict[str, DeftLayer], chosen, how: str = "sum") -> tuple[list[Tensor | None], ...]:
     """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
-    entries = [(key, name, weight) for key in targets for name, weight in chosen[key].items()]
-    bases, removals, _ = decompose(
-        [targets[key].masters(name)["P"] for key, name, _ in entries],
-        [targets[key].configs[name].method for key, name, _ in entries],
-    )
+    entries, bases, removals = [], [], []
+    for group in _by_device(targets):
+        found = [(key, name, weight) for key in group for name, weight in chosen[key].items()]
+        P = [targets[key].masters(name)["P"] for key, name, _ in found]
+        B, K, _ = decompose(P, [targets[key].configs[name].method for key, name, _ in found])
+        entries, bases, removals = entries + found, bases + B, removals + K
     parts: dict[str, list[Factors]] = {key: [] for key in targets}
     for (key, name, weight), b, k in zip(entries, bases, removals):
         tensors = targets[key].masters(name)

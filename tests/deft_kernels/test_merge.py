@@ -314,3 +314,16 @@ def test_merged_model_moves_and_copies():
     model.to(torch.bfloat16)
     dk.unmerge(model)
     assert same_bits(model, {k: v.bfloat16() for k, v in base.items()})
+
+
+@pytest.mark.gpu
+def test_parts_on_several_devices():
+    models = {"unet": model_with_adapters(["qr"]).cuda(), "text_encoder": model_with_adapters(["qr"])}
+    expected = {part: copy.deepcopy(model) for part, model in models.items()}
+    before = {part: bits(model) for part, model in models.items()}
+    dk.merge(models)
+    for part, model in expected.items():
+        dk.merge(model)
+        assert same_bits(models[part], bits(model))
+    dk.unmerge(models)
+    assert all(same_bits(model, before[part]) for part, model in models.items())
