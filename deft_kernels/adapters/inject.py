@@ -137,11 +137,13 @@ def attach(
             _replace(model, name, layer)
     if activate:
         set_adapters(model, adapter_name)
-    _tell_inexact({name: layer.start_deviation for name, layer in targets if layer.start_deviation > INEXACT})
+    tell_inexact(dict(targets))
     return names
 
 
-def _tell_inexact(deviations: dict[str, float]) -> None:
+def tell_inexact(layers: dict[str, DeftLayer]) -> None:
+    """Warn of the layers whose start was found not to be quite the identity."""
+    deviations = {name: layer.start_deviation for name, layer in layers.items() if layer.start_deviation > INEXACT}
     if deviations:
         worst = max(deviations, key=deviations.get)
         warnings.warn(
@@ -305,7 +307,8 @@ def route_adapters(model: nn.Module, adapter_names: list[str], weights: list[flo
         adapter_names: one name for each sample, "base" for the base model.
         weights: any real number for each sample, or one for all; None: 1.
 
-    The model may be called with a multiple of that many samples, which guidance makes of a batch: the list is then repeated.
+    The model may be called with a multiple of that many samples, as guidance makes of a batch: the list is then repeated as
+    a whole, so that with diffusers' `num_images_per_prompt` every picture must be named, not every prompt.
     Samples are the first dimension of the model's first tensor, and must be that of every adapted layer's input; the layer
     for which they are not is named when it is called.
     Raises ValueError for an unknown name or a weight that is not finite, RuntimeError while an adapter is merged.
@@ -343,6 +346,9 @@ def check_combination(layers: dict[str, DeftLayer], chosen: dict[str, float], co
                     f"{name}: only PaRa adapters with an orthonormal basis (para=True, qr or svd) act jointly, and "
                     f"{adapter!r} is none: use combine='sequential'"
                 )
+        together = sum(layer.rank(adapter) for adapter in chosen if adapter in layer.configs)
+        if together > layer.shape[0]:
+            raise ValueError(f"{name}: {together} directions cannot be removed from the {layer.shape[0]} of its output")
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

@@ -72,7 +72,8 @@ def unmerge(model: nn.Module, force: bool = False) -> None:
     """Put the pristine weights back, bit for bit.
 
     Raises RuntimeError when nothing is merged, or when a weight was written to while an adapter was merged into it: what
-    was written would be lost. `force` puts the snapshot back all the same.
+    was written would be lost. `force` puts the snapshot back all the same. (Writes through `.data` are not seen: torch does
+    not count them.)
     """
     layers = require_layers(model)
     if not any(layer.is_merged for layer in layers.values()):
@@ -282,8 +283,7 @@ def _factors(targets: dict[str, DeftLayer], chosen, how: str = "sum") -> tuple[l
             r = r * (weight * targets[key].configs[name].scale(b.shape[1]))
             r = r * torch.sigmoid(tensors["gate"]) if "gate" in tensors else r
         parts[key].append(Factors(b, None, None if k is None else k * weight, r))
-    for key, f in parts.items():
-        parts[key] = [g._replace(B=b) for g, b in zip(f, combined([g.B for g in f], [g.K for g in f], how))]
+    parts = {key: combined(f, [g.K for g in f], how) for key, f in parts.items()}
     return tuple([beside(f, role, targets[key].shape[1]) for key, f in parts.items()] for role in "BKR")
 
 

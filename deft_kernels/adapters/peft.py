@@ -10,6 +10,7 @@ import functools
 import importlib
 import importlib.metadata
 import math
+import numbers
 import weakref
 from typing import NamedTuple
 
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from ..nn.bank import Bank
 from ..nn.layers import DeftLinear, Routes, is_conv1d, prepare_layers, writes
 from ..nn.prepare import decompose
+from ..nn.quantised import hold, release
 from ..reference import DECOMPOSITIONS
+from .inject import BASE as BASES
+from .inject import tell_inexact
 
-BASE = "__base__"  # PEFT's name in `adapter_names` for no adapter at all
+BASE = BASES[-1]  # PEFT's name in `adapter_names` for no adapter at all
 VIEW = "_deft_kernels_view"  # key in a PEFT layer's __dict__
 PRISTINE = "deft_pristine"  # buffer of a merged PEFT layer: the base weight before the merge
 # What is relied on, by class; checked before anything is patched.
@@ -50,7 +54,8 @@ def patch_peft(model: nn.Module | None = None) -> dict[str, str]:
       and `attention_kwargs={"scale": w}` call) give W' = W + w B A;
     - `adapter_names=[...]`, one per sample or "__base__", routes each sample of a batch, as for PEFT's LoRA;
     - merging writes into the weight's storage and keeps the pristine weight (as much memory again), so that unmerging is
-      exact to the bit. A weight that was written to while merged keeps what was written: there PEFT subtracts;
+      exact to the bit. A weight that was written to while merged keeps what was written: there PEFT subtracts. (Writes
+      through `.data`, which torch does not count, are lost. A weight that layers share is unmerged by PEFT's code);
     - quantised bases start at the identity, and merging into them is refused by name.
 
     Args:
@@ -59,16 +64,18 @@ def patch_peft(model: nn.Module | None = None) -> dict[str, str]:
     Returns {layer name: reason} of the layers of `model` that keep PEFT's code; {} without a model.
 
     Raises:
-        ImportError: no PEFT, or one without DEFT. RuntimeError: a PEFT whose DEFT classes lack what is relied on; nothing
-        is patched then. Calling it again changes nothing.
+        ImportError: no PEFT, or one without DEFT. ValueError: a model without DEFT layers. RuntimeError: a PEFT whose DEFT
+        classes lack what is relied on; nothing is patched then. Calling it again changes nothing.
     """
     if not _originals:
         _patch()
     if model is None:
         return {}
+    _, linear, *_ = _classes()
+    if not any(isinstance(m, linear) for m in model.modules()):
+        raise ValueError(f"{type(model).__name__} has no DEFT layer of PEFT's")
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
     _bank(root).gather()
-    _, linear, *_ = _classes()
     reasons = {name: unserved(m) for name, m in model.named_modules() if isinstance(m, linear)}
     return {name: reason for name, reason in reasons.items() if reason}
 
@@ -90,8 +97,10 @@ def unpatch_peft() -> None:
         if PRISTINE in layer._buffers:
             delattr(layer, PRISTINE)
     _touched.clear()
-    for bank in _banks.values():
-        bank.unhook()
+    for root, bank in _banks.items():
+        bank.remove()
+        for module in root.modules():
+            release(module)
     _banks.clear()
 
 
@@ -123,7 +132,7 @@ def _patch() -> None:
     # Closures over the originals, so that a method called while unpatching cannot meet half a patch.
     patches = {
         layer: {
-            "deft_strength": {},  # adapter -> strength where that is not 1; never written to, always replaced
+            "deft_strength": {},  # adapter -> strength where that is not 1; this one, the class's, stays empty
             "other_param_names": (*layer.other_param_names, "deft_strength"),  # delete_adapter forgets it too
             "set_scale": _set_scale,
             "scale_layer": _scale_layer,
@@ -153,7 +162,8 @@ def _patch() -> None:
 def _with_original(original, replacement):
     @functools.wraps(original)
     def method(self, *args, **kwargs):
-        return replacement(self, original, *args, **kwargs)
+        # Hooks (accelerate's) may keep this method beyond `unpatch_peft`.
+        return replacement(self, original, *args, **kwargs) if _originals else original(self, *args, **kwargs)
 
     return method
 
@@ -213,7 +223,8 @@ def unserved(layer: nn.Module) -> str | None:
         return f"its base layer is a {type(base).__name__}"
     replaced = layer.__dict__.get("forward")
     called = layer.__dict__.get("_old_forward", replaced)  # accelerate keeps there what its hooks call
-    if replaced is not None and getattr(called, "__func__", None) is not type(layer).forward:
+    kept = getattr(getattr(called, "__func__", None), "__wrapped__", None)
+    if replaced is not None and kept is not getattr(type(layer).forward, "__wrapped__", None):
         return "its forward was replaced on the object itself before patch_peft"
     for name, method in layer.deft_decomposition.items():
         if method not in DECOMPOSITIONS:
@@ -262,6 +273,8 @@ class PeftBank(Bank):
         self._members = [weakref.ref(m) for m in members]
         for member in members:
             _view(member).home = self
+        for module in self._root().modules():
+            hold(module)
 
     def enter(self, *call) -> None:
         self._depth += 1
@@ -287,10 +300,6 @@ class PeftBank(Bank):
                 root.register_forward_pre_hook(_Door(self.enter)),
                 root.register_forward_hook(_Door(self.leave), always_call=True),
             )
-
-    def unhook(self) -> None:
-        for handle in self._hooks:
-            handle.remove()
 
     def notice(self) -> None:
         """A layer was called: if that was outside, the model is called without a `PeftModel` around it."""
@@ -374,7 +383,7 @@ def _reset_deft_parameters(self, original, adapter_name: str, init_weights: bool
 
 def _set_scale(self, adapter: str, scale: float) -> None:
     """W' = W + scale B A for one adapter, as PEFT's LoRA layers have it; nothing where this layer lacks the adapter."""
-    if not (isinstance(scale, (int, float)) and math.isfinite(scale)):
+    if not (isinstance(scale, (numbers.Real, Tensor)) and math.isfinite(scale)):
         raise ValueError(f"scale of adapter {adapter!r} is {scale!r}, expected a finite number")
     if adapter in self.deft_P:
         if scale != 1 and unserved(self):
@@ -432,9 +441,10 @@ def _merge(self, original, safe_merge: bool = False, adapter_names: list[str] | 
     from peft.tuners.tuners_utils import check_adapters_to_merge
 
     _require_mergeable(self)
-    pristine = self._buffers.get(PRISTINE)
+    pristine = self._buffers.get(PRISTINE) if self.merged else None
     if unserved(self) or (self.merged and not _untouched(self)):
-        return original(self, safe_merge=safe_merge, adapter_names=adapter_names)
+        original(self, safe_merge=safe_merge, adapter_names=adapter_names)
+        return _written(self)
     names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.deft_P]
     if not names:
         return None
@@ -491,11 +501,17 @@ def _restore(layer: nn.Module) -> None:
     delattr(layer, PRISTINE)
 
 
+def _written(layer: nn.Module) -> None:
+    """PEFT has written by `.data`, which torch does not count: a layer that shares the weight must notice all the same."""
+    torch.autograd.graph.increment_version(layer.get_base_layer().weight)
+
+
 @torch.no_grad()
 def _unmerge(self, original) -> None:
     if self.merged and _untouched(self):
         return _restore(self)
     original(self)  # PEFT warns, or subtracts
+    _written(self)
     if PRISTINE in self._buffers:
         delattr(self, PRISTINE)
 
@@ -518,6 +534,7 @@ def _get_delta_weight(self, original, adapter_name: str) -> Tensor:
 def _inject_adapter(self, original, *args, **kwargs) -> None:
     original(self, *args, **kwargs)
     _bank(self.model).gather()
+    tell_inexact({name: m.__dict__[VIEW] for name, m in self.model.named_modules() if VIEW in m.__dict__})
 
 
 def _check_merge_allowed(self, original) -> None:

@@ -5,6 +5,8 @@ import weakref
 import torch
 from torch import nn
 
+SAMPLES = ("sample", "hidden_states", "input_ids")  # what diffusers and transformers call the input that has the batch
+
 
 class _Pending:
     """Lives as long as a forward's graph waits for its backward: prepare's node holds it, and drops it when it has run."""
@@ -48,7 +50,8 @@ class Bank:
         adapting = [layer for layer in self.layers if layer.adapts]
         layers = [layer for layer in adapting if not devices or layer.weight.device in devices]
         if any(layer.routes is not None for layer in adapting):
-            self.batch = next((t.shape[0] for t in inputs if t.dim()), None)
+            told = [t for t in map((kwargs or {}).get, SAMPLES) if isinstance(t, torch.Tensor)]
+            self.batch = next((t.shape[0] for t in (*told, *inputs) if t.dim()), None)
         if adapting:
             for name, block in self.blocks.items():
                 refuse_fused(name, block)

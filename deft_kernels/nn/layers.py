@@ -392,6 +392,11 @@ class DeftLayer(nn.Module):
         times = given // len(samples)
         return self._route_index.repeat(times), self._route_weight.repeat(times)
 
+    def _per_sample(self, factors: list[Factors], index: Tensor, dtype: torch.dtype) -> list[Tensor | None]:
+        """B, A, K and R of each sample's adapter, (N, ...); None where no adapter has one."""
+        parts = [stacked(factors, role, self.shape[1]) for role in "BAKR"]
+        return [None if t is None else t.to(dtype)[index] for t in parts]
+
     def _dropped(self, x: Tensor, index: Tensor) -> Tensor:
         """x (N, ...) under the dropout of each sample's adapter."""
         rates = [self.dropout(name) for name in self.active]
@@ -491,14 +496,13 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
 
 
 def _together(layer: DeftLayer, factors: list[Factors]) -> list[Factors]:
-    """Factors in the compute dtype from those in the masters', each B as the layer's combination makes it."""
+    """Factors in the compute dtype from those in the masters', as the layer's combination has them."""
     K = []
     for f, name, strength in zip(factors, layer.active, layer._scales[1]):
         method = layer.configs[name].method
         K.append(None if method == "lora" else (torch.relu(f.B) if method == "relu" else f.B) * strength)
-    B = combined([f.B for f in factors], K, layer.combination)
-    dtype = compute_dtype(layer.base_layer.weight, B[0].device.type)
-    return [Factors(*(t if t is None else t.to(dtype) for t in f._replace(B=b))) for f, b in zip(factors, B)]
+    dtype = compute_dtype(layer.base_layer.weight, factors[0].B.device.type)
+    return [Factors(*(t if t is None else t.to(dtype) for t in f)) for f in combined(factors, K, layer.combination)]
 
 
 def compute_dtype(weight: Tensor, device: str) -> torch.dtype:
@@ -628,7 +632,7 @@ class DeftLinear(DeftLayer):
         index, weight = self._route(x)
         y, bias = self._base_output(autocast(x), args, kwargs)
         (m, n), batch = self.shape, x.shape[0]
-        B, A, K, R = (None if t is None else t.to(y.dtype)[index] for t in (stacked(factors, role, n) for role in "BAKR"))
+        B, A, K, R = self._per_sample(factors, index, y.dtype)
         rows, plain = x.to(y.dtype).reshape(batch, -1, n), y.reshape(batch, -1, m)
         h = []
         if A is not None:
@@ -711,18 +715,24 @@ class DeftConv2d(DeftLayer):
         y, bias = self._base_output(x)
         padded, padding = self._pad(x)
         geometry = (base.stride, padding, base.dilation)
-        # all adapters' products, of which each sample keeps its own
-        B, A, K, R = (beside(factors, role, self.shape[1]) for role in "BAKR")
+        batch, (B, A, K, R) = len(x), self._per_sample(factors, index, y.dtype)
+
+        def each(z: Tensor, thin: Tensor) -> Tensor:
+            """A convolution of its own for every sample: one of as many groups."""
+            kernels = thin.reshape(-1, *base.weight.shape[1:])
+            h = F.conv2d(z.to(y.dtype).reshape(1, -1, *z.shape[2:]), kernels, None, *geometry, groups=batch)
+            return h.reshape(batch, thin.shape[1], -1)
+
         h = []
-        for thin, z in ((A, padded), (R, self._dropped(padded, index))):
-            if thin is not None:
-                h.append(F.conv2d(z.to(y.dtype), thin.to(y.dtype).reshape(-1, *base.weight.shape[1:]), None, *geometry))
+        if A is not None:
+            h.append(each(padded, A))
+        if R is not None:
+            h.append(each(self._dropped(padded, index), R))
         if K is not None:
             plain = y if bias is None else y - bias[:, None, None].to(y.dtype)
-            h.append(-F.conv2d(plain, K.to(y.dtype).t()[:, :, None, None]))
-        owner = torch.cat([torch.full((f.B.shape[1],), i, device=index.device) for i, f in enumerate(factors)])
-        kept = ((index[:, None] == owner) * weight[:, None]).to(y.dtype)
-        y = y + F.conv2d(sum(h) * kept[:, :, None, None], B.to(y.dtype)[:, :, None, None])
+            h.append(-K.mT @ plain.flatten(2))
+        h = sum(h) * weight.to(y.dtype)[:, None, None]
+        y = torch.baddbmm(y.flatten(2), B, h).view(y.shape)
         return y if batched else y[0]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -64,33 +64,42 @@ def stacked(factors: list[Factors], role: str, n: int) -> Tensor | None:
 COMBINATIONS = ("sum", "sequential", "joint")
 
 
-def combined(B: list[Tensor], K: list[Tensor | None], how: str) -> list[Tensor]:
-    """The injection bases with which several adapters of one layer make W' = W + sum_i B'_i A_i, where every
-    A_i = s_i R_i - K_i^T W is from the pristine W. Whatever the combination, only B changes, by r x r couplings:
+def combined(factors: list[Factors], K: list[Tensor | None], how: str) -> list[Factors]:
+    """The factors with which several adapters of one layer act together, from those with which each acts alone, where every
+    A_i = s_i R_i - K_i^T W is from the pristine W. By r x r couplings, never by W again:
 
-        sum         B' = B
-        sequential  W_i = W_(i-1) + B_i (s_i R_i - K_i^T W_(i-1)): each removes from what those before it injected,
-                    B'_j = (I - B_k K_k^T) ... (I - B_(j+1) K_(j+1)^T) B_j
-        joint       PaRa: W' = W - Q Q^T W with Q = qr([B_1, B_2, ...]): B' = B (B^T B)^+, as Q Q^T = B (B^T B)^+ B^T.
-                    A direction that several share is removed once.
+        sum         W' = W + sum_i B_i A_i
+        sequential  W_i = W_(i-1) + B_i (s_i R_i - K_i^T W_(i-1)): each removes from what those before it injected, so that
+                    B_j becomes (I - B_k K_k^T) ... (I - B_(j+1) K_(j+1)^T) B_j, and nothing else changes
+        joint       PaRa: W' = W - w Q Q^T W with [B_1, B_2, ...] = Q T: B becomes Q, A becomes T^-T A. A direction that
+                    several share is removed once: as T_ii = 0 tells, it brings no column of its own.
 
-    B: (m, r_i); K: (m, r_i) with strengths folded in, None where nothing is removed; float32 or float64. Differentiable.
+    K: (m, r_i) with strengths folded in, None where nothing is removed. All in float32 or float64. Differentiable.
     """
-    if how == "sum" or len(B) == 1:
-        return B
-    with torch.autocast(B[0].device.type, enabled=False):
-        if how == "joint":
-            together = torch.cat(B, 1).double()  # B^T B squares B's condition: in float64 that costs nothing
-            # below the angle that B's rounding leaves, a direction is shared
-            shared = max((32 * torch.finfo(B[0].dtype).eps) ** 2, 64 * torch.finfo(torch.float64).eps)
-            inverse = torch.linalg.pinv(together.mT @ together, hermitian=True, rtol=shared)
-            return list((together @ inverse).to(B[0].dtype).split([b.shape[1] for b in B], 1))
-        out = []
-        for b, k in zip(B, K):
-            if k is not None:
-                out = [o - b @ (k.mT @ o) for o in out]
-            out.append(b)
-        return out
+    if how == "sum" or len(factors) == 1:
+        return factors
+    with torch.autocast(factors[0].B.device.type, enabled=False):
+        if how == "sequential":
+            B: list[Tensor] = []
+            for f, k in zip(factors, K):
+                if k is not None:
+                    B = [b - f.B @ (k.mT @ b) for b in B]
+                B.append(f.B)
+            return [f._replace(B=b) for f, b in zip(factors, B)]
+        together, ranks = torch.cat([f.B for f in factors], 1), [f.B.shape[1] for f in factors]
+        (Q,) = _ops.orthonormalize([together])
+        T = torch.triu(Q.mT @ together)
+        own = T.diagonal().abs() > 32 * torch.finfo(T.dtype).eps  # columns have length 1
+        T = T + torch.diag(torch.where(own, 0, 1 - T.diagonal()))
+        parts = [list((Q * own).split(ranks, 1))]
+        for role, left in (("A", True), ("K", False)):
+            whole = [getattr(f, role) for f in factors]
+            if whole[0] is not None:
+                stack = torch.cat(whole, 0 if left else 1)
+                stack = torch.linalg.solve_triangular(T.mT if left else T, stack, upper=not left, left=left)
+                whole = list(stack.split(ranks, 0 if left else 1))
+            parts.append(whole)
+        return [f._replace(B=b, A=a, K=k) for f, b, a, k in zip(factors, *parts)]
 
 
 def decompose(P: list[Tensor], methods: list[str]):
