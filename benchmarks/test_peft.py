@@ -1,4 +1,4 @@
-"""Training steps of a small PEFT model, on PEFT's own code and patched, in turn in one run.
+"""Training and inference of a small PEFT model, on PEFT's own code and patched, in turn in one run.
 
 No time is shown unless both give the same loss and gradients first. They take turns in blocks, since a patch is of the whole
 process; the first step after each turn, which makes what a patch keeps beside the layers, is not counted.
@@ -7,6 +7,7 @@ process; the first step after each turn, which makes what a patch keeps beside t
 import statistics
 import time
 
+import pytest
 import torch
 from conftest import TABLES
 from peft import DeftConfig, LoraConfig, get_peft_model
@@ -14,15 +15,16 @@ from torch import nn
 
 import deft_kernels as dk
 
-LAYERS, FEATURES, TOKENS, RANK = 6, 640, 1024, 16
+RANK = 16
+SHAPES = {"image": (6, 640, 1024), "text": (40, 320, 77)}  # layers, features, tokens: of an SD attention, and its text side
 BLOCKS, STEPS = 10, 5  # 50 steps each
 AGREE = 1e-4  # relative, fp32, through six layers
 
 
-def make(config_class, **options):
+def make(config_class, layers, features, **options):
     torch.manual_seed(0)
-    parts = [part for _ in range(LAYERS) for part in (nn.Linear(FEATURES, FEATURES), nn.GELU())]
-    targets = [str(2 * i) for i in range(LAYERS)]
+    parts = [part for _ in range(layers) for part in (nn.Linear(features, features), nn.GELU())]
+    targets = [str(2 * i) for i in range(layers)]
     return get_peft_model(nn.Sequential(*parts[:-1]), config_class(r=RANK, target_modules=targets, **options))
 
 
@@ -40,13 +42,16 @@ def gate(deft, x, target):
         assert (ours - theirs).norm() <= AGREE * theirs.norm()
 
 
-def test_fifty_training_steps(benchmark):
+@pytest.mark.parametrize("train", [True, False], ids=["train", "infer"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fifty_steps(benchmark, shape, train):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, target = torch.randn(2, TOKENS, FEATURES, device=device)
-    deft = make(DeftConfig, decomposition_method="qr", init_weights=False).to(device)
+    layers, features, tokens = SHAPES[shape]
+    x, target = torch.randn(2, tokens, features, device=device)
+    deft = make(DeftConfig, layers, features, decomposition_method="qr", init_weights=False).to(device)
     gate(deft, x, target)
     peers = {
-        "PEFT LoRA": (dk.unpatch_peft, make(LoraConfig, lora_alpha=RANK).to(device)),
+        "PEFT LoRA": (dk.unpatch_peft, make(LoraConfig, layers, features, lora_alpha=RANK).to(device)),
         "PEFT DEFT": (dk.unpatch_peft, deft),
         "PEFT DEFT, patched": (dk.patch_peft, deft),
     }
@@ -57,9 +62,13 @@ def test_fifty_training_steps(benchmark):
 
     def step(name):
         start = time.perf_counter()
-        optimizers[name].zero_grad()
-        (peers[name][1](x) - target).square().mean().backward()
-        optimizers[name].step()
+        if train:
+            optimizers[name].zero_grad()
+            (peers[name][1](x) - target).square().mean().backward()
+            optimizers[name].step()
+        else:
+            with torch.no_grad():
+                peers[name][1](x)
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -79,5 +88,6 @@ def test_fifty_training_steps(benchmark):
         low, *_, high = statistics.quantiles(seconds, n=5)
         ratio = statistics.median(s / floor for s, floor in zip(seconds, times["PEFT DEFT"]))
         rows[name] = (statistics.median(seconds), low, high, ratio)
-    TABLES.append((f"a training step of {LAYERS} layers {FEATURES}x{FEATURES}, T {TOKENS}, r {RANK}, fp32:", rows))
+    what = "a training step" if train else "a forward without gradients"
+    TABLES.append((f"{what} of {layers} layers {features}x{features}, T {tokens}, r {RANK}, fp32:", rows))
     benchmark.extra_info.update({f"{name} / PEFT DEFT": ratio for name, (*_, ratio) in rows.items()})

@@ -4,6 +4,7 @@ The path of one tensor: `forward` takes the factors (the bank's, or its own by `
 through `LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -550,7 +551,7 @@ class DeftLinear(DeftLayer):
     def out_features(self) -> int:
         return self.shape[0]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int]:
         if is_conv1d(self.base_layer):  # stored (in, out)
             return self.base_layer.weight.shape[1], self.base_layer.weight.shape[0]
@@ -661,7 +662,7 @@ class DeftConv2d(DeftLayer):
             raise TypeError(f"DeftConv2d does not adapt grouped convolutions (groups={base_layer.groups})")
         super().__init__(base_layer, config, adapter_name)
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[int, int]:
         return self.base_layer.weight.shape[0], self.base_layer.weight[0].numel()
 

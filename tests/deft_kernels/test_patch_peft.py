@@ -15,6 +15,7 @@ import sys
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from common import Opaque
@@ -289,6 +290,7 @@ def preparations(monkeypatch):
     def counted(members, rows=None, **more):
         sizes.append(len(members))
         return original(members, rows, **more)
+
     monkeypatch.setattr(layers, "prepare_layers", counted)
     return sizes
 
@@ -856,6 +858,137 @@ def test_patching_a_merged_model():
         model.unmerge_adapter()
     for name, w in weights(model).items():
         torch.testing.assert_close(w, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_hooks_that_keep_a_patched_forward_outlive_the_patch():
+    """accelerate's hooks hold the method that they found; it must go on working, unpatched and patched again."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    x = torch.randn(5, 24)
+    expected = build(adapters=2)(x)
+    with patched():
+        model = build(adapters=2)
+        for layer in deft_layers(model).values():
+            add_hook_to_module(layer, ModelHook())
+        torch.testing.assert_close(model(x), expected)
+        assert dk.patch_peft(model) == {}
+    assert torch.equal(model(x), expected)
+    with patched():
+        assert dk.patch_peft(model) == {}
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_layers_that_share_a_weight_are_unmerged():
+    """By PEFT's code, whose writes torch does not count: no layer takes the update of another for its pristine weight."""
+    with patched():
+        base = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+        base[2].weight = base[0].weight
+        model = get_peft_model(
+            base, DeftConfig(r=4, target_modules=["0", "2"], init_weights=False, decomposition_method="qr")
+        )
+        before = base[0].base_layer.weight.detach().clone()
+        for _ in range(2):
+            model.merge_adapter()
+            assert (base[0].base_layer.weight - before).norm() > 1e-2
+            model.unmerge_adapter()
+            torch.testing.assert_close(base[0].base_layer.weight.detach(), before, rtol=0, atol=1e-5)
+
+
+def test_a_model_unmerged_elsewhere_keeps_no_stale_snapshot():
+    with patched():
+        model = build()
+        model.merge_adapter()
+        kept = io.BytesIO()
+        torch.save(model, kept)
+    kept.seek(0)
+    model = torch.load(kept, weights_only=False)
+    model.unmerge_adapter()
+    with torch.no_grad():
+        for layer in deft_layers(model).values():
+            layer.base_layer.weight.add_(1.0)
+    x = torch.randn(4, 24)
+    expected = model(x)
+    with patched():
+        model.merge_adapter()
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_rests_in_eval(kernels):
+    model = build(dropout=0.5)
+    x = torch.randn(6, 24)
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+    with contextlib.ExitStack() as out:
+        out.callback(dk.patch_peft)
+        dk.unpatch_peft()
+        expected = model(x)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_base_layer_that_is_replaced_is_followed(kernels):
+    model = build()
+    x = torch.randn(6, 24)
+    before = model(x)
+    layer = deft_layers(model)["base_model.model.first"]
+    layer.base_layer = nn.Linear(24, 40)
+    after = model(x)
+    dk.unpatch_peft()
+    torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-5)
+    dk.patch_peft()
+    assert not torch.allclose(after, before)
+
+
+def test_disabled_adapters_are_not_routed(kernels):
+    model = build(adapters=2).eval()
+    x = torch.randn(2, 24)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x, adapter_names=["default", "a1"]), model(x))
+
+
+@pytest.mark.parametrize("cause", ["sharded", "decomposition"])
+def test_adapters_that_are_not_understood_stay_with_peft(cause, kernels):
+    model = build()
+    layer = deft_layers(model)["base_model.model.first"]
+    if cause == "sharded":
+        layer.deft_P["default"] = type("Sharded", (nn.Parameter,), {})(layer.deft_P["default"].detach().clone())
+    else:
+        layer.deft_decomposition["default"] = "cayley"
+    (reason,) = dk.patch_peft(model).values()
+    assert {"sharded": "no plain parameter", "decomposition": "'cayley'"}[cause] in reason
+
+
+def test_models_and_scales_that_make_no_sense(kernels):
+    with pytest.raises(ValueError, match="Linear has no DEFT layer"):
+        dk.patch_peft(nn.Linear(3, 3))
+    layer = deft_layers(build())["base_model.model.first"]
+    for scale in (np.float32(0.5), torch.tensor(0.5)):
+        layer.set_scale("default", scale)
+        assert layer.deft_strength == {"default": 0.5}
+    for scale in (float("nan"), "1", None):
+        with pytest.raises(ValueError, match="expected a finite number"):
+            layer.set_scale("default", scale)
+
+
+def test_a_4_bit_base_trains_on_after_sampling(kernels):
+    """bitsandbytes repacks 4-bit weights in a forward without gradients where the processor has AVX512-BF16."""
+    import bitsandbytes as bnb
+
+    torch.manual_seed(0)
+    base = nn.Sequential(*(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32) for _ in range(2)))
+    base = base.to("cpu")
+    model = get_peft_model(base, DeftConfig(r=4, target_modules=["0", "1"], decomposition_method="qr"))
+    x, gradients = torch.randn(8, 64), []
+    for _ in range(2):
+        model.zero_grad()
+        model(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.eval()
+        with torch.no_grad():
+            model(x)
+        model.train()
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(second, first)
 
 
 def test_pefts_own_tests_pass_as_without_the_patch(tmp_path):
