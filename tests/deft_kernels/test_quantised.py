@@ -20,6 +20,7 @@ from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter, dequantiz
 from safetensors import safe_open
 from torch import nn
 from torchao.quantization.granularity import PerGroup
+from torchao.quantization.quant_primitives import MappingType
 
 import deft_kernels as dk
 from deft_kernels import reference
@@ -28,11 +29,12 @@ from deft_kernels.nn.quantised import quantised
 M, N, T = 72, 256, 37  # a row count that is no multiple of anything; GGUF's K types come in blocks of 256
 
 
-def bnb_4bit(kind, double, storage=torch.uint8):
+def bnb_4bit(kind, double, storage=torch.uint8, blocks=None):
     def make(linear):
         layer = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, quant_type=kind,
                                   compress_statistics=double, quant_storage=storage)  # fmt: skip
         layer.load_state_dict(linear.state_dict())
+        layer.weight.blocksize = blocks or layer.weight.blocksize
         return layer.to(linear.weight.dtype).to("cpu")  # which quantises
 
     return make
@@ -85,12 +87,16 @@ KINDS = {
     "bnb-nf4": bnb_4bit("nf4", False),
     "bnb-nf4-double": bnb_4bit("nf4", True),
     "bnb-nf4-stored-as-bfloat16": bnb_4bit("nf4", False, torch.bfloat16),
+    "bnb-nf4-blocks-of-128": bnb_4bit("nf4", False, blocks=128),
     "bnb-fp4": bnb_4bit("fp4", False),
     "bnb-fp4-double": bnb_4bit("fp4", True),
     "torchao-int8": torchao(ao.Int8WeightOnlyConfig()),
     "torchao-int8-groups": torchao(ao.Int8WeightOnlyConfig(granularity=PerGroup(64))),
     "torchao-float8": torchao(ao.Float8WeightOnlyConfig()),
     "torchao-int4": torchao(ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))),
+    "torchao-int4-asymmetric": torchao(
+        ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC)
+    ),
     "gguf-BF16": gguf_linear("BF16"),
     "gguf-Q8_0": gguf_linear("Q8_0"),
     "gguf-Q5_1": gguf_linear("Q5_1"),
