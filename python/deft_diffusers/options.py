@@ -40,10 +40,17 @@ class TrainOptions:
     output_dir: str = option("Model and data", "where the adapter, its checkpoints and its log go", metavar="DIR")
     overwrite_output_dir: bool = option("Model and data", "replace the run that the output folder holds", False)
     resolution: int | None = option(
-        "Model and data", "side of the training pictures in pixels (default: the model's own)", None, metavar="N"
+        "Model and data", "side in pixels of a square training picture; others have as many (default: the model's own)",
+        None, metavar="N",
+    )  # fmt: skip
+    aspect_ratio_buckets: bool = option(
+        "Model and data", "train on pictures in about their own proportions; off: on squares cut from them", True
     )
-    center_crop: bool = option("Model and data", "crop the middle of a picture, not a random part", False)
+    center_crop: bool = option("Model and data", "cut squares from the middle of pictures, not at random", False)
     random_flip: bool = option("Model and data", "mirror pictures at random", False)
+    cache_dir: str | None = option(
+        "Model and data", "folder that keeps latents and text embeddings for later runs", None, metavar="DIR"
+    )
 
     method: str = option(
         "Adapter", "deft removes and injects, para only removes, lora only injects", "deft", choices=METHODS

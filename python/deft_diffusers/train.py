@@ -6,6 +6,7 @@ was stopped and resumed takes the same steps as one that was not, and, without d
 same adapter as one with batch n·b.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -30,6 +31,7 @@ from tqdm import tqdm
 import deft_kernels as dk
 
 from . import UserError, data, read_json
+from .cache import Cache
 from .families import load_family
 from .grid import grid
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
@@ -48,7 +50,7 @@ FREE_TO_CHANGE = {
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
     # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
-    "pretrained_model_name_or_path",
+    "pretrained_model_name_or_path", "cache_dir",
 }  # fmt: skip
 
 
@@ -137,31 +139,70 @@ def _generator(*numbers):
 
 
 class Samples:
-    """The endless stream of training samples; sample n is the same whenever and wherever it is asked for."""
+    """The endless stream of training samples; sample n is the same whenever and wherever it is asked for.
 
-    def __init__(self, pictures, family, seed, random_crop, random_flip):
-        self.pictures, self.family, self.seed = pictures, family, seed
+    The samples of one optimizer step are pictures of one size, a bucket's. Over as many steps as there are pictures each
+    bucket has as many steps as it has pictures, and each walks through its own pictures, so that all are seen equally often.
+    """
+
+    def __init__(self, pictures, family, seed, random_crop, random_flip, images_per_step=1, cache_dir=None):
+        self.pictures, self.family, self.seed, self.per_step = pictures, family, seed, images_per_step
         self.random_crop, self.random_flip = random_crop, random_flip
         captions = list(dict.fromkeys(p.caption for p in pictures))
         rows = {text: row for row, text in enumerate(captions)}
         self.rows = [rows[p.caption] for p in pictures]
-        self.order = (None, None)
+        sizes = list(dict.fromkeys(p.size for p in pictures))
+        self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
+        self.orders = {}
+        # Latents are computed once where all that changes from one sight of a picture to the next is which way it faces.
+        once = not random_crop or all(p.image.size == p.size for p in pictures)
+        self.caches = [Cache(cache_dir, parts) for parts in (family.text_parts, family.image_parts)] if cache_dir else None
         with torch.no_grad():
-            self.conditions = family.encode_prompts(captions)
-            # Latents are computed once where nothing about a picture changes from one sight to the next.
-            fixed = not random_flip and (not random_crop or all(p.image.width == p.image.height for p in pictures))
-            self.posteriors = [self._encode([p], [(0.5, 0.5, False)]) for p in pictures] if fixed else None
+            self.conditions = self._encode_texts(captions)
+            self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
 
     def _encode(self, pictures, views):
-        pixels = [data.to_array(data.square(p.image, u, v, mirror)) for p, (u, v, mirror) in zip(pictures, views)]
+        pixels = [data.to_array(data.crop(p.image, p.size, u, v, mirror)) for p, (u, v, mirror) in zip(pictures, views)]
         return self.family.encode_images(torch.as_tensor(np.stack(pixels)))
 
+    def _encode_all(self, mirror):
+        """Means and deviations of all pictures, faced one way."""
+        posteriors = []
+        for picture in tqdm(self.pictures, desc="encoding pictures", leave=False, disable=len(self.pictures) < 20):
+            make = lambda p=picture: dict(zip(("mean", "deviation"), self._encode([p], [(0.5, 0.5, mirror)])))
+            if self.caches:
+                entry = self.caches[1].get(repr((picture.size, mirror)).encode() + _bytes_of(picture.image), make)
+            else:
+                entry = make()
+            posteriors.append((entry["mean"], entry["deviation"]))
+        return posteriors
+
+    def _encode_texts(self, captions):
+        if not self.caches:
+            return self.family.encode_prompts(captions)
+        encode = self.family.encode_prompts
+        entries = [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text in captions]
+        return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+
+    def _order(self, what, epoch, count):
+        """A random order of `count` things, another for each epoch; the last one is kept."""
+        if self.orders.get(what, (None,))[0] != epoch:
+            order = torch.randperm(count, generator=_generator(self.seed, EPOCH, *what, epoch)).tolist()
+            self.orders[what] = epoch, order
+        return self.orders[what][1]
+
     def _index(self, n):
-        epoch, k = divmod(n, len(self.pictures))
-        if self.order[0] != epoch:
-            generator = _generator(self.seed, EPOCH, epoch)
-            self.order = epoch, torch.randperm(len(self.pictures), generator=generator).tolist()
-        return self.order[1][k]
+        step, within = divmod(n, self.per_step)
+        turn, bucket = step, 0  # this step is the turn-th of its bucket
+        if len(self.buckets) > 1:
+            owners = [b for b, pictures in enumerate(self.buckets) for _ in pictures]
+            cycle, place = divmod(step, len(owners))
+            order = self._order((0,), cycle, len(owners))
+            bucket = owners[order[place]]
+            turn = cycle * len(self.buckets[bucket]) + sum(owners[k] == bucket for k in order[:place])
+        pictures = self.buckets[bucket]
+        epoch, place = divmod(turn * self.per_step + within, len(pictures))
+        return pictures[self._order((1, bucket), epoch, len(pictures))[place]]
 
     @torch.no_grad()
     def batch(self, numbers, device):
@@ -173,14 +214,16 @@ class Samples:
             u, v, side = torch.rand(3, generator=g).tolist()
             views.append((u if self.random_crop else 0.5, v if self.random_crop else 0.5, self.random_flip and side < 0.5))
         if self.posteriors is not None:
-            mean, deviation = (torch.cat(t) for t in zip(*(self.posteriors[k] for k in chosen)))
+            seen = [self.posteriors[mirror][k] for k, (_, _, mirror) in zip(chosen, views)]
+            mean, deviation = (torch.cat(t).to(device) for t in zip(*seen))
         else:
             mean, deviation = self._encode([self.pictures[k] for k in chosen], views)
         draws = [(torch.randn(mean.shape[1:], generator=g), torch.randn(mean.shape[1:], generator=g)) for g in generators]
         times = torch.stack([self.family.draw_time(g) for g in generators]).to(device)
         latent_noise, noise = (torch.stack(t).to(device) for t in zip(*draws))
-        rows = torch.tensor([self.rows[k] for k in chosen], device=device)
-        return mean + deviation * latent_noise, noise, times, {k: v[rows] for k, v in self.conditions.items()}
+        rows = torch.tensor([self.rows[k] for k in chosen])
+        conditions = {k: v[rows.to(v.device)].to(device) for k, v in self.conditions.items()}
+        return mean + deviation * latent_noise, noise, times, conditions
 
 
 # output folder ------------------------------------------------------------------------------------------------------
@@ -244,11 +287,15 @@ def _check_same_run(checkpoint, settings):
             )
 
 
+def _bytes_of(image):
+    return repr(image.size).encode() + image.tobytes()
+
+
 def _fingerprint(pictures):
     """sha256 of what is trained on: pixels and texts, in order."""
     digest = hashlib.sha256()
     for picture in pictures:
-        digest.update(picture.image.tobytes() + picture.caption.encode())
+        digest.update(_bytes_of(picture.image) + picture.caption.encode())
     return digest.hexdigest()
 
 
@@ -474,6 +521,12 @@ class Run:
         (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
 
 
+def _sizes(pictures):
+    """`64 x 64`, or `64 x 64 (3), 48 x 80 (2)`."""
+    counts = collections.Counter(p.size for p in pictures)
+    return ", ".join(f"{w} x {h}" + f" ({n})" * (len(counts) > 1) for (w, h), n in counts.most_common())
+
+
 def _card(options, settings, log):
     shown = {k: v for k, v in settings.items() if v not in (None, False) and k not in ("output_dir", "instance_data_dir")}
     table = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
@@ -507,10 +560,9 @@ def train(options, family=None):
     Errors in what the user gave are UserErrors, found before anything is written.
     """
     check_options(options)
-    paths = data.find_pictures(options.instance_data_dir)
-    captions = data.read_captions(paths, options.instance_prompt)
-    for path in paths:  # one at a time and not kept: photographs are large, and their final size is not known yet
-        data.read_image(path)
+    sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
+    for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
+        data.read_image(source.path)
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
@@ -526,8 +578,9 @@ def train(options, family=None):
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
     if accelerator.is_main_process:
-        warn_of_cut_text(family, [*captions, options.validation_prompt or ""])
-    pictures = [data.Picture(p, data.shrink(data.read_image(p), resolution), c) for p, c in zip(paths, captions)]
+        warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
+    sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
+    pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
     settings = dataclasses.asdict(options) | {
         "resolution": resolution,
         "mixed_precision": precision,
@@ -537,7 +590,10 @@ def train(options, family=None):
     }
     if resume:
         _check_same_run(resume, settings)
-    samples = Samples(pictures, family, options.seed, not options.center_crop, options.random_flip)
+    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
+    samples = Samples(
+        pictures, family, options.seed, crop_anywhere, options.random_flip, settings["images_per_step"], options.cache_dir
+    )
     run = Run(options, accelerator, family, samples, settings, folder, resume)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
@@ -550,9 +606,11 @@ def train(options, family=None):
         run.open_log(resume)
         print(
             f"training {sum(p.numel() for p in run.parameters):,} parameters ({options.method}, rank {options.rank}, "
-            f"{run.layers} layers) on {len(pictures)} picture{'s' * (len(pictures) != 1)} at {resolution} pixels, "
+            f"{run.layers} layers) on {len(sources)} picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
             f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
         )
+        for cache, what in zip(samples.caches or (), ("texts", "latents")):
+            print(f"{what} from {options.cache_dir}: {cache.found} found, {cache.made} made")
     start, first = time.perf_counter(), run.step
     run.train()
     seconds = time.perf_counter() - start

@@ -1,5 +1,6 @@
 """Training learns, stops, resumes to the bit, spreads over processes, and leaves the base model alone."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deft_diffusers import UserError
+from deft_diffusers import UserError, data
 from deft_diffusers import train as module
 from deft_diffusers.demo import fingerprints
 from deft_diffusers.families import load_family
@@ -96,7 +97,7 @@ def test_loss_falls_and_only_the_adapter_changes(model, options, photos, request
 
     losses = [entry["loss"] for entry in log(o.output_dir)]
     assert [entry["step"] for entry in log(o.output_dir)] == list(range(1, 41))
-    pictures = [module.data.Picture(None, module.data.read_image(photos / "0.png"), "a cat")]
+    pictures = [picture(photos / "0.png")]
     unseen = Samples(pictures, family, 99, False, False).batch(range(32), torch.device("cpu"))  # other noise and times
     family.model.eval()
     with torch.no_grad():
@@ -167,10 +168,7 @@ def test_both_learning_rates_and_their_schedule_reach_the_optimizer(options):
 
 def test_captions_beside_pictures_are_used(tiny, photos):
     family = load_family(str(tiny), torch.float32)
-    pictures = [
-        module.data.Picture(photos / f"{k}.png", module.data.read_image(photos / f"{k}.png"), text)
-        for k, text in enumerate(["a cat", "a dog", "a cat"])
-    ]
+    pictures = [picture(photos / f"{k}.png", text) for k, text in enumerate(["a cat", "a dog", "a cat"])]
     samples = Samples(pictures, family, 0, False, False)
     *_, conditions = samples.batch(range(9), torch.device("cpu"))
     chosen = [samples._index(n) for n in range(9)]
@@ -182,11 +180,45 @@ def test_captions_beside_pictures_are_used(tiny, photos):
 # randomness --------------------------------------------------------------------------------------------------------------
 
 
+def picture(path, caption="a cat", size=(32, 32)):
+    return data.Picture(data.cover(data.read_image(path), size), caption, size)
+
+
+def test_a_step_has_pictures_of_one_size_and_all_are_seen_equally_often(tiny, tmp_path):
+    family = load_family(str(tiny), torch.float32)
+    sizes = [(32, 32), (48, 24), (32, 32), (24, 48), (48, 24), (32, 32)]
+    for k, size in enumerate(sizes):
+        write_picture(tmp_path / f"{k}.png", size=size)
+    pictures = [picture(tmp_path / f"{k}.png", "a cat", size) for k, size in enumerate(sizes)]
+    samples = Samples(pictures, family, 0, False, False, images_per_step=4)
+    cycle = [[samples._index(4 * step + k) for k in range(4)] for step in range(2 * len(sizes))]
+    assert all(len({sizes[k] for k in step}) == 1 for step in cycle)
+    for half in (cycle[:6], cycle[6:]):
+        assert collections.Counter(k for step in half for k in step) == dict.fromkeys(range(6), 4)
+    assert cycle[:6] != cycle[6:]
+    again = Samples(pictures, family, 0, False, False, images_per_step=4)
+    assert [[again._index(4 * step + k) for k in range(4)] for step in (11, 3)] == [cycle[11], cycle[3]]
+    step = next(s for s, chosen in enumerate(cycle) if sizes[chosen[0]] == (48, 24))
+    assert samples.batch(range(4 * step, 4 * step + 4), torch.device("cpu"))[0].shape[2:] == (12, 24)
+
+
+def test_pictures_of_all_proportions_train_undistorted(options, tmp_path, capsys):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for k, size in enumerate([(300, 300), (320, 180), (90, 160)]):
+        write_picture(folder / f"{k}.png", size=size)
+    train(options(instance_data_dir=str(folder), max_train_steps=3))
+    out = capsys.readouterr().out
+    assert "3 pictures at" in out and out.count("(1)") == 3 and "32 x 32 (1)" in out, out
+    train(options(instance_data_dir=str(folder), max_train_steps=1, overwrite_output_dir=True, aspect_ratio_buckets=False))
+    assert "3 pictures at 32 x 32 pixels" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("crop, flip", [(False, False), (True, True)])
 def test_a_sample_depends_on_its_number_alone(crop, flip, tiny, tmp_path):
     family = load_family(str(tiny), torch.float32)
     write_picture(tmp_path / "wide.png", size=(48, 32))
-    pictures = [module.data.Picture(None, module.data.read_image(tmp_path / "wide.png"), "a cat")]
+    pictures = [picture(tmp_path / "wide.png")]
     cpu = torch.device("cpu")
     together = Samples(pictures, family, 7, crop, flip).batch(range(6), cpu)
     again = Samples(pictures, family, 7, crop, flip)
@@ -199,16 +231,46 @@ def test_a_sample_depends_on_its_number_alone(crop, flip, tiny, tmp_path):
     assert not torch.equal(other[1][0], together[1][0])
 
 
-def test_latents_computed_once_are_those_computed_each_time(tiny, photos):
+@pytest.mark.parametrize("flip", [False, True])
+def test_latents_computed_once_are_those_computed_each_time(flip, tiny, photos, tmp_path):
     family = load_family(str(tiny), torch.float32)
-    pictures = [module.data.Picture(None, module.data.read_image(photos / f"{k}.png"), "a") for k in range(3)]
-    samples = Samples(pictures, family, 0, True, False)  # square: a random crop has nowhere to go
+    pictures = [picture(photos / f"{k}.png") for k in range(3)]
+    samples = Samples(pictures, family, 0, True, flip)  # square: a random crop has nowhere to go
     assert samples.posteriors is not None
-    once = samples.batch(range(3), torch.device("cpu"))
+    once = samples.batch(range(9), torch.device("cpu"))
     samples.posteriors = None
-    each = samples.batch(range(3), torch.device("cpu"))
+    each = samples.batch(range(9), torch.device("cpu"))
     torch.testing.assert_close(once[0], each[0], rtol=0, atol=1e-5)
-    assert Samples(pictures, family, 0, True, True).posteriors is None
+    write_picture(tmp_path / "wide.png", size=(64, 32))
+    assert Samples([picture(tmp_path / "wide.png")], family, 0, True, flip).posteriors is None
+
+
+def test_cached_latents_and_texts(tiny, photos, tmp_path):
+    """Found again; made anew for another picture, size, text or encoder; a damaged one is named."""
+    cpu, folder = torch.device("cpu"), tmp_path / "cache"
+    family = load_family(str(tiny), torch.float32)
+    pictures = [picture(photos / f"{k}.png", text) for k, text in enumerate(["a cat", "a dog", "a cat"])]
+
+    def make(pictures, family=family, flip=False):
+        samples = Samples(pictures, family, 0, False, flip, cache_dir=folder)
+        return samples.batch(range(6), cpu), [(cache.found, cache.made) for cache in samples.caches]
+
+    plain = Samples(pictures, family, 0, False, False).batch(range(6), cpu)
+    for expected in ([(0, 2), (0, 3)], [(2, 0), (3, 0)]):
+        batch, counts = make(pictures)
+        assert counts == expected
+        torch.testing.assert_close(batch, plain, rtol=0, atol=1e-5)
+    write_picture(photos / "1.png", 77)
+    assert make([*pictures[:1], picture(photos / "1.png", "a bird")])[1] == [(1, 1), (1, 1)]
+    assert make(pictures[:1], flip=True)[1] == [(1, 0), (1, 1)]
+    assert make([picture(photos / "0.png", size=(32, 24))])[1] == [(1, 0), (0, 1)]
+    with torch.no_grad():
+        next(family.pipe.vae.encoder.parameters()).add_(1e-3)
+    assert make(pictures)[1] == [(2, 0), (0, 3)]
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"\.safetensors is damaged .*delete it"):
+        make(pictures)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,16 @@ class StableDiffusion:
         return self
 
     @property
+    def text_parts(self):
+        """What texts are encoded by."""
+        return (self.pipe.text_encoder,)
+
+    @property
+    def image_parts(self):
+        """What pictures are encoded by."""
+        return (self.pipe.vae,)
+
+    @property
     def resolution(self):
         """Side in pixels of the pictures that the model was made for."""
         size = self.model.config.sample_size
