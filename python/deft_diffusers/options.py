@@ -5,7 +5,7 @@ Names are those of diffusers' training examples where these have one. Nothing he
 
 from dataclasses import MISSING, dataclass, field
 
-METHODS = ("deft", "para", "lora")
+METHODS = ("deft", "para", "lora", "svdiff", "dreambooth", "textual_inversion")
 DECOMPOSITIONS = ("qr", "svd", "relu", "none")
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -53,8 +53,18 @@ class TrainOptions:
     )
 
     method: str = option(
-        "Adapter", "deft removes and injects, para only removes, lora only injects", "deft", choices=METHODS
+        "Method",
+        "deft removes and injects, para only removes, lora only injects; svdiff shifts singular values, dreambooth trains "
+        "the whole denoiser, textual_inversion a new word",
+        "deft", choices=METHODS,
+    )  # fmt: skip
+    train_text_encoder: bool = option("Method", "for dreambooth: the text encoders learn too", False)
+    placeholder_token: str = option("Method", "for textual_inversion: the new word, which the prompts must contain", "<sks>")
+    initializer_token: str | None = option(
+        "Method", "for textual_inversion: a word to start from, such as 'dog' (default: the mean of all words)", None
     )
+    num_vectors: int = option("Method", "for textual_inversion: how many tokens the word is made of", 1, metavar="N")
+
     rank: int = option("Adapter", "rank of the adapter; 4 to 8 suits one subject", 8, metavar="R")
     alpha: float | None = option("Adapter", "scale of the injection is alpha/rank (default: scale 1)", None)
     decomposition_method: str | None = option(
@@ -68,11 +78,21 @@ class TrainOptions:
         None, metavar="NAMES",
     )  # fmt: skip
 
-    max_train_steps: int = option("Optimisation", "optimizer steps", 500, metavar="N")
+    max_train_steps: int | None = option(
+        "Optimisation",
+        "optimizer steps (default: as published for the method, deft, para, lora and svdiff 500, dreambooth 400, "
+        "textual_inversion 3000)",
+        None, metavar="N",
+    )  # fmt: skip
     train_batch_size: int = option("Optimisation", "pictures per process and micro-step", 1, metavar="N")
     gradient_accumulation_steps: int = option("Optimisation", "micro-steps per optimizer step", 1, metavar="N")
     gradient_checkpointing: bool = option("Optimisation", "less memory for more time", False)
-    learning_rate: float = option("Optimisation", "of R (for para, which has no R: of P)", 5e-4, metavar="LR")
+    learning_rate: float | None = option(
+        "Optimisation",
+        "of all that trains, for deft of R (default: as published for the method, deft, para, lora and textual_inversion "
+        "5e-4, svdiff 1e-3, dreambooth 5e-6)",
+        None, metavar="LR",
+    )  # fmt: skip
     learning_rate_P: float | None = option(
         "Optimisation",
         "of P (default: a tenth of --learning_rate for deft with qr or svd, else the same)",
@@ -83,6 +103,15 @@ class TrainOptions:
     lr_warmup_steps: int = option("Optimisation", "steps over which the learning rate rises from zero", 0, metavar="N")
     adam_weight_decay: float = option("Optimisation", "of AdamW; it would pull R towards removal, hence off", 0.0)
     max_grad_norm: float = option("Optimisation", "gradients are clipped to this norm", 1.0)
+    caption_dropout: float = option(
+        "Optimisation", "share of samples that train with an empty text, for guidance without a text", 0.0
+    )
+    noise_offset: float = option(
+        "Optimisation", "noise added to a channel's mean, for darker and lighter pictures; 0.1 is usual", 0.0
+    )
+    snr_gamma: float | None = option(
+        "Optimisation", "weigh time steps by min(signal-to-noise ratio, this), 5 is usual (arXiv 2303.09556)", None
+    )
     mixed_precision: str | None = option(
         "Optimisation", "of the base model; adapter and VAE stay fp32 (default: accelerate's setting, else no)", None,
         choices=PRECISIONS,

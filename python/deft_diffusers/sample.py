@@ -15,6 +15,7 @@ import deft_kernels as dk
 from . import UserError, read_json, read_text
 from .families import load_family
 from .grid import grid
+from .methods import Adapter, method_of
 
 RECORD, GRID = "samples.json", "grid.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,18 +38,20 @@ def check_size(name, value, family):
 
 
 def load_adapters(family, folders, weights=(), merge=True):
-    """Loads adapters into the model and switches them on together; `weights` empty means 1 for each.
+    """Loads what `deft train` has written, of any method, in the order given; `weights` empty means 1 for each.
 
-    Merged adapters are folded into the base weights (undo with `deft_kernels.unmerge`), else they stay factors.
+    Adapters are switched on together: merged into the base weights (undo with `deft_kernels.unmerge`), else as factors.
     """
-    names = [f"adapter{k}" for k in range(len(folders))]
-    weights = list(weights) or [1.0] * len(names)
-    for name, folder in zip(names, folders):
-        dk.load_adapter(family.model, folder, adapter_name=name)
-    if merge:
-        dk.merge(family.model, names, weights)
-    else:
-        dk.set_adapters(family.model, names, weights)
+    adapters = {}
+    for k, (folder, weight) in enumerate(zip(folders, weights or [1.0] * len(folders))):
+        kind = method_of(folder, family) if Path(folder).is_dir() else Adapter
+        if kind is Adapter:
+            dk.load_adapter(family.model, folder, adapter_name=f"adapter{k}")
+            adapters[f"adapter{k}"] = weight
+        else:
+            kind.apply(family, folder, weight)
+    if adapters:
+        (dk.merge if merge else dk.set_adapters)(family.model, list(adapters), list(adapters.values()))
 
 
 def generate(family, jobs, batch_size=4, progress=True, **settings):

@@ -28,21 +28,20 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from tqdm import tqdm
 
-import deft_kernels as dk
-
 from . import UserError, data, read_json
 from .cache import Cache
 from .families import load_family
 from .grid import grid
+from .methods import METHODS, Adapter, DreamBooth, TextualInversion
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 
-P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25, "guidance_scale": 7.5}
-STATE, SETTINGS, LOG = "state.pt", "training_args.json", "loss.jsonl"
-ADAPTER, CARD = "adapter_model.safetensors", "README.md"
+STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "README.md"
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
-MARKS = ("checkpoint-[0-9]*", ADAPTER, "adapter_config.json", SETTINGS, LOG, CARD)
+RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
+           "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
+MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
 PICTURES = ("validation*.png", ".checkpoint-[0-9]*")
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
@@ -54,29 +53,42 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 
+# Options that say something to one kind of method alone.
+APPLY_TO = {
+    Adapter: "rank alpha decomposition_method gate dropout init_weights target_modules learning_rate_P".split(),
+    DreamBooth: ["train_text_encoder"],
+    TextualInversion: ["placeholder_token", "initializer_token", "num_vectors"],
+}
+
+
 # options ------------------------------------------------------------------------------------------------------------
 
 
-def check_options(options):
-    """UserError names the first option that cannot work. Touches nothing but the options."""
+def complete(options):
+    """The options with the method's own defaults where none were given. UserError names the first that cannot work."""
+    method = METHODS[options.method]
+    _check_applicable(options, method)
+    published = {name: getattr(method, name) for name in ("learning_rate", "max_train_steps")}
+    options = dataclasses.replace(options, **{k: v for k, v in published.items() if getattr(options, k) is None})
     at_least_one = (
         "rank max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps validation_steps "
-        "num_validation_images resolution checkpoints_total_limit"
+        "num_validation_images resolution checkpoints_total_limit num_vectors"
     )
     for name in at_least_one.split():
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed"):
+    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed", "noise_offset"):
         value = getattr(options, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be a number from 0 up, got {value}")
-    for name in ("alpha", "max_grad_norm"):
+    for name in ("alpha", "max_grad_norm", "snr_gamma"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be a positive number, got {value}")
-    if not 0 <= options.dropout < 1:
-        raise UserError(f"--dropout must be at least 0 and below 1, got {options.dropout}")
+    for name in ("dropout", "caption_dropout"):
+        if not 0 <= getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
     if options.lr_warmup_steps and options.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant; use constant_with_warmup")
     if options.method == "para" and (options.gate or options.learning_rate_P is not None):
@@ -85,43 +97,17 @@ def check_options(options):
         raise UserError("--method para injects nothing: --dropout, --alpha and --no-init_weights do not apply")
     if options.method == "lora" and (options.decomposition_method or options.gate):
         raise UserError("--decomposition_method and --gate do not apply to --method lora")
+    return options
 
 
-def _targets(text, family):
-    """What `--target_modules` means: a list of names, or a regular expression or keyword as one string."""
-    if text is None:
-        return list(family.target_modules)
-    if text == "all-linear" or not all(c.isalnum() or c in "_., " for c in text):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def adapter_config(options, family):
-    """The `deft_kernels` configuration of the adapter that the options ask for."""
-    common = {
-        "r": options.rank,
-        "alpha": options.alpha,
-        "dropout": options.dropout,
-        "init_weights": options.init_weights,
-        "target_modules": _targets(options.target_modules, family),
-    }
-    if options.method == "lora":
-        return dk.LoraConfig(**common)
-    return dk.DeftConfig(
-        **common,
-        decomposition_method=options.decomposition_method or "qr",
-        para=options.method == "para",
-        gate=options.gate,
-    )
-
-
-def learning_rates(options):
-    """Learning rate of each group of parameters."""
-    orthogonal = options.method == "deft" and options.decomposition_method in (None, "qr", "svd")
-    rate_p = options.learning_rate_P
-    if rate_p is None:
-        rate_p = options.learning_rate * (P_RATE if orthogonal else 1.0)
-    return {"P": rate_p, "R": options.learning_rate, "gate": options.learning_rate}
+def _check_applicable(options, method):
+    """UserError names an option that was set but belongs to other methods."""
+    own = {field.name: getattr(field.default, "value", field.default) for field in dataclasses.fields(options)}
+    for kind, names in APPLY_TO.items():
+        if not issubclass(method, kind):
+            for name in names:
+                if getattr(options, name) != own[name]:
+                    raise UserError(f"--{name} does not apply to --method {options.method}")
 
 
 # randomness ---------------------------------------------------------------------------------------------------------
@@ -145,20 +131,23 @@ class Samples:
     bucket has as many steps as it has pictures, and each walks through its own pictures, so that all are seen equally often.
     """
 
-    def __init__(self, pictures, family, seed, random_crop, random_flip, images_per_step=1, cache_dir=None):
+    def __init__(self, pictures, family, seed, random_crop, random_flip, images_per_step=1, cache_dir=None, *,
+                 caption_dropout=0.0, noise_offset=0.0, encode_texts=True):  # fmt: skip
+        self.caption_dropout, self.noise_offset = caption_dropout, noise_offset
         self.pictures, self.family, self.seed, self.per_step = pictures, family, seed, images_per_step
         self.random_crop, self.random_flip = random_crop, random_flip
-        captions = list(dict.fromkeys(p.caption for p in pictures))
-        rows = {text: row for row, text in enumerate(captions)}
+        self.captions = list(dict.fromkeys([*([""] if caption_dropout else []), *(p.caption for p in pictures)]))
+        rows = {text: row for row, text in enumerate(self.captions)}
         self.rows = [rows[p.caption] for p in pictures]
         sizes = list(dict.fromkeys(p.size for p in pictures))
         self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
         self.orders = {}
         # Latents are computed once where all that changes from one sight of a picture to the next is which way it faces.
         once = not random_crop or all(p.image.size == p.size for p in pictures)
-        self.caches = [Cache(cache_dir, parts) for parts in (family.text_parts, family.image_parts)] if cache_dir else None
+        encoders = (family.text_encoders.values() if encode_texts else (), family.image_parts)
+        self.caches = [Cache(cache_dir, parts) for parts in encoders] if cache_dir else None
         with torch.no_grad():
-            self.conditions = self._encode_texts(captions)
+            self.conditions = self._encode_texts(self.captions) if encode_texts else None
             self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
 
     def _encode(self, pictures, views):
@@ -218,12 +207,23 @@ class Samples:
             mean, deviation = (torch.cat(t).to(device) for t in zip(*seen))
         else:
             mean, deviation = self._encode([self.pictures[k] for k in chosen], views)
-        draws = [(torch.randn(mean.shape[1:], generator=g), torch.randn(mean.shape[1:], generator=g)) for g in generators]
-        times = torch.stack([self.family.draw_time(g) for g in generators]).to(device)
-        latent_noise, noise = (torch.stack(t).to(device) for t in zip(*draws))
-        rows = torch.tensor([self.rows[k] for k in chosen])
-        conditions = {k: v[rows.to(v.device)].to(device) for k, v in self.conditions.items()}
-        return mean + deviation * latent_noise, noise, times, conditions
+        latent_noise, noise, times, dropped = zip(*(self._draw(g, mean.shape[1:]) for g in generators))
+        latents = mean + deviation * torch.stack(latent_noise).to(device)
+        rows = [0 if drop else self.rows[k] for drop, k in zip(dropped, chosen)]  # the empty text is the first
+        if self.conditions is None:  # texts, to be encoded in the loss
+            conditions = [self.captions[row] for row in rows]
+        else:
+            conditions = {k: v[torch.tensor(rows, device=v.device)].to(device) for k, v in self.conditions.items()}
+        return latents, torch.stack(noise).to(device), torch.stack(times).to(device), conditions
+
+    def _draw(self, generator, shape):
+        """Latent noise, noise, time, and whether the text is dropped, all of one sample."""
+        latent_noise, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        time = self.family.draw_time(generator)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
+        dropped = self.caption_dropout > 0 and torch.rand((), generator=generator).item() < self.caption_dropout
+        return latent_noise, noise, time, dropped
 
 
 # output folder ------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def _find_resume(options, folder):
         checkpoints = find_checkpoints(folder)
         if checkpoints:
             return checkpoints[-1]
-        if (folder / ADAPTER).is_file():
+        if _existing(folder, RESULTS):
             raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
         print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
         return None
@@ -336,21 +336,35 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-class Run:
-    """One training run: the adapted model, its optimizer, and what it leaves in the output folder."""
+class Objective(torch.nn.Module):
+    """The loss of a batch as a module, so that all that trains is called through it, whatever wraps it."""
 
-    def __init__(self, options, accelerator, family, samples, settings, folder, resume):
-        self.options, self.accelerator, self.family, self.samples = options, accelerator, family, samples
+    def __init__(self, family, encodes_text):
+        super().__init__()
+        self.family, self.encodes_text = family, encodes_text
+        self.model = family.model
+        self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
+
+    def forward(self, latents, noise, times, conditions):
+        if self.encodes_text:
+            conditions = self.family.encode_prompts(conditions)
+        return self.family.loss(self.model, latents, noise, times, conditions)
+
+
+class Run:
+    """One training run: the model and what trains of it, its optimizer, and what it leaves in the output folder."""
+
+    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume):
+        self.options, self.accelerator, self.family = options, accelerator, family
+        self.method, self.samples = method, samples
         self.settings, self.folder, self.step = settings, folder, 0
         self.images_per_step = settings["images_per_step"]
-        torch.manual_seed(_seed(options.seed))  # of the adapter's first values
+        torch.manual_seed(_seed(options.seed))  # of the first values
         if resume:
-            dk.load_adapter(family.model, resume, trainable=True)
+            method.load(resume)
         else:
-            dk.inject_adapter(family.model, adapter_config(options, family))
-        groups = dk.adapter_parameters(family.model)
-        self.layers = len(groups["P"])
-        rates = learning_rates(options)
+            method.start()
+        groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]
         optimizer = torch.optim.AdamW(
@@ -358,7 +372,7 @@ class Run:
         )
         if options.gradient_checkpointing:
             family.model.enable_gradient_checkpointing()
-        self.model, self.optimizer = accelerator.prepare(family.model, optimizer)
+        self.objective, self.optimizer = accelerator.prepare(Objective(family, method.encodes_text), optimizer)
         # Not prepared: accelerate would step it once for every process.
         self.schedule = get_scheduler(
             options.lr_scheduler,
@@ -391,7 +405,7 @@ class Run:
             part = self.folder / f".checkpoint-{self.step}.part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            dk.save_adapter(self.family.model, part)
+            self.method.save(part)
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
@@ -454,14 +468,13 @@ class Run:
     def _train_step(self):
         o, accelerator = self.options, self.accelerator
         processes, rank, batch = accelerator.num_processes, accelerator.process_index, o.train_batch_size
-        self.model.train()
+        self.objective.train()
         total = 0.0
         for micro in range(o.gradient_accumulation_steps):
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
-            with accelerator.accumulate(self.model):
-                sample = self.samples.batch(range(first, first + batch), accelerator.device)
-                loss = self.family.loss(self.model, *sample)
+            with accelerator.accumulate(self.objective):
+                loss = self.objective(*self.samples.batch(range(first, first + batch), accelerator.device))
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -516,7 +529,7 @@ class Run:
         """Main process: writes the adapter, its settings, a last drawing and the card."""
         if not self.accelerator.is_main_process:
             return
-        dk.save_adapter(self.family.model, self.folder)
+        self.method.save(self.folder)
         self.validate("validation.png")
         (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
 
@@ -559,8 +572,9 @@ def train(options, family=None):
     `family` is the base model if the caller has it loaded already (in float32); it keeps the adapter.
     Errors in what the user gave are UserErrors, found before anything is written.
     """
-    check_options(options)
+    options = complete(options)
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
+    METHODS[options.method].check(options, [source.caption for source in sources])
     for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
         data.read_image(source.path)
     folder = Path(options.output_dir).expanduser()
@@ -591,10 +605,13 @@ def train(options, family=None):
     if resume:
         _check_same_run(resume, settings)
     crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
+    family.snr_gamma = options.snr_gamma
+    method = METHODS[options.method](family, options)
     samples = Samples(
-        pictures, family, options.seed, crop_anywhere, options.random_flip, settings["images_per_step"], options.cache_dir
-    )
-    run = Run(options, accelerator, family, samples, settings, folder, resume)
+        pictures, family, options.seed, crop_anywhere, options.random_flip, settings["images_per_step"], options.cache_dir,
+        caption_dropout=options.caption_dropout, noise_offset=options.noise_offset, encode_texts=not method.encodes_text,
+    )  # fmt: skip
+    run = Run(options, accelerator, family, method, samples, settings, folder, resume)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
     if accelerator.is_main_process:
@@ -605,8 +622,8 @@ def train(options, family=None):
         _write_json(folder / SETTINGS, settings)
         run.open_log(resume)
         print(
-            f"training {sum(p.numel() for p in run.parameters):,} parameters ({options.method}, rank {options.rank}, "
-            f"{run.layers} layers) on {len(sources)} picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
+            f"training {sum(p.numel() for p in run.parameters):,} parameters ({method.describe()}) on {len(sources)} "
+            f"picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
             f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
         )
         for cache, what in zip(samples.caches or (), ("texts", "latents")):
@@ -617,5 +634,5 @@ def train(options, family=None):
     run.finish()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        print(f"adapter in {folder}: {run.step - first} steps in {seconds:.1f} s")
+        print(f"{options.method} in {folder}: {run.step - first} steps in {seconds:.1f} s")
     return folder

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from deft_diffusers import UserError, data
+from deft_diffusers import UserError
 from deft_diffusers import train as module
 from deft_diffusers.demo import fingerprints
 from deft_diffusers.families import load_family
+from deft_diffusers.methods import adapter_rates
 from deft_diffusers.options import TrainOptions
-from deft_diffusers.train import Samples, find_checkpoints, learning_rates, train
+from deft_diffusers.train import Samples, complete, find_checkpoints, train
 from safetensors.torch import load_file
-from tiny_pipeline import python_environment, write_picture
+from tiny_pipeline import picture, python_environment, write_picture
 
 import deft_kernels as dk
 
@@ -149,15 +150,16 @@ def test_every_method_trains_and_loads_again(changes, kind, keys, options):
 
 
 def test_learning_rates(options):
-    assert learning_rates(options(learning_rate=1e-3)) == {"P": pytest.approx(1e-4), "R": 1e-3, "gate": 1e-3}
+    assert adapter_rates(options(learning_rate=1e-3)) == {"P": pytest.approx(1e-4), "R": 1e-3, "gate": 1e-3}
     for changes in (
         {"decomposition_method": "none"},
         {"decomposition_method": "relu"},
         {"method": "lora"},
         {"method": "para"},
     ):
-        assert learning_rates(options(learning_rate=1e-3, **changes))["P"] == 1e-3
-    assert learning_rates(options(learning_rate_P=3e-3))["P"] == 3e-3
+        assert adapter_rates(options(learning_rate=1e-3, **changes))["P"] == 1e-3
+    assert adapter_rates(options(learning_rate=1e-3, learning_rate_P=3e-3))["P"] == 3e-3
+    assert complete(options()).learning_rate == 5e-4
 
 
 def test_both_learning_rates_and_their_schedule_reach_the_optimizer(options):
@@ -178,10 +180,6 @@ def test_captions_beside_pictures_are_used(tiny, photos):
 
 
 # randomness --------------------------------------------------------------------------------------------------------------
-
-
-def picture(path, caption="a cat", size=(32, 32)):
-    return data.Picture(data.cover(data.read_image(path), size), caption, size)
 
 
 def test_a_step_has_pictures_of_one_size_and_all_are_seen_equally_often(tiny, tmp_path):

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers.training_utils import compute_snr
 
 from .. import UserError
 
@@ -12,6 +13,8 @@ class StableDiffusion:
 
     pipeline_classes = ("StableDiffusionPipeline",)
     target_modules = ("to_q", "to_k", "to_v", "to_out.0")  # every attention projection, as in the paper's SDXL runs
+    model_name = "unet"  # of the part that an adapter goes into, in the pipeline and in its folder
+    snr_gamma = None  # of min-SNR weighting of the loss
     size_multiple = 8  # what the pipeline asks of height and width
 
     def __init__(self, pipe):
@@ -34,9 +37,14 @@ class StableDiffusion:
         return self
 
     @property
-    def text_parts(self):
-        """What texts are encoded by."""
-        return (self.pipe.text_encoder,)
+    def text_encoders(self):
+        """What texts are encoded by, by name in the pipeline."""
+        return {"text_encoder": self.pipe.text_encoder}
+
+    @property
+    def word_encoders(self):
+        """Tokenizer and text encoder that a new word is learned for, by the name of its embedding in a file."""
+        return {"text_encoder": (self.pipe.tokenizer, self.pipe.text_encoder)}
 
     @property
     def image_parts(self):
@@ -81,7 +89,12 @@ class StableDiffusion:
         velocity = self.prediction_type == "v_prediction"
         target = self.noise_scheduler.get_velocity(latents, noise, times) if velocity else noise
         predicted = model(noisy.to(self.dtype), times, **conditions, return_dict=False)[0]
-        return F.mse_loss(predicted.float(), target.float())
+        if self.snr_gamma is None:
+            return F.mse_loss(predicted.float(), target.float())
+        snr = compute_snr(self.noise_scheduler, times)
+        weights = snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
+        errors = F.mse_loss(predicted.float(), target.float(), reduction="none").flatten(1).mean(1)
+        return (errors * weights).mean()
 
     @torch.no_grad()
     def generate(self, prompts, seeds, negative_prompt=None, **settings):
