@@ -299,7 +299,7 @@ class TextualInversion(Method):
             table, old = encoder.get_input_embeddings(), len(tokenizer)
             known = tokenizer.get_vocab()
             for word in words:
-                if {word, f"{word}</w>", f"▁{word}", f"Ġ{word}"} & known.keys():  # alone, and as kinds of tokenizers end words
+                if {word, f"{word}</w>", f"▁{word}", f"Ġ{word}"} & known.keys():  # as tokenizers mark it
                     raise UserError(f"--placeholder_token {word} is a word of the model already: choose another")
             tokenizer.add_tokens(words)
             if o.initializer_token is None:
