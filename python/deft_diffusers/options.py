@@ -8,7 +8,9 @@ from dataclasses import MISSING, dataclass, field
 METHODS = ("deft", "para", "lora", "svdiff", "dreambooth", "textual_inversion")
 DECOMPOSITIONS = ("qr", "svd", "relu", "none")
 PRECISIONS = ("no", "fp16", "bf16")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+TRACKERS = ("tensorboard", "wandb", "none")
 
 
 def option(group, help, default=MISSING, **more):
@@ -51,6 +53,17 @@ class TrainOptions:
     cache_dir: str | None = option(
         "Model and data", "folder that keeps latents and text embeddings for later runs", None, metavar="DIR"
     )
+
+    class_prompt: str | None = option(
+        "Prior preservation", "text of the subject's class, such as 'a dog', of which the model shall keep its idea", None,
+        metavar="TEXT",
+    )  # fmt: skip
+    class_data_dir: str | None = option(
+        "Prior preservation", "folder of pictures of the class; missing ones are drawn by the base model "
+        "(default: class_images in the output folder)", None, metavar="DIR",
+    )  # fmt: skip
+    num_class_images: int = option("Prior preservation", "how many pictures of the class there shall be", 200, metavar="N")
+    prior_loss_weight: float = option("Prior preservation", "weight of their loss", 1.0)
 
     method: str = option(
         "Method",
@@ -101,6 +114,13 @@ class TrainOptions:
     )
     lr_scheduler: str = option("Optimisation", "shape of the learning rate over the run", "constant", choices=SCHEDULES)
     lr_warmup_steps: int = option("Optimisation", "steps over which the learning rate rises from zero", 0, metavar="N")
+    optimizer: str = option(
+        "Optimisation", "adamw8bit (bitsandbytes) takes a quarter of the memory; prodigy (prodigyopt) finds its own rate, "
+        "which --learning_rate scales (default for it: 1)", "adamw", choices=OPTIMIZERS,
+    )  # fmt: skip
+    use_ema: bool = option("Optimisation", "save a moving average of what trains", False)
+    ema_decay: float = option("Optimisation", "share of the average that a step leaves", 0.999)
+    compile: bool = option("Optimisation", "torch.compile the denoiser: slower to start, faster afterwards", False)
     adam_weight_decay: float = option("Optimisation", "of AdamW; it would pull R towards removal, hence off", 0.0)
     max_grad_norm: float = option("Optimisation", "gradients are clipped to this norm", 1.0)
     caption_dropout: float = option(
@@ -128,6 +148,10 @@ class TrainOptions:
         None,
         metavar="latest|DIR",
     )
+    report_to: str = option(
+        "Checkpoints and validation", "where curves and validation pictures go beside the output folder's own log; "
+        "tensorboard's lie in its folder logs", "tensorboard", choices=TRACKERS,
+    )  # fmt: skip
     validation_prompt: str | None = option(
         "Checkpoints and validation", "draw pictures of this text while training and at the end", None, metavar="TEXT"
     )

@@ -10,10 +10,12 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import resource
 import shlex
 import shutil
 import signal
@@ -26,6 +28,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 from . import UserError, data, read_json
@@ -42,14 +45,15 @@ STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "RE
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
            "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
-PICTURES = ("validation*.png", ".checkpoint-[0-9]*")
+CLASS_IMAGES = "class_images"
+PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
     # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
-    "pretrained_model_name_or_path", "cache_dir",
+    "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
 }  # fmt: skip
 
 
@@ -69,16 +73,19 @@ def complete(options):
     method = METHODS[options.method]
     _check_applicable(options, method)
     published = {name: getattr(method, name) for name in ("learning_rate", "max_train_steps")}
+    if options.optimizer == "prodigy":
+        published["learning_rate"] = 1.0
     options = dataclasses.replace(options, **{k: v for k, v in published.items() if getattr(options, k) is None})
     at_least_one = (
         "rank max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps validation_steps "
-        "num_validation_images resolution checkpoints_total_limit num_vectors"
+        "num_validation_images resolution checkpoints_total_limit num_vectors num_class_images"
     )
     for name in at_least_one.split():
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed", "noise_offset"):
+    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed", "noise_offset",
+                 "prior_loss_weight"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be a number from 0 up, got {value}")
@@ -86,6 +93,12 @@ def complete(options):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be a positive number, got {value}")
+    if options.optimizer == "prodigy" and options.learning_rate_P is not None:
+        raise UserError("--optimizer prodigy finds one rate for all: --learning_rate_P does not apply")
+    if options.class_prompt is None and options.class_data_dir is not None:
+        raise UserError("--class_data_dir needs a --class_prompt: the text of the class's pictures")
+    if not 0 <= options.ema_decay < 1:
+        raise UserError(f"--ema_decay must be at least 0 and below 1, got {options.ema_decay}")
     for name in ("dropout", "caption_dropout"):
         if not 0 <= getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
@@ -113,7 +126,7 @@ def _check_applicable(options, method):
 # randomness ---------------------------------------------------------------------------------------------------------
 
 
-EPOCH, SAMPLE, STEP = range(3)  # what a seed is for
+EPOCH, SAMPLE, STEP, CLASS = range(4)  # what a seed is for
 
 
 def _seed(*numbers):
@@ -345,10 +358,32 @@ class Objective(torch.nn.Module):
         self.model = family.model
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
 
-    def forward(self, latents, noise, times, conditions):
-        if self.encodes_text:
-            conditions = self.family.encode_prompts(conditions)
-        return self.family.loss(self.model, latents, noise, times, conditions)
+    def forward(self, batches, weights):
+        """Sum of weight * loss over batches of `Samples.batch`."""
+        total = 0.0
+        for (latents, noise, times, conditions), weight in zip(batches, weights):
+            if self.encodes_text:
+                conditions = self.family.encode_prompts(conditions)
+            total = total + weight * self.family.loss(self.model, latents, noise, times, conditions)
+        return total
+
+
+def make_optimizer(options, groups):
+    """The optimizer of the options over parameter groups. UserError if its library is missing."""
+    common = {"weight_decay": options.adam_weight_decay}
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=groups[0]["params"][0].device.type == "cuda", **common)
+    try:
+        if options.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **common)
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[options.optimizer]
+        raise UserError(f"--optimizer {options.optimizer} needs {package}: pip install {package} ({error})") from error
+    groups = [group | {"lr": options.learning_rate} for group in groups]  # it takes one for all
+    return Prodigy(groups, safeguard_warmup=options.lr_warmup_steps > 0, use_bias_correction=True, **common)
 
 
 class Run:
@@ -367,11 +402,12 @@ class Run:
         groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]
-        optimizer = torch.optim.AdamW(
-            [{"params": groups[name], "lr": rates[name]} for name in self.names], weight_decay=options.adam_weight_decay
-        )
+        optimizer = make_optimizer(options, [{"params": groups[name], "lr": rates[name]} for name in self.names])
+        self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         if options.gradient_checkpointing:
             family.model.enable_gradient_checkpointing()
+        if options.compile:
+            family.model.compile()
         self.objective, self.optimizer = accelerator.prepare(Objective(family, method.encodes_text), optimizer)
         # Not prepared: accelerate would step it once for every process.
         self.schedule = get_scheduler(
@@ -393,6 +429,11 @@ class Run:
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"cannot read {checkpoint / STATE}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            with torch.no_grad():
+                for p, value in zip(self.parameters, state["parameters"]):
+                    p.copy_(value)
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -405,7 +446,7 @@ class Run:
             part = self.folder / f".checkpoint-{self.step}.part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            self.method.save(part)
+            self._save_learned(part)
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
@@ -413,6 +454,8 @@ class Run:
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
+            if self.ema:  # the files hold the average
+                state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
             torch.save(state, part / STATE)
             _write_json(part / SETTINGS, self.settings)
             _publish(part, self.folder / f"checkpoint-{self.step}")
@@ -422,6 +465,23 @@ class Run:
                 for old in written[: -self.options.checkpoints_total_limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _averaged(self):
+        """With --use_ema, the moving average in place of the parameters."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _save_learned(self, folder):
+        with self._averaged():
+            self.method.save(folder)
 
     # log
 
@@ -452,6 +512,8 @@ class Run:
         bad = next((e["step"] for e in new if not all(math.isfinite(e[name]) for name in watched)), None)
         good = [entry for entry in new if bad is None or entry["step"] < bad]
         self.log += good
+        for entry in good:
+            self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if self.accelerator.is_main_process:
             with open(self.folder / LOG, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in good)
@@ -474,7 +536,8 @@ class Run:
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
             with accelerator.accumulate(self.objective):
-                loss = self.objective(*self.samples.batch(range(first, first + batch), accelerator.device))
+                batches = [s.batch(range(first, first + batch), accelerator.device) for s in self.samples]
+                loss = self.objective(batches, (1.0, o.prior_loss_weight))
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -483,6 +546,8 @@ class Run:
                 self.optimizer.zero_grad()
         rates = {f"lr_{name}": rate for name, rate in zip(self.names, self.schedule.get_last_lr())}
         self.schedule.step()
+        if self.ema:
+            self.ema.step(self.parameters)
         self.step += 1
         self.unread.append((self.step, (total, norm), rates))
 
@@ -492,8 +557,13 @@ class Run:
             return
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
-        images = list(generate(self.family, jobs, progress=False, **VALIDATION))
-        grid([images], title=f"step {self.step}: {o.validation_prompt}").save(self.folder / name)
+        with self._averaged():
+            images = list(generate(self.family, jobs, progress=False, **VALIDATION))
+        sheet = grid([images], title=f"step {self.step}: {o.validation_prompt}")
+        sheet.save(self.folder / name)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(sheet.convert("RGB"))[None]}, step=self.step, **layout)
 
     def train(self):
         """Runs to `max_train_steps`. Ctrl-C or a termination writes a checkpoint and raises KeyboardInterrupt."""
@@ -514,7 +584,7 @@ class Run:
                 stop = self.read_losses(asked) and not last
                 rate = (self.step - first) * self.images_per_step / (time.perf_counter() - start)
                 lr = " ".join(f"{name} {r:.1e}" for name, r in zip(self.names, self.schedule.get_last_lr()))
-                bar.set_postfix_str(f"loss {self.log[-1]['loss']:.4f}, lr {lr}, {rate:.1f} images/s")
+                bar.set_postfix_str(f"loss {self.log[-1]['loss']:.4f}, lr {lr}, {rate:.1f} images/s, {_memory():.1f} GB")
                 if save or stop:
                     self.save_checkpoint()
                 if stop:
@@ -529,15 +599,41 @@ class Run:
         """Main process: writes the adapter, its settings, a last drawing and the card."""
         if not self.accelerator.is_main_process:
             return
-        self.method.save(self.folder)
+        self._save_learned(self.folder)
         self.validate("validation.png")
         (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
+
+
+def _memory():
+    """Most memory used so far, in GB: of the GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB, on macOS in bytes
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
 
 
 def _sizes(pictures):
     """`64 x 64`, or `64 x 64 (3), 48 x 80 (2)`."""
     counts = collections.Counter(p.size for p in pictures)
     return ", ".join(f"{w} x {h}" + f" ({n})" * (len(counts) > 1) for (w, h), n in counts.most_common())
+
+
+def class_pictures(options, family, accelerator, resolution, folder):
+    """Pictures of the class in squares; the base model draws those that are missing."""
+    where = Path(options.class_data_dir).expanduser() if options.class_data_dir else folder / CLASS_IMAGES
+    if accelerator.is_main_process:
+        where.mkdir(parents=True, exist_ok=True)
+        present = len(data.find_pictures(where)) if any(where.iterdir()) else 0
+        seeds = range(present, options.num_class_images)
+        jobs = [(options.class_prompt, _seed(options.seed, CLASS, k)) for k in seeds]
+        drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
+        for k, image in zip(seeds, drawn):
+            part = where / f".{k:04d}.png"
+            image.save(part)
+            os.replace(part, where / part.name[1:])
+    accelerator.wait_for_everyone()
+    sources = data.find_sources(where, options.class_prompt)
+    return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]
 
 
 def _card(options, settings, log):
@@ -573,6 +669,8 @@ def train(options, family=None):
     Errors in what the user gave are UserErrors, found before anything is written.
     """
     options = complete(options)
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise UserError(f"--report_to {options.report_to}: pip install {options.report_to}, or --report_to none")
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
     METHODS[options.method].check(options, [source.caption for source in sources])
     for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
@@ -581,7 +679,10 @@ def train(options, family=None):
     resume = _find_resume(options, folder)
 
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_dir=folder,
     )
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
@@ -607,10 +708,17 @@ def train(options, family=None):
     crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
     family.snr_gamma = options.snr_gamma
     method = METHODS[options.method](family, options)
-    samples = Samples(
-        pictures, family, options.seed, crop_anywhere, options.random_flip, settings["images_per_step"], options.cache_dir,
-        caption_dropout=options.caption_dropout, noise_offset=options.noise_offset, encode_texts=not method.encodes_text,
-    )  # fmt: skip
+    streams = [pictures]
+    if options.class_prompt:
+        streams.append(class_pictures(options, family, accelerator, resolution, folder))
+    samples = [
+        Samples(
+            stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
+            options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
+            encode_texts=not method.encodes_text,
+        )
+        for k, stream in enumerate(streams)
+    ]  # fmt: skip
     run = Run(options, accelerator, family, method, samples, settings, folder, resume)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
@@ -621,17 +729,21 @@ def train(options, family=None):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         _write_json(folder / SETTINGS, settings)
         run.open_log(resume)
+        if options.report_to != "none":
+            shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+            accelerator.init_trackers("logs" if options.report_to == "tensorboard" else "deft", shown)
         print(
             f"training {sum(p.numel() for p in run.parameters):,} parameters ({method.describe()}) on {len(sources)} "
             f"picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
             f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
         )
-        for cache, what in zip(samples.caches or (), ("texts", "latents")):
+        for cache, what in zip(samples[0].caches or (), ("texts", "latents")):
             print(f"{what} from {options.cache_dir}: {cache.found} found, {cache.made} made")
     start, first = time.perf_counter(), run.step
     run.train()
     seconds = time.perf_counter() - start
     run.finish()
+    accelerator.end_training()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         print(f"{options.method} in {folder}: {run.step - first} steps in {seconds:.1f} s")

@@ -42,6 +42,7 @@ def options(tiny, photos, tmp_path):
         defaults = {
             "pretrained_model_name_or_path": str(tiny), "instance_data_dir": str(photos), "instance_prompt": "a cat",
             "output_dir": str(tmp_path / "out"), "max_train_steps": 3, "train_batch_size": 2, "checkpointing_steps": 100,
+            "report_to": "none",
         }  # fmt: skip
         return TrainOptions(**defaults | CASES[case] | changes)
 

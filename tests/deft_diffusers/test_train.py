@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deft_diffusers import UserError
+from deft_diffusers import UserError, data
 from deft_diffusers import train as module
 from deft_diffusers.demo import fingerprints
 from deft_diffusers.families import load_family
@@ -39,6 +39,7 @@ def options(tiny, photos, tmp_path):
             "output_dir": str(tmp_path / "out"),
             "max_train_steps": 3,
             "rank": 2,
+            "report_to": "none",
         }
         return TrainOptions(**defaults | changes)
 
@@ -469,3 +470,89 @@ def test_bf16_base_keeps_the_adapter_in_fp32(options):
     o = options(max_train_steps=2, mixed_precision="bf16")
     assert all(t.dtype == torch.float32 for t in adapter(train(o)).values())
     assert json.loads(Path(o.output_dir, "training_args.json").read_text())["mixed_precision"] == "bf16"
+
+
+# what else a run can be asked for ----------------------------------------------------------------------------------------
+
+
+def test_prior_preservation(options, tiny, tmp_path, capsys):
+    """The base model draws what is missing of the class, once; its loss is added at its weight."""
+    classes = tmp_path / "classes"
+    prior = {"class_prompt": "a dog", "class_data_dir": str(classes), "num_class_images": 3, "prior_loss_weight": 0.5}
+    o = options(**prior, learning_rate=0.0)
+    classes.mkdir()
+    write_picture(classes / "mine.png", 9)
+    folder = train(o)
+    names = sorted(p.name for p in classes.iterdir())
+    assert names == ["0001.png", "0002.png", "mine.png"]
+    stamps = [p.stat().st_mtime_ns for p in sorted(classes.iterdir())]
+    again = train(options(**vars(o) | {"output_dir": str(tmp_path / "again")}))
+    assert [p.stat().st_mtime_ns for p in sorted(classes.iterdir())] == stamps and log(again) == log(folder)
+    alone = {}
+    for name, source, text in (("subject", o.instance_data_dir, "a cat"), ("class", str(classes), "a dog")):
+        family = load_family(str(tiny), torch.float32)
+        pictures = [picture(p, text) for p in data.find_pictures(source)]
+        samples = Samples(pictures, family, module._seed(o.seed, name == "class"), False, False)
+        with torch.no_grad():
+            alone[name] = [family.loss(family.model, *samples.batch([n], torch.device("cpu"))).item() for n in range(3)]
+    expected = [a + 0.5 * b for a, b in zip(alone["subject"], alone["class"])]
+    assert [entry["loss"] for entry in log(folder)] == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match="--class_data_dir needs a --class_prompt"):
+        train(options(class_data_dir=str(classes), overwrite_output_dir=True))
+
+
+def test_moving_average(options, tmp_path):
+    """The files hold the average; a resumed run goes on from the parameters and the average alike."""
+    last = adapter(train(options(max_train_steps=6, learning_rate=1e-2, output_dir=str(tmp_path / "last"))))
+    o = options(max_train_steps=6, learning_rate=1e-2, use_ema=True, ema_decay=0.5, checkpointing_steps=3)
+    whole = adapter(train(dataclasses.replace(o, output_dir=str(tmp_path / "whole"))))
+    assert any(not torch.equal(last[k], whole[k]) for k in last)
+    train(dataclasses.replace(o, max_train_steps=3))
+    assert_same(adapter(train(dataclasses.replace(o, resume_from_checkpoint="latest"))), whole)
+    still = options(max_train_steps=4, learning_rate=0.0, use_ema=True, output_dir=str(tmp_path / "still"))
+    start = options(max_train_steps=1, learning_rate=0.0, output_dir=str(tmp_path / "start"))
+    assert_same(adapter(train(still)), adapter(train(start)), 1e-7)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "prodigy"])
+def test_other_optimizers_resume_too(optimizer, options, tmp_path):
+    o = options(max_train_steps=4, optimizer=optimizer, checkpointing_steps=2)
+    whole = train(dataclasses.replace(o, output_dir=str(tmp_path / "whole")))
+    train(dataclasses.replace(o, max_train_steps=2))
+    parts = train(dataclasses.replace(o, resume_from_checkpoint="latest"))
+    assert_same(adapter(parts), adapter(whole))
+    assert log(parts) == log(whole)
+    rate = json.loads((whole / "training_args.json").read_text())["learning_rate"]
+    assert rate == {"adamw8bit": 5e-4, "prodigy": 1.0}[optimizer]
+
+
+def test_an_optimizer_that_is_not_installed(options, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(UserError, match="--optimizer prodigy needs prodigyopt: pip install prodigyopt"):
+        train(options(optimizer="prodigy"))
+    with pytest.raises(UserError, match="--learning_rate_P does not apply"):
+        train(options(optimizer="prodigy", learning_rate_P=0.1))
+
+
+def test_compiled_training_is_the_same_training(options, tmp_path):
+    plain = train(options(max_train_steps=2, output_dir=str(tmp_path / "plain"), target_modules="to_q"))
+    torch._dynamo.reset()
+    compiled = train(options(max_train_steps=2, output_dir=str(tmp_path / "compiled"), target_modules="to_q", compile=True))
+    for ours, theirs in zip(log(compiled), log(plain), strict=True):  # (AdamW's first steps hang on gradients' signs)
+        assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_curves_and_pictures_in_tensorboard(options):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = train(options(max_train_steps=4, report_to="tensorboard", validation_prompt="a cat", validation_steps=2))
+    events = EventAccumulator(str(folder / "logs"), {"images": 0})
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([e["loss"] for e in log(folder)])
+    assert [e.step for e in events.Images("validation")] == [2, 4]
+
+
+def test_a_tracker_that_is_not_installed(options):
+    with pytest.raises(UserError, match="--report_to wandb: pip install wandb"):
+        train(options(report_to="wandb"))
