@@ -534,7 +534,10 @@ def test_an_optimizer_that_is_not_installed(options, monkeypatch):
         train(options(optimizer="prodigy", learning_rate_P=0.1))
 
 
-def test_compiled_training_is_the_same_training(options, tmp_path):
+def test_compiled_training_is_the_same_training(options, tmp_path, monkeypatch):
+    # without inductor, whose gradients of this UNet are wrong with no adapter on it too (torch 2.13.0, CPU)
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager"))
     plain = train(options(max_train_steps=2, output_dir=str(tmp_path / "plain"), target_modules="to_q"))
     torch._dynamo.reset()
     compiled = train(options(max_train_steps=2, output_dir=str(tmp_path / "compiled"), target_modules="to_q", compile=True))
