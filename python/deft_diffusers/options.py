@@ -202,6 +202,26 @@ class SampleOptions:
 
 
 @dataclass(kw_only=True)
+class SweepOptions:
+    """What `deft sweep` takes."""
+
+    plan: str | None = option(
+        "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, and train: "
+        "options of `deft train` for all runs; flags come first", None, metavar="FILE",
+    )  # fmt: skip
+    pretrained_model_name_or_path: str | None = option("What to train", MODEL_HELP, None, metavar="MODEL")
+    subjects: str | None = option(
+        "What to train", "folder in the layout of the DreamBooth data set (a folder for each subject) or of DreamBench++",
+        None, metavar="DIR",
+    )  # fmt: skip
+    method: list[str] = option("What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS)  # noqa: RUF009
+    rank: list[int] = option("What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R")  # noqa: RUF009
+    seed: list[int] = option("What to train", "repeat for several (default: 0)", repeat=True, metavar="N")  # noqa: RUF009
+    token: str = option("What to train", "word that stands for a subject of a data set, before its class", "sks")
+    output_dir: str = option("What to train", "where each job has its folder; sweep.md says what happened", metavar="DIR")
+
+
+@dataclass(kw_only=True)
 class DemoOptions:
     """What `deft demo` takes."""
 
