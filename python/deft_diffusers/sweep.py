@@ -69,7 +69,7 @@ def dreambooth_subjects(folder, token="sks"):
 
 
 def dreambench_plus_subjects(folder, token="sks"):
-    """Subjects of DreamBench++: `images/**/NN.jpg`, one picture each, and `captions/**/NN.txt`; their first lines name them."""
+    """Subjects of DreamBench++: `images/**/NN.jpg`, one picture each, and `captions/**/NN.txt`, which name them first."""
     folder, subjects = Path(folder), []
     for image in sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in data.SUFFIXES):
         inner = image.relative_to(folder / "images").with_suffix("")
@@ -262,5 +262,8 @@ def sweep(options):
     os.replace(part, root / TABLE)
     print(report, end="")
     if failed:
-        raise UserError(f"{failed} of {len(jobs)} jobs failed: see {root / TABLE} and each job's {OUTPUT}")
+        message = f"{failed} of {len(jobs)} jobs failed: see {root / TABLE} and each job's {OUTPUT}"
+        if "RANK" not in os.environ:
+            raise UserError(message)
+        print(message, file=sys.stderr)  # a launcher would stop the others for an exit code
     return failed
