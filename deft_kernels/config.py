@@ -8,6 +8,19 @@ from .reference import DECOMPOSITIONS
 
 # The attention projections of diffusers' models: what DEFT's authors, and LoRA's trainers, adapt.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+_JOINT = (*DEFAULT_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # the text's projections beside them
+# What is adapted by default, by the model's class; DEFAULT_TARGETS for one that is not listed.
+TARGETS = {
+    "UNet2DConditionModel": DEFAULT_TARGETS,  # Stable Diffusion 1.x, 2.x, SDXL: the authors' runs
+    "SD3Transformer2DModel": _JOINT,  # as diffusers' LoRA trainers
+    "FluxTransformer2DModel": _JOINT,
+    "Flux2Transformer2DModel": (*_JOINT, "to_qkv_mlp_proj", "linear_in", "linear_out"),  # PEFT's record, FLUX.2 klein
+    "OmniGenTransformer2DModel": DEFAULT_TARGETS,  # the authors' qkv_proj and o_proj, which diffusers splits
+    "CLIPTextModel": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "CLIPTextModelWithProjection": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "T5EncoderModel": ("q", "k", "v", "o"),
+    "Qwen3ForCausalLM": ("q_proj", "k_proj", "v_proj", "o_proj"),  # FLUX.2 klein's text encoder
+}
 
 
 def _finite(value) -> bool:
@@ -29,7 +42,7 @@ class DeftConfig:
         init_weights: True starts at the identity (R = K^T W / s; impossible for PaRa); False at random, as the
             reference code does.
         target_modules: layers to adapt: a list of names or name endings, a regular expression that matches full names,
-            or "all-linear". None: diffusers' attention projections, `to_q to_k to_v to_out.0`.
+            or "all-linear". None: the attention projections, as `TARGETS` lists them by the model's class.
         exclude_modules: layers not to adapt, by list or regular expression.
         init_scale: factor on the standard deviation 0.02 of a random R.
 

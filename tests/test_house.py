@@ -14,7 +14,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 LAYERS = ["reference", "config", "triton", "ops", "nn", "adapters"]  # each may import those before it
-EXTRAS = {"triton": ["triton"], "adapters": ["safetensors"]}  # and these packages
+EXTRAS = {"triton": ["triton"], "adapters": ["safetensors", "huggingface_hub"]}  # and these packages
+EXTRAS["nn/quantised.py"] = ["bitsandbytes", "torchao", "gguf", "diffusers"]  # where a layer is theirs
+EXTRAS["adapters/lora.py"] = ["diffusers"]  # its converters of names
+EXTRAS["adapters/peft.py"] = ["peft"]
 
 
 def imports(file: Path):
@@ -34,7 +37,7 @@ def test_dependencies_run_downwards(file):
     for level, module in imports(file):
         top = module.split(".")[0]
         if level == 0:
-            allowed = {"torch", *sys.stdlib_module_names, *EXTRAS.get(here, ())}
+            allowed = {"torch", *sys.stdlib_module_names, *EXTRAS.get(here, ()), *EXTRAS.get(inside.as_posix(), ())}
             assert top in allowed, f"{inside} imports {module}"
         elif level == len(inside.parts) and here in LAYERS:  # from the package's own top
             assert LAYERS.index(top) < LAYERS.index(here), f"{inside} imports {module}, which is above it"
@@ -45,7 +48,8 @@ def test_torch_alone_is_enough():
 import sys, importlib.abc
 class Block(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name.split(".")[0] in ("triton", "diffusers", "transformers", "accelerate", "safetensors", "peft", "PIL"):
+        if name.split(".")[0] in ("triton", "diffusers", "transformers", "accelerate", "safetensors", "peft", "PIL",
+                                  "bitsandbytes", "torchao", "gguf"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
 import torch, deft_kernels as dk

@@ -4,9 +4,12 @@ DEFT and PaRa: `base_model.model.<module>.deft_P` (m, r), `.deft_R` (r, n), `.de
 LoRA: `base_model.model.<module>.lora_A.weight` (r, n), `.lora_B.weight` (m, r); convolutions keep their kernel's shape.
 """
 
+import dataclasses
 import json
 import os
+import re
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,10 +18,24 @@ from torch import Tensor, nn
 
 from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftConv2d
-from .inject import adaptable, attach, match_targets, outer_modules, require_layers, wrap
+from ..nn.quantised import quantised
+from .inject import (
+    adaptable,
+    adapted_layers,
+    attach,
+    delete_adapter,
+    eject,
+    match_targets,
+    outer_modules,
+    require_layers,
+    wrap,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+PIPELINE_WEIGHTS = "pytorch_deft_weights.safetensors"  # a pipeline's adapter, keys `<part>.<module>.deft_P`
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name for a LoRA, and for what save_lora_adapter writes
+FOUND = (PIPELINE_WEIGHTS, WEIGHTS_NAME, LORA_WEIGHTS)  # in a folder, in this order
 PREFIX = "base_model.model."
 # suffix of a key in a file -> role in a layer
 DEFT_ROLES = {"deft_P": "P", "deft_R": "R", "deft_gate": "gate"}
@@ -29,15 +46,19 @@ UNDERSTOOD = set(
     "init_lora_weights target_modules exclude_modules fan_in_fan_out layers_to_transform layers_pattern inference_mode "
     "base_model_name_or_path revision task_type peft_version auto_mapping megatron_core qalora_group_size".split()
 )
+UNDERSTOOD_OF_LORA = {"rank_pattern", "alpha_pattern", "use_rslora"}
+SWITCHES = ("para", "gate", "init_weights", "use_rslora")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 INITIALISATIONS = (True, False, "gaussian", None)  # of a LoRA; the others change the base weights as well
 OTHER_BASE = 0.005  # relative distance of fingerprints; half-precision copies of one base differ by 0.001
+OTHER_QUANTISATION = 0.25  # of one base quantised in two ways: nf4 is 0.09 away from what it was made of
 SKETCHED, SAMPLED = 16, 16  # layers of a fingerprint, and weights of each
 
 
 class Adapter(NamedTuple):
     """An adapter as read from files and checked against a model."""
 
-    config: DeftConfig
+    config: DeftConfig | dict[str, DeftConfig]  # of all its layers, or of each
     tensors: dict[str, dict[str, Tensor]]  # layer -> role ("P", "R", "gate") -> tensor
 
 
@@ -46,15 +67,25 @@ def adapter_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[
     state = {}
     for name, layer in require_layers(model, [adapter_name]).items():
         lora = isinstance(layer.configs.get(adapter_name), LoraConfig)
-        for role, p in layer.adapter_tensors(adapter_name).items():
-            suffix = next(k for k, v in (LORA_ROLES if lora else DEFT_ROLES).items() if v == role)
+        for role, p in layer.masters(adapter_name).items():
             t = p.detach().cpu().clone()
             if not torch.isfinite(t).all():
                 raise ValueError(f"{role} of {name} has values that are not finite: adapter {adapter_name!r} is not saved")
-            if lora and isinstance(layer, DeftConv2d):
-                t = t[:, :, None, None] if role == "P" else t.view(-1, *layer.weight.shape[1:])
-            state[f"{PREFIX}{name}.{suffix}"] = t.contiguous()
+            t = lora_shaped(layer, role, t) if lora else t.contiguous()
+            state[f"{PREFIX}{name}.{suffix(role, lora)}"] = t
     return state
+
+
+def suffix(role: str, lora: bool) -> str:
+    """The end of the key of "P", "R" or "gate" in a file."""
+    return next(k for k, v in (LORA_ROLES if lora else DEFT_ROLES).items() if v == role)
+
+
+def lora_shaped(layer: nn.Module, role: str, t: Tensor) -> Tensor:
+    """B ("P") or A ("R") of a LoRA as files hold it: a convolution's as kernels, (m, r, 1, 1) and (r, in, kh, kw)."""
+    if isinstance(layer, DeftConv2d):
+        t = t[:, :, None, None] if role == "P" else t.view(-1, *layer.weight.shape[1:])
+    return t.contiguous()
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str = "default") -> None:
@@ -64,44 +95,33 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike, adapter_name: str 
     adapters are never taken for one. PEFT reads them back for the methods that it has (qr, relu, PaRa on linear layers;
     LoRA). A fingerprint of the base weights goes with them.
     """
+    written, fingerprint = describe(model, adapter_name)
+    write_adapter(folder, written, adapter_state_dict(model, adapter_name), fingerprint)
+
+
+def describe(model: nn.Module, adapter_name: str) -> tuple[dict, str | None]:
+    """An adapter's configuration in PEFT's words, and the fingerprint of its base."""
+    layers = {k: v for k, v in require_layers(model, [adapter_name]).items() if adapter_name in v.configs}
+    config = next(layer.configs[adapter_name] for layer in layers.values())
+    base = getattr(getattr(model, "config", None), "_name_or_path", None)
+    written = to_peft(config, {name: layer.rank(adapter_name) for name, layer in layers.items()}, base)
+    return written, base_fingerprint(layers)
+
+
+def write_adapter(folder: str | os.PathLike, written: dict, state: dict[str, Tensor], fingerprint=None, more=None) -> None:
+    """Write PEFT's two files: a configuration as `to_peft` gives it, and tensors under PEFT's keys; `more` metadata."""
     from safetensors.torch import save
 
     folder = Path(folder)
-    layers = require_layers(model, [adapter_name])
-    config = next(layer.configs[adapter_name] for layer in layers.values() if adapter_name in layer.configs)
-    written = _to_peft(config, model, [name for name, layer in layers.items() if adapter_name in layer.configs])
-    metadata = {"format": "pt", "adapter_config": json.dumps(written)}
-    fingerprint = base_fingerprint({k: v for k, v in layers.items() if adapter_name in v.configs})
-    if fingerprint:
-        metadata["base_fingerprint"] = fingerprint
+    metadata = metadata_of(written, fingerprint) | (more or {})
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_file(folder / WEIGHTS_NAME, save(adapter_state_dict(model, adapter_name), metadata))
-    _replace_file(folder / CONFIG_NAME, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
+    replace_file(folder / WEIGHTS_NAME, save(state, {"format": "pt"} | metadata))
+    replace_file(folder / CONFIG_NAME, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
 
 
-def load_adapter(
-    model: nn.Module,
-    folder_or_file: str | os.PathLike,
-    adapter_name: str = "default",
-    *,
-    trainable: bool = False,
-    any_base: bool = False,
-) -> list[str]:
-    """Load an adapter from a folder in PEFT's layout or from a safetensors file, and make it the active one.
-
-    Args:
-        trainable: whether its parameters require grad, to go on training.
-        any_base: load an adapter made for another base of the same shapes, with a warning instead of an error.
-
-    Returns the names of the adapted layers.
-
-    Raises:
-        FileNotFoundError: nothing there. ValueError: files that cannot be read, keys that are missing or fit no layer,
-        wrong shapes, values that are not finite, another base, options these layers do not have. The model is then as
-        it was.
-    """
-    loaded = read_adapter(model, folder_or_file, any_base=any_base)
-    return attach_adapter(model, loaded, adapter_name, trainable=trainable)
+def metadata_of(written: dict, fingerprint: str | None) -> dict[str, str]:
+    """What a file's metadata says of an adapter: its configuration in PEFT's words, and the base's fingerprint."""
+    return {"adapter_config": json.dumps(written)} | ({"base_fingerprint": fingerprint} if fingerprint else {})
 
 
 def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = False, activate: bool = True):
@@ -109,55 +129,109 @@ def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = 
     return attach(model, loaded.config, adapter_name, list(loaded.tensors), loaded.tensors, trainable, activate)
 
 
-def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False) -> Adapter:
-    """Read an adapter and check everything about it against the model, which is not touched."""
+def attach_all(jobs: list[tuple[nn.Module, Adapter, str]], trainable: bool = False, activate: bool = True):
+    """`attach_adapter` for several (model, adapter, name): all of them, or, where one fails, none, with what was active
+    before active again. Returns the names of the layers of each."""
+    before = [(model, {k: dict(v.strengths) for k, v in adapted_layers(model).items()}) for model, _, _ in jobs]
+    names, done = [], []
+    try:
+        for model, adapter, name in jobs:
+            names.append(attach_adapter(model, adapter, name, trainable, activate))
+            done.append((model, name))
+    except BaseException:
+        for model, name in done:
+            delete_adapter(model, name)
+        for model, strengths in before:
+            layers = adapted_layers(model)
+            if layers and not strengths:
+                eject(model)
+            for key, layer in layers.items():
+                layer.set_adapters(strengths.get(key, {}))
+        raise
+    return names
+
+
+def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False, part: str = "") -> Adapter:
+    """Read an adapter and check everything about it against the model, which is not touched; `part` is the prefix of its
+    keys in a pipeline's file."""
     path = Path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
-    state, metadata = _read_safetensors(file)
+    state, metadata = read_safetensors(file)
+    if part:
+        state, metadata = (
+            {key.removeprefix(f"{part}."): value for key, value in held.items() if key.startswith(f"{part}.")}
+            for held in (state, metadata)
+        )
     raw, source = _read_config(file, metadata)
-    config = _from_peft(raw, source)
+    config = from_peft(raw, source)
 
     modules = outer_modules(model)
-    tensors, unknown = _by_layer(file, state, modules, LORA_ROLES if isinstance(config, LoraConfig) else DEFT_ROLES)
+    lora = isinstance(config, LoraConfig)
+    tensors, unknown = _by_layer(file, state, modules, LORA_ROLES if lora else DEFT_ROLES)
     if unknown:
         where = f"fit no adaptable layer of {type(model).__name__}, or are none of a {raw['peft_type']} adapter"
-        raise ValueError(f"{file}: {len(unknown)} of {len(state)} keys {where}: {_some(unknown)}")
+        raise ValueError(f"{file}: {len(unknown)} of {len(state)} keys {where}: {some(unknown)}")
     if config.target_modules and not raw.get("layers_to_transform"):
-        absent = [name for name in match_targets(model, config) if name not in tensors]
+        try:
+            absent = [name for name in match_targets(model, config) if name not in tensors]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from None
         if tensors and absent:
-            raise ValueError(f"{file}: {len(absent)} layers are targeted but missing: {_some(absent)}")
-    _check_shapes(file, tensors, modules, config)
+            raise ValueError(f"{file}: {len(absent)} layers are targeted but missing: {some(absent)}")
+    ranks, alphas = peft_ranks(raw, tensors) if lora else (dict.fromkeys(tensors, config.r), {})
+    return checked(file, config, tensors, ranks, alphas, modules, metadata.get("base_fingerprint"), any_base)
+
+
+def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: str | None, any_base: bool) -> Adapter:
+    """The adapter, once its shapes, its values and its base are found to be right for the model's modules.
+
+    `tensors` is {layer: {role: tensor}}, `ranks` {layer: r}; `alphas` {layer: alpha} of a LoRA, whose layers may differ in
+    both. Its config has one alpha: where that of the file is another in some layer, alpha / r is folded into B instead.
+    """
+    _check_shapes(file, tensors, modules, config, ranks)
     for name, roles in tensors.items():
         for role, t in roles.items():
-            if not (t.is_floating_point() and torch.isfinite(t.float()).all()):
+            if t.dtype not in FLOATS:
+                raise ValueError(f"{file}: {role} of {name} has values that are {t.dtype}, expected a floating dtype")
+            if not torch.isfinite(t.float()).all():
                 raise ValueError(f"{file}: {role} of {name} has values that are not finite")
-    _check_base(file, metadata.get("base_fingerprint"), {k: modules[k] for k in tensors}, any_base)
+    lora = isinstance(config, LoraConfig)
+    _check_base(file, fingerprint, {k: modules[k] for k in tensors}, any_base or lora)
+    if lora:
+        one = next(iter(alphas.values()))
+        if one > 0 and all(alpha == one for alpha in alphas.values()):
+            config = dataclasses.replace(config, alpha=one)
+        else:
+            config = dataclasses.replace(config, alpha=None)
+            scales = {name: alphas[name] / ranks[name] for name in tensors}
+            tensors = {name: {**roles, "P": roles["P"].float() * scales[name]} for name, roles in tensors.items()}
     return Adapter(config, tensors)
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file; without `tensors`, the metadata alone. Errors name the file."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: expected a folder with {WEIGHTS_NAME}, or a safetensors file")
     try:
         with safe_open(file, "pt") as opened:  # memory-mapped
-            keys = opened.keys()
+            keys = opened.keys() if tensors else ()
             return {key: opened.get_tensor(key) for key in keys}, dict(opened.metadata() or {})
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or corrupt?): {error}") from None
 
 
 def _read_config(file: Path, metadata: dict[str, str]) -> tuple[dict, Path]:
-    """PEFT's JSON beside the tensors, or, for a file of ours alone, the copy that it carries; and where it was found."""
-    beside, raw = file.parent / CONFIG_NAME, None
-    carried = json.loads(metadata["adapter_config"]) if "adapter_config" in metadata else None
+    """PEFT's JSON beside the tensors, or, for a file alone, the copy that it carries (ours, or diffusers'
+    `save_lora_adapter`'s); and where it was found."""
+    beside = file.parent / CONFIG_NAME
+    carried = metadata.get("adapter_config", metadata.get("lora_adapter_metadata"))
+    if carried is not None:
+        carried = read_json(carried, f"{file}: the configuration that it carries")
     if beside.is_file():
-        try:
-            raw = json.loads(beside.read_text())
-        except ValueError as error:
-            raise ValueError(f"{beside} is not readable JSON: {error}") from None
-        if carried is not None and isinstance(raw, dict):
+        raw = read_json(beside.read_bytes(), beside)
+        if carried is not None:
             differ = [key for key in carried if key in raw and raw[key] != carried[key]]
             if differ:
                 raise ValueError(f"{beside} and {file.name} are not of one adapter: they differ in {', '.join(differ)}")
@@ -165,6 +239,27 @@ def _read_config(file: Path, metadata: dict[str, str]) -> tuple[dict, Path]:
     if carried is None:
         raise FileNotFoundError(f"{beside} is missing, and {file.name} carries no configuration of its own")
     return carried, file
+
+
+def peft_type(path: Path) -> str | None:
+    """What the configuration of an adapter's folder or file calls it, "DEFT" or "LORA"; None for files without one."""
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file() or file.suffix != ".safetensors":
+        return None
+    metadata = read_safetensors(file, tensors=False)[1]
+    named = file.name == WEIGHTS_NAME and (file.parent / CONFIG_NAME).is_file()
+    return _read_config(file, metadata)[0].get("peft_type") if named or "adapter_config" in metadata else None
+
+
+def read_json(text: str | bytes, where) -> dict:
+    """A JSON object; ValueError names `where` it stands if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not readable JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def _by_layer(file: Path, state: dict[str, Tensor], modules: dict[str, nn.Module], roles: dict[str, str]):
@@ -186,36 +281,37 @@ def _by_layer(file: Path, state: dict[str, Tensor], modules: dict[str, nn.Module
     return tensors, unknown
 
 
-def _check_shapes(file: Path, tensors, modules, config: DeftConfig) -> None:
+def _check_shapes(file: Path, tensors, modules, config: DeftConfig, ranks: dict[str, int]) -> None:
     roles = {"P"} | ({"R"} if not config.para else set()) | ({"gate"} if config.gate else set())
     missing, extra, wrong = [], [], []
     for name, found in tensors.items():
         missing += [f"{name} ({role})" for role in sorted(roles - set(found))]
         extra += [f"{name} ({role})" for role in sorted(set(found) - roles)]
         m, n = wrap(name, modules[name]).shape
-        r = config.r if isinstance(config, LoraConfig) else min(config.r, m)
+        r = ranks[name] if isinstance(config, LoraConfig) else min(ranks[name], m)
         for role, expected in (("P", (m, r)), ("R", (r, n)), ("gate", ())):
             if role in found and tuple(found[role].shape) != expected:
                 wrong.append(f"{name} ({role}: {tuple(found[role].shape)}, expected {expected})")
     for what, names in (("are missing", missing), ("are extra", extra), ("have wrong shapes", wrong)):
         if names:
-            raise ValueError(f"{file}: {len(names)} tensors {what}: {_some(names)}")
+            raise ValueError(f"{file}: {len(names)} tensors {what}: {some(names)}")
     if not tensors:
         raise ValueError(f"{file}: holds no adapter tensors")
 
 
-def _some(names: list[str], limit: int = 8) -> str:
+def some(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")
 
 
 # Configuration, to PEFT's JSON and back ------------------------------------------------------------------------------
 
 
-def _to_peft(config: DeftConfig, model: nn.Module, names: list[str]) -> dict:
+def to_peft(config: DeftConfig, ranks: dict[str, int], base: str | None = None) -> dict:
+    """PEFT's JSON for an adapter whose layers have these ranks, made for the model named `base`."""
     written = {
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": str(base) if base else None,
         "r": config.r,
-        "target_modules": names if config.target_modules is None else config.target_modules,
+        "target_modules": list(ranks) if config.target_modules is None else config.target_modules,
         "exclude_modules": config.exclude_modules,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -226,8 +322,11 @@ def _to_peft(config: DeftConfig, model: nn.Module, names: list[str]) -> dict:
         "layers_pattern": None,
     }
     if isinstance(config, LoraConfig):
+        others = {f"^{name}": r for name, r in ranks.items() if r != config.r}
         return written | {
             "peft_type": "LORA",
+            "rank_pattern": others,
+            "alpha_pattern": others if config.alpha is None else {},
             "lora_alpha": config.r if config.alpha is None else config.alpha,
             "lora_dropout": config.dropout,
             "init_lora_weights": config.init_weights,
@@ -244,16 +343,22 @@ def _to_peft(config: DeftConfig, model: nn.Module, names: list[str]) -> dict:
     }
 
 
-def _from_peft(raw: dict, file: Path) -> DeftConfig:
-    kind = raw.get("peft_type") if isinstance(raw, dict) else None
+def from_peft(raw: dict, file: Path) -> DeftConfig:
+    """The config that PEFT's JSON describes. Options of any PEFT version that are off are passed over; ValueError lists
+    those that are on and unknown here."""
+    kind = raw.get("peft_type")
     if kind not in ("DEFT", "LORA"):
         raise ValueError(f"{file}: peft_type is {kind!r}, expected DEFT or LORA")
-    used = [key for key, value in raw.items() if key not in UNDERSTOOD and value and (key, value) != ("bias", "none")]
+    understood = UNDERSTOOD | (UNDERSTOOD_OF_LORA if kind == "LORA" else set())
+    used = [key for key, value in raw.items() if key not in understood and value and (key, value) != ("bias", "none")]
     start = raw.get("init_lora_weights")
     if start not in INITIALISATIONS:
         used.append(f"init_lora_weights={start!r}")
     if used:
-        raise ValueError(f"{file}: options that these layers do not have: {', '.join(used)}")
+        version = raw.get("peft_version")
+        made = f" (the file is PEFT {version}'s)" if version else ""
+        raise ValueError(f"{file}: options that these layers do not have: {', '.join(used)}{made}")
+    _check_types(raw, file)
     common = {key: raw.get(key) for key in ("target_modules", "exclude_modules")}
     if isinstance(common["target_modules"], list) and not common["target_modules"]:
         common["target_modules"] = None
@@ -266,8 +371,55 @@ def _from_peft(raw: dict, file: Path) -> DeftConfig:
             para=raw.get("para", False), dropout=raw.get("deft_dropout", 0.0), gate=raw.get("gate", False),
             init_weights=raw.get("init_weights", True), init_scale=raw.get("init_scale", 1.0), **common,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise ValueError(f"{file}: {error} is missing") from None
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _check_types(raw: dict, file: Path) -> None:
+    """What a dataclass would take in silence."""
+    for key in SWITCHES:
+        if not isinstance(raw.get(key, False), bool):
+            raise ValueError(f"{file}: {key} is {raw[key]!r}, expected true or false")
+    for key in ("target_modules", "exclude_modules"):
+        value = raw.get(key)
+        if not (value is None or isinstance(value, str) or _all_are(value, list, str)):
+            raise ValueError(f"{file}: {key} is {value!r}, expected a string or a list of strings")
+    for key, kind in (("rank_pattern", int), ("alpha_pattern", (int, float))):
+        pattern = raw.get(key) or {}
+        if not (isinstance(pattern, dict) and _all_are(list(pattern.values()), list, kind)):
+            raise ValueError(f"{file}: {key} is {pattern!r}, expected numbers by layer")
+        for name, value in pattern.items():
+            try:
+                re.compile(name)
+                float(value)
+            except (re.error, OverflowError) as error:
+                raise ValueError(f"{file}: {key} has {name!r}: {error}") from None
+
+
+def _all_are(value, container, kind) -> bool:
+    return isinstance(value, container) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def peft_ranks(raw: dict, names) -> tuple[dict[str, int], dict[str, float]]:
+    """Rank and alpha of every layer of a PEFT LoRA, its patterns (regular expressions for the end of a name) and rank
+    stabilisation (alpha / sqrt(r), arXiv 2312.03732) applied."""
+
+    def of(patterns, name, default):
+        return next((v for p, v in (patterns or {}).items() if re.match(rf"(.*\.)?({p})$", name)), default)
+
+    ranks = {name: of(raw.get("rank_pattern"), name, raw["r"]) for name in names}
+    alphas = {}
+    for name, r in ranks.items():
+        alpha = of(raw.get("alpha_pattern"), name, r if raw.get("lora_alpha") is None else raw["lora_alpha"])
+        alphas[name] = alpha * r**0.5 if raw.get("use_rslora") and r > 0 else alpha
+    return ranks, alphas
+
+
+def commonest(ranks: dict[str, int]) -> int:
+    """The rank that most layers have, the largest of several such."""
+    return max((count, r) for r, count in Counter(ranks.values()).items())[1]
 
 
 # Which base an adapter was made for ----------------------------------------------------------------------------------
@@ -275,45 +427,82 @@ def _from_peft(raw: dict, file: Path) -> DeftConfig:
 
 def base_fingerprint(layers: dict[str, nn.Module]) -> str | None:
     """A sketch of base weights that survives a change of dtype, as JSON: a few weights of each of a few layers, spread
-    evenly. None where no layer holds a dense weight."""
-    names = [name for name in sorted(layers) if _sample(layers[name]) is not None]
+    evenly; those of a quantised layer under the name of its type. None where no layer's weight can be read."""
+    names = [name for name in sorted(layers) if _is_readable(layers[name])]
     if len(names) > SKETCHED:
         names = [names[i * len(names) // SKETCHED] for i in range(SKETCHED)]
-    return json.dumps({name: _sample(layers[name]).tolist() for name in names}) if names else None
+    return json.dumps({name: _sketch(layers[name]) for name in names}) if names else None
 
 
-def _sample(layer: nn.Module) -> Tensor | None:
-    """Weights spread evenly over a layer's pristine weight, float32; None without a dense one."""
+def _dense(layer: nn.Module) -> Tensor | None:
     pristine = getattr(layer, "_pristine", None)
-    weight = layer.weight if pristine is None else pristine
-    if type(weight) not in (Tensor, nn.Parameter) or not weight.is_floating_point() or weight.is_meta:
-        return None
+    weight = pristine if isinstance(pristine, Tensor) else layer.weight
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta
+    return weight if plain else None
+
+
+def _is_readable(layer: nn.Module) -> bool:
+    return _dense(layer) is not None or quantised(getattr(layer, "base_layer", layer)) is not None
+
+
+def _sketch(layer: nn.Module) -> list[float] | dict[str, list[float]] | None:
+    """Weights spread evenly over a layer's pristine weight, float32, by the name of its type where that is quantised; None
+    where the weight cannot be read."""
+    weight, held = _dense(layer), None
+    if weight is None:
+        held = quantised(getattr(layer, "base_layer", layer))
+        weight = None if held is None else held.dequantise(getattr(layer, "_pristine", None))
+        if weight is None:
+            return None
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, SAMPLED, dtype=torch.float64).long().to(flat.device)
-    return flat[index].float().cpu()
+    values = flat[index].float().cpu().tolist()
+    return values if held is None else {held.name: values}
+
+
+def _unfold(sketch) -> tuple[str, Tensor]:
+    """The type ("" where dense) and the weights of a sketch."""
+    ((kind, values),) = sketch.items() if isinstance(sketch, dict) else [("", sketch)]
+    return kind, torch.tensor(values, dtype=torch.float32)
 
 
 def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], any_base: bool) -> None:
     if recorded is None:
         return
     try:
-        made = {name: torch.tensor(values, dtype=torch.float32) for name, values in json.loads(recorded).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        made = {name: _unfold(sketch) for name, sketch in json.loads(recorded).items()}
+    except (ValueError, TypeError, AttributeError, RuntimeError, OverflowError) as error:  # RecursionError is a RuntimeError
         raise ValueError(f"{file}: its base_fingerprint cannot be read: {error}") from None
-    here = {name: _sample(layers[name]) for name in made if name in layers}
-    pairs = [(made[name], s) for name, s in here.items() if s is not None and s.shape == made[name].shape]
+    here = {name: _sketch(layers[name]) for name in made if name in layers}
+    here = {name: _unfold(sketch) for name, sketch in here.items() if sketch is not None}
+    pairs = [(name, made[name], now) for name, now in here.items() if now[1].shape == made[name][1].shape]
     if not pairs:
         return
-    then, now = (torch.cat(side) for side in zip(*pairs))
+    _, *sides = zip(*pairs)
+    then, now = (torch.cat([values for _, values in side]) for side in sides)
+    kinds = [", ".join(sorted({kind or "dense" for kind, _ in side})) for side in sides]
     distance = float((now - then).norm() / then.norm().clamp_min(1e-12))
-    if not distance <= OTHER_BASE:  # not-a-number too
-        message = f"{file}: this adapter was made for another base model (weights differ by {distance:.1%})"
-        if not any_base:
-            raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
-        warnings.warn(message, stacklevel=4)
+    if distance <= OTHER_BASE:
+        return
+    if kinds[0] != kinds[1] and distance <= OTHER_QUANTISATION:
+        warnings.warn(
+            f"{file}: this adapter was made for {kinds[0]} base weights, and these are {kinds[1]}, which differ by "
+            f"{distance:.1%}: by their rounding, if they are of one base",
+            stacklevel=5,
+        )
+        return
+    name, *both = max(pairs, key=lambda pair: float((pair[1][1] - pair[2][1]).norm()))
+    first = ["[" + ", ".join(f"{v:.4g}" for v in values[:3].tolist()) + ", …]" for _, values in both]
+    message = (
+        f"{file}: this adapter was made for another base model (weights differ by {distance:.1%}: {name} begins with "
+        f"{first[0]} in the file's fingerprint and with {first[1]} here)"
+    )
+    if not any_base:  # a distance that is not a number comes here too
+        raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
+    warnings.warn(message, stacklevel=5)
 
 
-def _replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write so that a reader, or a crash, sees the old file or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -3,18 +3,26 @@
 import difflib
 import math
 import re
+import warnings
 
 import torch
 from torch import Tensor, nn
 
-from ..config import DEFAULT_TARGETS, DeftConfig
+from ..config import DEFAULT_TARGETS, TARGETS, DeftConfig
 from ..nn.bank import Bank
-from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, MasterDict, Routes, is_conv1d
+from ..nn.layers import DeftConv2d, DeftLayer, DeftLinear, MasterDict, Routes, is_conv1d, refuse_fused
 from ..nn.prepare import COMBINATIONS
+from ..nn.quantised import hold, release
 
 # Modules that use their layers' weights directly, torch's fast paths among them.
 READS_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 BASE = ("base", "__base__")  # a sample without adapter; the second is PEFT's name for it
+INEXACT = 0.005  # start_deviation that is told: an output rounded to bfloat16 is 0.002 away, one of 8-bit inputs 0.006
+
+
+class Parts(nn.ModuleDict):
+    """Several models adapted as one, a pipeline's: layers are named `<part>.<layer>`. Each part is called by itself, and so
+    has a bank of its own."""
 
 
 def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "default") -> list[str]:
@@ -33,21 +41,25 @@ def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "de
 
     Raises:
         ValueError: a target that matches nothing (the nearest names are told), no layer matched, a name in use, NaN in a
-            base weight. TypeError: a target that is no linear layer and no plain convolution. The model is then as it was.
+            base weight, a quantised one that cannot be read. TypeError: a target that is no linear layer and no plain
+            convolution. The model is then as it was.
+
+    Warns where quantised layers round their inputs too, so that the start is not quite the identity.
     """
     return attach(model, config, adapter_name, match_targets(model, config))
 
 
 def attach(
     model: nn.Module,
-    config: DeftConfig,
+    config: DeftConfig | dict[str, DeftConfig],
     adapter_name: str,
     names: list[str],
     tensors: dict[str, dict] | None = None,
     trainable: bool = True,
     activate: bool = True,
 ) -> list[str]:
-    """`inject_adapter` on the layers given by name, with given values for P, R and gate where they come from a file."""
+    """`inject_adapter` on the layers given by name, with given values for P, R and gate where they come from a file; each
+    layer may have a config of its own."""
     if not adapter_name or "." in adapter_name:
         raise ValueError(f"adapter_name {adapter_name!r}: expected a non-empty name without dots")
     if hasattr(MasterDict(), adapter_name):
@@ -60,8 +72,11 @@ def attach(
         raise ValueError(f"the model has an adapter named {adapter_name!r} already: choose another name or delete it")
     if activate and any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("an adapter is merged: call deft_kernels.unmerge(model) before adding another")
-    if "" in names:
-        raise TypeError(f"the model itself is a {type(model).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
+    roots = {f"{part}.": root for part, root in model.items()} if isinstance(model, Parts) else {"": model}
+    for prefix, root in roots.items():
+        if prefix in names:
+            raise TypeError(f"the model itself is a {type(root).__name__}: wrap it, deft_kernels.DeftLinear(layer, config)")
+    configs = config if isinstance(config, dict) else dict.fromkeys(names, config)
     for name in names:
         parent = modules[name.rpartition(".")[0]]
         if isinstance(parent, READS_WEIGHTS):
@@ -69,8 +84,7 @@ def attach(
                 f"{name}: a {type(parent).__name__} reads its layers' weights without calling them, so that an adapter "
                 "would have no effect; leave it out by exclude_modules"
             )
-        if _base(modules[name]).weight.is_meta:
-            raise ValueError(f"{name}: its weight is on the meta device (not loaded, or offloaded); load it first")
+        refuse_fused(name.rpartition(".")[0], parent)
 
     wrappers: dict[int, DeftLayer] = {}  # by identity, so that a module used in two places stays one
     targets: list[tuple[str, DeftLayer]] = []
@@ -79,11 +93,17 @@ def attach(
         if id(module) not in wrappers:
             wrappers[id(module)] = wrap(name, module)
             targets.append((name, wrappers[id(module)]))
+    for name, layer in targets:
+        if layer.device.type == "meta":
+            raise ValueError(f"{name}: its weight is on the meta device, not loaded and not offloaded either; load it first")
     done: list[DeftLayer] = []
     try:
         for name, layer in targets:
             layer.train(modules[name].training)
-            layer.add_adapter(adapter_name, config, None if tensors is None else tensors[name], trainable)
+            try:
+                layer.add_adapter(adapter_name, configs[name], None if tensors is None else tensors[name], trainable)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
             done.append(layer)
             for p in layer.adapter_tensors(adapter_name).values():
                 if not torch.isfinite(p).all():
@@ -91,16 +111,25 @@ def attach(
     except BaseException:  # an interrupt too: the model stays as it was
         for layer in done:
             layer.delete_adapter(adapter_name)
+        for module in [] if layers else modules.values():
+            release(module)
         raise
 
-    bank = model.__dict__.get("_deft_bank")
-    if bank is None:
-        bank = model.__dict__["_deft_bank"] = Bank(model)
-        adapters = {id(p) for layer in layers.values() for n in layer.configs for p in layer.adapter_tensors(n).values()}
-        bank.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in adapters]
-        for p in bank.frozen:
-            p.requires_grad_(False)
-    bank.layers += [layer for name, layer in targets if layer is not modules[name]]
+    for prefix, root in roots.items():
+        joining = {name: layer for name, layer in targets if name.startswith(prefix)}
+        bank = root.__dict__.get("_deft_bank")
+        if joining and bank is None:
+            bank = root.__dict__["_deft_bank"] = Bank(root)
+            adapters = {id(p) for layer in layers.values() for n in layer.configs for p in layer.adapter_tensors(n).values()}
+            bank.frozen = [p for p in root.parameters() if p.requires_grad and id(p) not in adapters]
+            for p in bank.frozen:
+                p.requires_grad_(False)
+        if joining:
+            for module in root.modules():  # gradients pass through those without an adapter as well
+                hold(module)
+            blocks = dict.fromkeys(name.rpartition(".")[0] for name in joining)
+            bank.blocks |= {name: modules[name] for name in blocks if hasattr(modules[name], "fused_projections")}
+            bank.layers += [layer for name, layer in joining.items() if layer is not modules[name]]
     for name, module in modules.items():
         layer = wrappers.get(id(module), module)
         if layer is not module:
@@ -108,7 +137,20 @@ def attach(
             _replace(model, name, layer)
     if activate:
         set_adapters(model, adapter_name)
+    _tell_inexact({name: layer.start_deviation for name, layer in targets if layer.start_deviation > INEXACT})
     return names
+
+
+def _tell_inexact(deviations: dict[str, float]) -> None:
+    if deviations:
+        worst = max(deviations, key=deviations.get)
+        warnings.warn(
+            f"{len(deviations)} layers do not act exactly as the weight that they hold, as where 8-bit layers round their "
+            f"inputs too (worst: {worst}, whose output is {deviations[worst]:.1%} away). The start is the identity but for "
+            "that share of what the adapter removes. Bases of which the weights alone are quantised start exactly; "
+            "init_weights=False starts at random",
+            stacklevel=4,
+        )
 
 
 def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
@@ -116,7 +158,9 @@ def match_targets(model: nn.Module, config: DeftConfig) -> list[str]:
     one after a dot, a string is a regular expression for the full name, "all-linear" is every linear layer but a language
     model's output layer."""
     modules = outer_modules(model)
-    targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
+    targets = config.target_modules
+    if targets is None:
+        targets = next((TARGETS[c.__name__] for c in type(model).__mro__ if c.__name__ in TARGETS), DEFAULT_TARGETS)
     if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = [k for k, v in modules.items() if isinstance(_base(v), nn.Linear) or is_conv1d(_base(v))]
@@ -326,6 +370,7 @@ def eject(model: nn.Module) -> None:
     for layer in layers.values():  # a bank further out may still list it
         layer.set_adapters({})
     for module in model.modules():
+        release(module)
         bank = module.__dict__.pop("_deft_bank", None)
         if bank is not None:
             bank.remove()

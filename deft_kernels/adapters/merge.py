@@ -1,19 +1,29 @@
 """merge, unmerge, hot-swap: adapters into the weights, in the storage that the weights have, from a pristine snapshot."""
 
+import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..nn.layers import DeftLayer, writes
+from ..nn.layers import DeftLayer, refuse_fused, writes
 from ..nn.prepare import Factors, beside, combined, decompose
-from .files import attach_adapter, read_adapter
+from ..nn.quantised import Quantised, is_hooked, quantised
+from .files import Adapter, attach_adapter, read_adapter
 from .inject import check_combination, named_weights, outer_modules, require_layers, wrap
 
 SNAPSHOTS = ("device", "host")
+NO_UPDATE = 1e-5  # share of W' that rounding in float32 alone may make of W' - W: an adapter at its start
 
 
-def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", combine: str | None = None) -> None:
+def merge(
+    model: nn.Module,
+    names=None,
+    weights=None,
+    snapshot: str = "device",
+    combine: str | None = None,
+    requantize: bool = False,
+) -> None:
     """Write W' into the base weights, in place: their storage, and so any compiled or captured graph, stays valid, and
     sampling costs what the base model costs. Factors are taken from the pristine W.
 
@@ -24,11 +34,14 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", 
             pinned where the weights are on a GPU).
         combine: how several adapters act together, as `set_adapters` explains; None: "sum", or how the active ones do where
             `names` is None.
+        requantize: merge into quantised weights too, by quantising W' anew as W was. Unlike the adapter unmerged, it rounds:
+            a warning tells how much, of W' and of the update W' - W. `unmerge` is exact all the same.
 
     Raises:
         RuntimeError: something is merged already (use `hotswap`).
-        ValueError: unknown adapter or combination, samples routed to adapters of their own, parameters with NaN, a layer
-        without a dense weight, a weight that another layer shares.
+        ValueError: unknown adapter or combination, samples routed to adapters of their own, parameters with NaN, a weight
+        that another layer shares, one that is neither dense nor quantised, or one that is quantised where `requantize` is
+        not set or the type cannot be made.
         The model is then as it was. Where writing itself fails (no memory, an interrupt), the pristine weights are put back.
     """
     if snapshot not in SNAPSHOTS:
@@ -48,7 +61,7 @@ def merge(model: nn.Module, names=None, weights=None, snapshot: str = "device", 
         chosen = _spread(layers, everywhere)
     if not any(chosen.values()):
         raise ValueError("nothing to merge: no adapter is active and none was named")
-    _check_mergeable(model, {key: layers[key] for key in chosen})
+    _check_mergeable(model, {key: layers[key] for key in chosen}, requantize)
     combine = combine or "sum"
     for key, weights in chosen.items():
         check_combination({key: layers[key]}, weights, combine)
@@ -64,6 +77,7 @@ def unmerge(model: nn.Module, force: bool = False) -> None:
     layers = require_layers(model)
     if not any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("nothing is merged: call deft_kernels.merge(model) first")
+    _check_unfused(model, layers)
     if not force:
         _check_untouched(layers)
     for layer in layers.values():
@@ -71,28 +85,33 @@ def unmerge(model: nn.Module, force: bool = False) -> None:
         layer.is_merged = False
 
 
-def hotswap(model: nn.Module, path_or_name: str | Path, weight: float = 1.0) -> None:
+def hotswap(
+    model: nn.Module, path_or_name: str | Path | Adapter, weight: float = 1.0, requantize: bool = False
+) -> None:
     """Merge another adapter in place of what is merged now, from the pristine weights: no drift, no recompilation.
 
     Args:
-        path_or_name: an adapter of the model by name, or a folder or file to load one from; it replaces the one that the
-            last hot-swap loaded, under the name "hotswap".
+        path_or_name: an adapter of the model by name, or a folder or file to load one from (or what `read_adapter` made of
+            it); it replaces the one that the last hot-swap loaded, under the name "hotswap".
         weight: its strength.
+        requantize: into quantised weights too, as `merge` does.
 
     Raises as `merge` and `load_adapter` do.
     """
     layers = require_layers(model)
     _check_untouched(layers)
-    on_host = any(layer.merged and layer._pristine.device != layer.weight.device for layer in layers.values())
-    name = str(path_or_name)
+    on_host = any(layer.merged and _kept(layer)[0].device != layer.weight.device for layer in layers.values())
+    name = None if isinstance(path_or_name, Adapter) else str(path_or_name)
     if any(name in layer.configs for layer in layers.values()):
         chosen = _spread(layers, named_weights(name, weight))
-        _check_mergeable(model, {key: layers[key] for key in chosen})
+        _check_mergeable(model, {key: layers[key] for key in chosen}, requantize)
     else:
         name, everywhere = "hotswap", named_weights("hotswap", weight)
-        loaded = read_adapter(model, path_or_name)  # all that can be wrong with a file is found here
+        loaded = path_or_name  # all that can be wrong with a file is found when it is read
+        if not isinstance(loaded, Adapter):
+            loaded = read_adapter(model, path_or_name)
         modules = outer_modules(model)
-        _check_mergeable(model, {key: wrap(key, modules[key]) for key in loaded.tensors})
+        _check_mergeable(model, {key: wrap(key, modules[key]) for key in loaded.tensors}, requantize)
         for layer in layers.values():
             if name in layer.configs:
                 layer.delete_adapter(name)
@@ -112,14 +131,38 @@ def _spread(layers: dict[str, DeftLayer], weights: dict[str, float]) -> dict[str
     return {key: names for key, names in chosen.items() if names}
 
 
-def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer]) -> None:
+def _check_unfused(model: nn.Module, layers: dict[str, DeftLayer]) -> None:
+    """What is written to weights would not reach the fused copies of them."""
+    for name in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        refuse_fused(name, model.get_submodule(name))
+
+
+def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer], requantize: bool) -> None:
+    _check_unfused(model, targets)
     owners: dict[int, int] = {}
     for module in model.modules():
         for p in module._parameters.values():
             owners[id(p)] = owners.get(id(p), 0) + 1
     for name, layer in targets.items():
         if layer.pristine_weight() is None:
-            raise ValueError(f"{name}: cannot merge into this layer: its weight is quantised, sharded or hooked")
+            try:
+                held = quantised(layer.base_layer)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            if held is None or is_hooked(layer.base_layer):
+                raise ValueError(
+                    f"{name}: cannot merge into this layer: its weight is quantised in an unknown way, sharded or hooked"
+                )
+            if not held.requantises:
+                raise ValueError(
+                    f"{name}: its weight is quantised ({held.name}), to which no matrix can be converted here: keep the "
+                    "adapter unmerged, or merge before quantising"
+                )
+            if not requantize:
+                raise ValueError(
+                    f"{name}: its weight is quantised ({held.name}), and a merged one would have to be rounded to that "
+                    "again: keep the adapter unmerged, which is exact, or merge with requantize=True, which tells the loss"
+                )
         if owners[id(layer.weight)] > 1:
             raise ValueError(
                 f"{name}: another layer shares its weight, and would be changed with it; exclude it from the targets"
@@ -135,9 +178,10 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], sn
     pristine = {name: layer._pristine for name, layer in targets.items()}
     for name, layer in targets.items():
         if pristine[name] is None:
-            pristine[name] = _snapshot(layer.weight, snapshot)
+            kept = [_snapshot(t, snapshot) for t in _stored(layer)]
+            pristine[name] = kept if quantised(layer.base_layer) else kept[0]
     try:
-        _write_from(pristine, targets, B, K, R)
+        losses = _write_from(pristine, targets, B, K, R)
     except BaseException:  # out of memory, an interrupt: no half-merged model
         for name, layer in targets.items():
             layer.merged, layer._pristine = chosen[name], pristine[name]
@@ -152,10 +196,53 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], sn
             layer._merged_version = writes(layer.weight)
         else:
             _restore(layer)
+    if losses:
+        _tell(losses, {name: quantised(targets[name].base_layer).name for name in losses})
 
 
-def _write_from(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, K, R) -> None:
-    """W' of every target layer into its weight's storage, in one call."""
+def _write_from(pristine, targets: dict[str, DeftLayer], B, K, R) -> dict[str, Tensor]:
+    """W' of every target layer into its weight's storage, all dense ones in one call. Returns what requantising lost."""
+    losses, dense = {}, {}
+    for (name, layer), *factors in zip(targets.items(), B, K, R):
+        held = quantised(layer.base_layer)
+        if held is None:
+            dense[name] = factors
+        else:
+            losses[name] = _requantise(held, [kept.to(layer.weight.device) for kept in pristine[name]], *factors)
+    if dense:
+        _write_dense(pristine, {name: targets[name] for name in dense}, *map(list, zip(*dense.values())))
+    return losses
+
+
+def _requantise(held: Quantised, pristine: list[Tensor], B, K, R) -> Tensor:
+    """Quantise W' into one layer. Returns the norms of Q(W') - W', W' and W' - W."""
+    W = held.dequantise(pristine)
+    (merged,) = torch.ops.deft_kernels.merge([W], [B], [K], [R])
+    for stored, new in zip(held.tensors, held.quantise(merged)):
+        stored.copy_(new)
+    return torch.stack([(held.dequantise() - merged).norm(), merged.norm(), (merged - W).norm()])
+
+
+def _tell(losses: dict[str, Tensor], kinds: dict[str, str]) -> None:
+    """Warn of what requantising has cost: over all layers, and in the layer where the update suffers most."""
+
+    def shares(norms: Tensor) -> str:
+        lost, whole, update = norms.tolist()
+        of_update = f"{lost / update:.1%} of the update W' - W" if update > NO_UPDATE * whole else "and there is no update"
+        return f"{lost / max(whole, 1e-30):.1%} of W', {of_update}"
+
+    norms = torch.stack([n.cpu() for n in losses.values()])
+    worst = int((norms[:, 0] / torch.maximum(norms[:, 2], NO_UPDATE * norms[:, 1]).clamp_min(1e-30)).argmax())
+    name = list(losses)[worst]
+    warnings.warn(
+        f"merging into {len(losses)} quantised layers ({', '.join(sorted(set(kinds.values())))}) has rounded their weights "
+        f"anew: the error is {shares(norms.square().sum(0).sqrt())}; worst in {name}: {shares(norms[worst])}. Unmerged, the "
+        "adapter is exact",
+        stacklevel=5,
+    )
+
+
+def _write_dense(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, K, R) -> None:
     out, source = [], []
     for name, layer in targets.items():
         stored, kept = layer.weight.detach(), pristine[name]
@@ -201,6 +288,17 @@ def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, floa
         raise ValueError(f"{bad[0]} has values that are not finite ({len(bad)} such tensors): not merged")
 
 
+def _stored(layer: DeftLayer) -> list[Tensor]:
+    """What the layer's weight consists of, as it is stored."""
+    held = quantised(layer.base_layer)
+    return [layer.weight.detach()] if held is None else held.tensors
+
+
+def _kept(layer: DeftLayer) -> list[Tensor]:
+    """What `_stored` was before the merge."""
+    return [layer._pristine] if isinstance(layer._pristine, Tensor) else layer._pristine
+
+
 def _snapshot(weight: Tensor, where: str) -> Tensor:
     if where == "device" or weight.device.type == "cpu":
         return weight.detach().clone()
@@ -211,7 +309,8 @@ def _snapshot(weight: Tensor, where: str) -> Tensor:
 @torch.no_grad()
 def _restore(layer: DeftLayer) -> None:
     if layer.merged:
-        layer.weight.detach().copy_(layer._pristine)
+        for stored, kept in zip(_stored(layer), _kept(layer)):
+            stored.copy_(kept)
     layer.merged, layer._pristine, layer._merged_version = {}, None, None
 
 

@@ -11,7 +11,8 @@ class _Pending:
 
 
 class Bank:
-    """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready.
+    """Prepares the factors of its `layers` when `root`'s forward begins, so that each layer finds its own ready. (Without
+    a root, whoever owns the bank calls `enter` and `leave` around a forward.)
 
     The factors serve calls within that forward, and its recomputation by non-reentrant checkpointing during the backward.
     Whenever else a layer is called, or under reentrant checkpointing (whose segments each walk their own graph), it
@@ -22,25 +23,35 @@ class Bank:
     that were active in the forward must still be so when it is recomputed.
     """
 
-    def __init__(self, root: nn.Module):
+    def __init__(self, root: nn.Module | None = None):
         self.layers: list = []
         self.inside = False
+        self.blocks: dict[str, nn.Module] = {}  # attention blocks with adapted projections
         self.batch: int | None = None  # samples in the forward that is under way, where layers are routed by sample
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
         self._pending: weakref.WeakSet[_Pending] = weakref.WeakSet()
-        self._hooks = (
-            root.register_forward_pre_hook(self._enter, with_kwargs=True),
-            root.register_forward_hook(self._leave, always_call=True),
-        )
+        self._hooks = ()
+        if root is not None:
+            self._hooks = (
+                root.register_forward_pre_hook(self.enter, with_kwargs=True),
+                root.register_forward_hook(self.leave, always_call=True),
+            )
 
-    def _enter(self, root, args, kwargs) -> None:
-        from .layers import prepare_layers
+    def enter(self, root=None, args=(), kwargs=None) -> None:
+        """A forward with these inputs begins: prepare."""
+        from .layers import prepare_layers, refuse_fused
 
         eager = not torch.compiler.is_compiling()
-        layers = [layer for layer in self.layers if layer.adapts]
-        if any(layer.routes is not None for layer in layers):
-            inputs = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim()]
-            self.batch = inputs[0].shape[0] if inputs else None
+        inputs = [t for t in (*args, *(kwargs or {}).values()) if isinstance(t, torch.Tensor)]
+        devices = {t.device for t in inputs}
+        # A layer elsewhere than the input, offloaded or of another device, prepares for itself when its turn comes.
+        adapting = [layer for layer in self.layers if layer.adapts]
+        layers = [layer for layer in adapting if not devices or layer.weight.device in devices]
+        if any(layer.routes is not None for layer in adapting):
+            self.batch = next((t.shape[0] for t in inputs if t.dim()), None)
+        if adapting:
+            for name, block in self.blocks.items():
+                refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
                 layer._by_activation = layer.prefers_activation(layer.tokens)
@@ -52,7 +63,8 @@ class Bank:
             self._pending.add(pending)  # gone when this returns, unless a backward is to come
         self.inside = True
 
-    def _leave(self, root, args, output) -> None:
+    def leave(self, *call) -> None:
+        """The forward is over."""
         self.inside = False
         for layer in self.layers:
             layer._passing = None

@@ -102,9 +102,12 @@ class ActivationLinear(torch.autograd.Function):
         if nR or nK:
             dR = dh.t() @ rows
         if nK:
+            # as rows of size one: a gradient is small beside the bias that is added to it and taken off again, and may be
+            # too small for a layer that computes in float16
+            size = dR.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dR.dtype).tiny)
             with torch.autocast(*ctx.autocast):
-                out = ctx.base(dR)
-            dK = (out if bias is None else out - bias.to(out.dtype)).t().neg().to(K.dtype)
+                out = ctx.base(dR / size)
+            dK = ((out if bias is None else out - bias.to(out.dtype)).to(K.dtype) * -size).t()
         if nx:
             dx = (dh @ R).view(x.shape) if R is not None else None
         if ny:

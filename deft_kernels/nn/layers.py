@@ -14,8 +14,11 @@ from ..config import DeftConfig, LoraConfig
 from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
 from .prepare import Factors, Spec, beside, combined, decompose, prepare, stacked
+from .quantised import hold, is_hooked, quantised
 
 INIT_STD = 0.02  # of P and of a random R: the reference code's, and PEFT's
+PROBED = 16  # rows through a layer whose weight is not dense, to see whether it acts as that weight
+NOT_ITS_WEIGHT = 0.1  # relative distance at which it does not: 8-bit activations are 0.01 apart
 
 
 class Routes(NamedTuple):
@@ -27,6 +30,12 @@ class Routes(NamedTuple):
 
 class MasterDict(nn.ParameterDict):
     """Parameters that stay at least float32 through `.to(dtype)`, `.half()` and `.bfloat16()` of their model."""
+
+    def forward(self, name: str) -> Tensor:
+        """A parameter, by a call: where the model is offloaded, its hooks bring the values for as long as a call lasts."""
+        return self[name].view_as(self[name])  # not the parameter itself, which the hooks empty again
+
+    __call__ = nn.Module.__call__  # which ParameterDict refuses
 
     def _apply(self, fn, recurse=True):
         for name, param in list(self.items()):
@@ -60,7 +69,9 @@ class DeftLayer(nn.Module):
         self.routes: Routes | None = None  # instead of all active ones on every sample
         self.is_merged = False  # the model is: forwards go to the base layer, whatever is active here
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
-        self._pristine: Tensor | None = None  # the base weight as it was before the merge
+        # the base weight as it was before the merge; of a quantised one, all its tensors
+        self._pristine: Tensor | list[Tensor] | None = None
+        self.start_deviation = 0.0  # how far the base layer is from acting as the weight that the start was taken from
         self._merged_version: int | None = None
         self.tokens: int | None = None  # rows of the last input: what the bank chooses the form from
         self._by_activation = False  # the form that the bank prepares for
@@ -69,9 +80,10 @@ class DeftLayer(nn.Module):
         self._passing: list[Factors] | None = None  # the bank's, of a forward without grad that is under way
         self._inner_no_grad = False  # ran without grad inside a forward with grad: reentrant checkpointing
         self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
-        self.register_buffer("_scales", torch.empty(2, 0), persistent=False)
-        self.register_buffer("_route_index", None, persistent=False)  # (samples,), index among the active ones
-        self.register_buffer("_route_weight", None, persistent=False)  # (samples,)
+        # No buffers: offloading would put an old strength back.
+        self._scales = torch.empty(2, 0)
+        self._route_index: Tensor | None = None  # (samples,), index among the active ones
+        self._route_weight: Tensor | None = None  # (samples,)
         if config is not None:
             self.add_adapter(adapter_name, config)
             self.set_adapters({adapter_name: 1.0})
@@ -88,6 +100,13 @@ class DeftLayer(nn.Module):
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         return self.base_layer.bias
+
+    @property
+    def device(self) -> torch.device:
+        """Where adapters are kept: beside the weight; of an offloaded one, where accelerate brings it."""
+        weight, hook = self.base_layer.weight, getattr(self.base_layer, "_hf_hook", None)
+        home = getattr(hook, "execution_device", None) if weight.is_meta else None
+        return weight.device if home is None else torch.device(home)
 
     def matrix(self, stored: Tensor) -> Tensor:
         """A tensor laid out as the base weight is stored, as W (m, n), out x in; a view wherever strides allow."""
@@ -114,7 +133,7 @@ class DeftLayer(nn.Module):
             and weight.is_floating_point()
             and not weight.is_meta
             and self.forward_is_plain(base)
-            and not (base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__)
+            and not is_hooked(base)
         )
         return self.matrix(weight.detach()) if plain else None
 
@@ -129,7 +148,16 @@ class DeftLayer(nn.Module):
 
     def pristine_weight(self) -> Tensor | None:
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
-        return self.dense_weight() if self._pristine is None else self.matrix(self._pristine)
+        return self.matrix(self._pristine) if isinstance(self._pristine, Tensor) else self.dense_weight()
+
+    def read_weight(self) -> Tensor | None:
+        """`pristine_weight`, or the W (m, n) that a quantised base layer stands for, float32, dequantised at each call; None
+        where neither can be had. ValueError for a quantised weight that lacks a part."""
+        W = self.pristine_weight()
+        if W is None and not is_hooked(self.base_layer):
+            held = quantised(self.base_layer)
+            W = None if held is None else held.dequantise(self._pristine)
+        return W
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -141,9 +169,10 @@ class DeftLayer(nn.Module):
         says whether its parameters require grad once it is active."""
         if name in self.configs:
             raise ValueError(f"adapter {name!r} exists already on this layer")
+        hold(self.base_layer)
         m, n = self.shape
         r = config.r if isinstance(config, LoraConfig) else min(config.r, m)  # a projector's rank is at most m
-        device = self.base_layer.weight.device
+        device = self.device
         if tensors is None:
             tensors = self._start(r, config, device)
         for key, store in (("P", self.deft_P), ("R", self.deft_R), ("gate", self.deft_gate)):
@@ -177,11 +206,15 @@ class DeftLayer(nn.Module):
 
     def _removed(self, K: Tensor) -> Tensor:
         """K^T W (r, n)."""
-        W = self.pristine_weight()
+        W = self.read_weight()
         if W is None:
-            raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
+            return self._removed_by_output(K)
         one = torch.ones(1, device=K.device)
         return -torch.ops.deft_kernels.project([K], [W], [None], one, one)[0]
+
+    def _removed_by_output(self, K: Tensor) -> Tensor:
+        """K^T W where W cannot be read."""
+        raise ValueError("the identity start needs the base weight, which this layer does not hold as a dense one")
 
     def adapter_tensors(self, name: str) -> dict[str, nn.Parameter]:
         """An adapter's parameters here: "P", "R" and "gate", those that it has; empty for an adapter not on this layer."""
@@ -189,8 +222,13 @@ class DeftLayer(nn.Module):
         return {role: store[name] for role, store in stores.items() if name in store}
 
     def masters(self, name: str) -> dict[str, Tensor]:
-        """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them."""
-        return {role: p.to(self.master_dtype) for role, p in self.adapter_tensors(name).items()}
+        """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them, and wherever
+        offloading keeps them."""
+        stores = {"P": self.deft_P, "R": self.deft_R, "gate": self.deft_gate}
+        stores = {role: store for role, store in stores.items() if name in store}
+        called = {role: isinstance(store, MasterDict) and hooked(store) for role, store in stores.items()}
+        read = {role: store(name) if called[role] else store[name] for role, store in stores.items()}
+        return {role: p.to(self.master_dtype) for role, p in read.items()}
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -231,6 +269,9 @@ class DeftLayer(nn.Module):
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
         self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
+        self._write_routes()
+
+    def _write_routes(self) -> None:
         index = weight = None
         if self.routes is not None:
             slots = {name: i for i, name in enumerate(self.active)} | {None: len(self.active)}
@@ -240,7 +281,7 @@ class DeftLayer(nn.Module):
         self._overwrite("_route_weight", weight)
 
     def _overwrite(self, name: str, values: Tensor | None) -> None:
-        values = None if values is None else values.to(self.base_layer.weight.device)
+        values = None if values is None else values.to(self.device)
         old = getattr(self, name)
         kinds = [None if t is None else (t.shape, t.dtype, t.device) for t in (old, values)]
         if values is not None and kinds[0] == kinds[1]:
@@ -288,6 +329,11 @@ class DeftLayer(nn.Module):
         usable = factors is not None and factors[0].B.device == x.device
         if not usable or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
             (factors,) = prepare_layers([self], rows)
+            if factors[0].B.device != x.device:
+                raise RuntimeError(
+                    f"the adapter is on {factors[0].B.device}, its layer's input on {x.device}: move the model there; where "
+                    "it is offloaded, put the adapter in before offloading is enabled"
+                )
         if not torch.compiler.is_compiling():
             self.tokens = rows
         if self.routes is not None:
@@ -354,6 +400,15 @@ class DeftLayer(nn.Module):
         keep = 1 - torch.tensor([*rates, 0.0], device=x.device)[index].view(-1, *[1] * (x.dim() - 1))
         return x * (torch.bernoulli(keep.expand(x.shape)) / keep).to(x.dtype)
 
+    def _base_output(self, x: Tensor, args=(), kwargs=None) -> tuple[Tensor, Tensor | None]:
+        """The base layer's output for x (N, ...), and its bias (m,), which a hooked layer shows by its answer to a sample of
+        zeros (with the others, since each call may load the weight)."""
+        whole = self.bias is None or not hooked(self.base_layer)
+        y = self.base_layer(x if whole else torch.cat([x, x.new_zeros(1, *x.shape[1:])]), *args, **(kwargs or {}))
+        if whole:
+            return y, self.bias
+        return y[:-1], y[-1].reshape(self.shape[0], -1)[:, 0]
+
     def _check_dtype(self, x: Tensor) -> None:
         """What the base layer itself would refuse: an input that is not of its weight's dtype, outside autocast."""
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -377,6 +432,28 @@ class DeftLayer(nn.Module):
                          for k in self.configs)  # fmt: skip
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers has put a hook around the module's forward, which brings its tensors and takes them
+    away again: between calls they may be elsewhere, or nowhere."""
+    return "forward" in vars(module)
+
+
+def fused(module: nn.Module) -> bool:
+    """Whether this is an attention block of diffusers for which `fuse_qkv_projections` is on: it then calls a copy of its
+    projections' weights instead of its projections."""
+    on = getattr(module, "fused_projections", False)  # stays on in blocks that are unfused by their processor alone
+    return on and (hasattr(module, "unfuse_projections") or "Fused" in type(module.processor).__name__)
+
+
+def refuse_fused(name: str, module: nn.Module) -> None:
+    """RuntimeError where adapters on an attention block's projections would not act."""
+    if fused(module):
+        raise RuntimeError(
+            f"{name}: its projections are fused, and adapters on them would not act: call the model's "
+            "unfuse_qkv_projections() first; once adapters are merged, they can be fused again"
+        )
+
+
 def writes(tensor: Tensor) -> int | None:
     """The count of in-place writes to a tensor; None for one made under inference_mode, which keeps no count."""
     return None if tensor.is_inference() else tensor._version
@@ -391,15 +468,16 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
         if layer._by_activation if rows is None else layer.prefers_activation(rows):
             weight = None
         fold = not any(layer.dropout(name) for name in layer.active)
-        dtype = layer.master_dtype if layer.combines else compute_dtype(layer.base_layer.weight)
         for name in layer.active:
-            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             tensors = layer.masters(name)
+            dtype = compute_dtype(layer.base_layer.weight, tensors["P"].device.type)
+            dtype = layer.master_dtype if layer.combines else dtype
+            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
             P.append(tensors["P"])
             R.append(tensors.get("R"))
-            W.append(weight)
+            W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
             gates.append(tensors.get("gate"))
-        scales.append(layer._scales)
+        scales.append(layer._scales.to(tensors["P"].device))
         counts.append(len(layer.active))
     if not specs:
         return []
@@ -419,14 +497,17 @@ def _together(layer: DeftLayer, factors: list[Factors]) -> list[Factors]:
         method = layer.configs[name].method
         K.append(None if method == "lora" else (torch.relu(f.B) if method == "relu" else f.B) * strength)
     B = combined([f.B for f in factors], K, layer.combination)
-    dtype = compute_dtype(layer.base_layer.weight)
+    dtype = compute_dtype(layer.base_layer.weight, B[0].device.type)
     return [Factors(*(t if t is None else t.to(dtype) for t in f._replace(B=b))) for f, b in zip(factors, B)]
 
 
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """Autocast's dtype where it is on for the weight's device, else the weight's own (float32 for integer storage)."""
-    if torch.is_autocast_enabled(weight.device.type) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(weight.device.type)
+def compute_dtype(weight: Tensor, device: str) -> torch.dtype:
+    """Autocast's dtype where it is on for this kind of device, else the weight's own (float32 for integer storage, and for
+    bitsandbytes' 4 bits, which may be stored as any type)."""
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if hasattr(weight, "quant_state"):
+        return torch.float32
     return weight.dtype if weight.dtype in (torch.float16, torch.bfloat16, torch.float64) else torch.float32
 
 
@@ -479,13 +560,34 @@ class DeftLinear(DeftLayer):
         return is_conv1d(base) or type(base).forward is nn.Linear.forward
 
     def _removed(self, K: Tensor) -> Tensor:
+        removed = super()._removed(K)
         if self.pristine_weight() is not None:
-            return super()._removed(K)
-        # K^T W through the layer itself: the gradient of its output along K's columns
+            return removed
+        with torch.no_grad():
+            own = torch.Generator().manual_seed(0)  # the caller's seed draws the same P on any base
+            x = torch.randn(PROBED, self.shape[1], generator=own).to(K.device, self._input_dtype(K.device))
+            y, bias = self._base_output(x)
+            through = (y.float() if bias is None else y.float() - bias.float()) @ K.float()
+            expected = x.float() @ removed.float().t()
+            self.start_deviation = float((through - expected).norm() / expected.norm().clamp_min(1e-30))
+        if not self.start_deviation <= NOT_ITS_WEIGHT:
+            raise ValueError(
+                f"the output of {self.base_layer} is {self.start_deviation:.0%} away from the product with the weight that "
+                "it holds, so that the start cannot be the identity: load its weight again, or start at random "
+                "(init_weights=False)"
+            )
+        return removed
+
+    def _removed_by_output(self, K: Tensor) -> Tensor:
+        # through the layer itself: the gradient of its output along K's columns
         with torch.enable_grad():
-            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=compute_dtype(self.weight))
+            x = torch.zeros(K.shape[1], self.shape[1], device=K.device, dtype=self._input_dtype(K.device))
             y = self.base_layer(x.requires_grad_())
             return torch.autograd.grad(y, x, K.t().to(y.dtype))[0].to(K.dtype)
+
+    def _input_dtype(self, device: torch.device) -> torch.dtype:
+        """What the base layer takes: GGUF's say."""
+        return getattr(self.base_layer, "compute_dtype", None) or compute_dtype(self.weight, device.type)
 
     def _rows(self, x: Tensor) -> int:
         return x.numel() // max(x.shape[-1], 1)
@@ -501,10 +603,10 @@ class DeftLinear(DeftLayer):
             self._check_dtype(x)
             y = LowRankLinear.apply(x, self.frozen_weight(), self.bias, B.to(x.dtype), A.to(x.dtype))
         else:
-            y = self.base_layer(x, *args, **kwargs)
+            y, bias = self._base_output(x, args, kwargs)
             if K is not None or R is not None:
                 B, K, R = (None if t is None else t.to(y.dtype) for t in (B, K, R))
-                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, self.bias, B, K, R)
+                y = ActivationLinear.apply(self.base_layer, x.to(y.dtype), y, bias, B, K, R)
         if not folded:
             for f, name in zip(factors, self.active):
                 if f.R is not None:
@@ -512,9 +614,19 @@ class DeftLinear(DeftLayer):
                     y = y + F.linear(h, f.B.to(x.dtype)).to(y.dtype)
         return y
 
+    def _base_output(self, x: Tensor, args=(), kwargs=None) -> tuple[Tensor, Tensor | None]:
+        rows = x.reshape(-1, x.shape[-1]) if hooked(self.base_layer) else x
+        y, bias = super()._base_output(rows, args, kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not y.requires_grad:
+            raise RuntimeError(
+                f"the base layer, {self.base_layer}, passes no gradient on to its input, so that nothing before it can be "
+                "trained: quantise its weight alone, not its activations"
+            )
+        return y.reshape(*x.shape[:-1], -1), bias
+
     def _routed(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
         index, weight = self._route(x)
-        y = self.base_layer(autocast(x), *args, **kwargs)
+        y, bias = self._base_output(autocast(x), args, kwargs)
         (m, n), batch = self.shape, x.shape[0]
         B, A, K, R = (None if t is None else t.to(y.dtype)[index] for t in (stacked(factors, role, n) for role in "BAKR"))
         rows, plain = x.to(y.dtype).reshape(batch, -1, n), y.reshape(batch, -1, m)
@@ -524,7 +636,7 @@ class DeftLinear(DeftLayer):
         if R is not None:
             h.append(self._dropped(rows, index) @ R.mT)
         if K is not None:
-            h.append(-(plain if self.bias is None else plain - self.bias.to(y.dtype)) @ K)
+            h.append(-(plain if bias is None else plain - bias.to(y.dtype)) @ K)
         h = sum(h) * weight.to(y.dtype)[:, None, None]
         return torch.baddbmm(plain, h, B.mT).view(y.shape)
 
@@ -579,8 +691,8 @@ class DeftConv2d(DeftLayer):
             y = LowRankConv2d.apply(padded, weight, self.bias, B.to(x.dtype), A.to(x.dtype), geometry)
         else:
             # by autograd: a convolution whose weight is out of reach keeps its output for the removal's gradient
-            y = base(x if batched else x[None])
-            plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
+            y, bias = self._base_output(x if batched else x[None])
+            plain = y if bias is None else y - bias[:, None, None].to(y.dtype)
             for f in factors:
                 if f.K is not None:
                     y = y - expand(F.conv2d(plain, f.K.to(y.dtype).t()[:, :, None, None]), f.B)
@@ -596,7 +708,7 @@ class DeftConv2d(DeftLayer):
         base, batched = self.base_layer, x.dim() == 4
         x = autocast(x if batched else x[None])
         index, weight = self._route(x)
-        y = base(x)
+        y, bias = self._base_output(x)
         padded, padding = self._pad(x)
         geometry = (base.stride, padding, base.dilation)
         # all adapters' products, of which each sample keeps its own
@@ -606,7 +718,7 @@ class DeftConv2d(DeftLayer):
             if thin is not None:
                 h.append(F.conv2d(z.to(y.dtype), thin.to(y.dtype).reshape(-1, *base.weight.shape[1:]), None, *geometry))
         if K is not None:
-            plain = y if self.bias is None else y - self.bias[:, None, None].to(y.dtype)
+            plain = y if bias is None else y - bias[:, None, None].to(y.dtype)
             h.append(-F.conv2d(plain, K.to(y.dtype).t()[:, :, None, None]))
         owner = torch.cat([torch.full((f.B.shape[1],), i, device=index.device) for i, f in enumerate(factors)])
         kept = ((index[:, None] == owner) * weight[:, None]).to(y.dtype)

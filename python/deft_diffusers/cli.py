@@ -11,7 +11,7 @@ import types
 import typing
 
 from . import UserError, __version__
-from .options import DemoOptions, SampleOptions, SweepOptions, TrainOptions
+from .options import ConvertOptions, DemoOptions, SampleOptions, SweepOptions, TrainOptions
 
 INTERRUPTED = 130  # a shell's exit code for a command stopped by Ctrl-C
 
@@ -55,6 +55,16 @@ COMMANDS = (
     --prompt "a photo of sks cat in the snow" --num_images_per_prompt 4 --output_dir outputs/snow""",
     ),
     Command(
+        "convert",
+        ConvertOptions,
+        "Bring adapters from one kind of file to another: DEFT out to LoRA, LoRA and the authors' own files in.",
+        """deft convert outputs/cat --pretrained_model_name_or_path toyworld --output_dir outputs/cat-lora
+    writes a LoRA that plain diffusers loads:  pipe.load_lora_weights("outputs/cat-lora")
+
+  for ComfyUI, at half the size:  deft convert outputs/cat … --format kohya --dtype fp16
+  the authors' files, no model needed:  deft convert checkpoint-500/project_replace.pt --output_dir outputs/theirs""",
+    ),
+    Command(
         "demo",
         DemoOptions,
         "Personalise the embedded model on a real photograph of a cat, before and after, in a few minutes with no GPU.",
@@ -77,6 +87,9 @@ def _formatter(prog):
 def _add_option(group, field):
     meta = dict(field.metadata)
     flag, kind = "--" + field.name, field.type
+    if meta.get("positional"):
+        group.add_argument(field.name, type=kind, metavar=meta["metavar"], help=meta["help"].replace("%", "%%"))
+        return
     required = field.default is dataclasses.MISSING and not meta.get("repeat")
     text = meta["help"].replace("%", "%%")
     if required:
@@ -111,6 +124,7 @@ def build_parser():
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     parsers = {}
     for command in COMMANDS:
+        words = [f.metadata["metavar"] for f in dataclasses.fields(command.options) if f.metadata.get("positional")]
         sub = parsers[command.name] = commands.add_parser(
             command.name,
             help=command.summary,
@@ -118,7 +132,7 @@ def build_parser():
             epilog="example:\n  " + command.example,
             formatter_class=_formatter,
             allow_abbrev=False,
-            usage=f"deft {command.name} [options]",
+            usage=" ".join(["deft", command.name, *words, "[options]"]),
         )
         groups = {}
         for field in dataclasses.fields(command.options):

@@ -14,7 +14,8 @@ TRACKERS = ("tensorboard", "wandb", "none")
 
 
 def option(group, help, default=MISSING, **more):
-    """A dataclass field that is also a flag. `more`: `choices`, `metavar`, `repeat` (may be given several times)."""
+    """A dataclass field that is also a flag. `more`: `choices`, `metavar`, `repeat` (may be given several times),
+    `positional` (an argument without a flag)."""
     metadata = {"group": group, "help": help, **more}
     if more.get("repeat"):
         return field(default_factory=list, metadata=metadata)
@@ -219,6 +220,39 @@ class SweepOptions:
     seed: list[int] = option("What to train", "repeat for several (default: 0)", repeat=True, metavar="N")  # noqa: RUF009
     token: str = option("What to train", "word that stands for a subject of a data set, before its class", "sks")
     output_dir: str = option("What to train", "where each job has its folder; sweep.md says what happened", metavar="DIR")
+
+
+@dataclass(kw_only=True)
+class ConvertOptions:
+    """What `deft convert` takes."""
+
+    source: str = option(
+        "Files",
+        "an adapter's folder of this library or of PEFT; a LoRA file (diffusers', Kohya's); or the files of DEFT's authors: "
+        "a folder with knowledge_injection_state.bin or para_rank_state.bin, or checkpoint-N/project_replace.pt",
+        positional=True, metavar="SOURCE",
+    )  # fmt: skip
+    output_dir: str = option("Files", "where the converted files go", metavar="DIR")
+    overwrite_output_dir: bool = option("Files", "replace the converted files that the output folder holds", False)
+    format: str | None = option(
+        "Files",
+        "deft: a folder for this library (the authors' files keep P and R, and PEFT reads it); diffusers: a LoRA file for "
+        "load_lora_weights; kohya: a LoRA file for ComfyUI and Kohya's scripts too; peft: a LoRA folder (default: deft, and "
+        "diffusers for what is a deft folder already)",
+        None,
+        choices=("deft", "diffusers", "kohya", "peft"),
+    )
+    pretrained_model_name_or_path: str | None = option(
+        "Base model", f"{MODEL_HELP}; needed for all but the authors' files to deft: DEFT is a LoRA for one base only", None,
+        metavar="MODEL",
+    )  # fmt: skip
+    adapter_weight: float = option("LoRA", "strength that becomes part of the LoRA", 1.0, metavar="W")
+    rank: int | None = option("LoRA", "truncate to this rank; the error is told (default: exact)", None, metavar="R")
+    dtype: str = option("LoRA", "of the tensors in a LoRA file", "fp32", choices=("fp32", "fp16", "bf16"))
+    decomposition_method: str | None = option(
+        "The authors' files", "where they do not tell it (default: what they tell; SDXL runs: none, or qr for PaRa)",
+        None, choices=DECOMPOSITIONS,
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -51,7 +51,7 @@ def clip():
 CASES = {
     "sdxl": (sdxl_like, None, 64),
     "sdxl-all": (sdxl_like, ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "proj_in", "ff.net.2"], 92),
-    "flux": (flux_like, None, 7),
+    "flux": (flux_like, None, 11),
     "clip": (clip, ["q_proj", "k_proj", "v_proj", "out_proj"], 8),
 }
 

@@ -3,11 +3,15 @@
 import dataclasses
 import json
 import os
+import pickle
 import random
+import shutil
+import warnings
 
 import pytest
 import torch
 from common import CONFIGS, small_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_inject import assert_untouched, fingerprint
 from transformers.pytorch_utils import Conv1D
@@ -115,6 +119,10 @@ def test_wrong_tensors(tmp_path, change, message):
     ({"modules_to_save": ["conv_out"]}, "options that these layers do not have: modules_to_save"),
     ({"para": True}, r"tensors are extra: .*\(R\)"),
     ({"use_bdlora": {"x": 1}}, "options that these layers do not have: use_bdlora"),
+    ({"peft_version": "99.1", "use_magic": True}, r"layers do not have: use_magic \(the file is PEFT 99.1's\)"),
+    ({"para": "yes"}, "para is 'yes', expected true or false"),
+    ({"target_modules": ["to_q", 3]}, r"target_modules is \['to_q', 3\], expected a string or a list of strings"),
+    ({"rank_pattern": {"to_q": 2}}, "options that these layers do not have: rank_pattern"),
     (None, "not readable JSON"),
 ])  # fmt: skip
 def test_wrong_configurations(tmp_path, change, message):
@@ -127,6 +135,19 @@ def test_wrong_configurations(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         dk.load_adapter(model, folder)
     assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("version", ["99.1", "", None, 3, ["0.21"]])
+def test_any_peft_version_is_read(tmp_path, version):
+    """What a version cannot do is told by the options that are on, not by its number; those that are off change nothing."""
+    model, folder = saved(tmp_path)
+    mutated(folder, lambda state: None)
+    file = folder / "adapter_config.json"
+    more = {"peft_version": version, "use_magic": False, "magic_config": None}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    other, x = seeded_model(), torch.randn(2, 3, 4, 4)
+    dk.load_adapter(other, folder)
+    assert torch.equal(other(x), model(x))
 
 
 def test_two_files_of_different_adapters(tmp_path):
@@ -184,28 +205,161 @@ def test_missing_and_truncated_files(tmp_path):
     assert_untouched(model, before)
 
 
-def test_damaged_bytes_never_crash_or_change_the_model(tmp_path):
-    _, folder = saved(tmp_path)
-    files = [folder / "adapter_model.safetensors", folder / "adapter_config.json"]
-    whole = [f.read_bytes() for f in files]
-    model, generator = seeded_model(), random.Random(0)
+# A thousand damaged files ------------------------------------------------------------------------------------------------
+
+# What a JSON value, or a value in a pickle, may have become.
+VALUES = [None, True, False, 0, 1, -1, 3, 0.5, 10**400, "x", "", "1", "(", "qr", [], [1], ["to_q"], [None], {}, {"r": 3},
+          {"(": 1}, {"to_q": "x"}]  # fmt: skip
+TEXTS = [*map(json.dumps, VALUES), "NaN", "1e999", "{", "", "[" * 100_000, "\ud800", '{"r": 3, "r": "x"}']
+
+
+def a_denoiser():
+    """The small model under a name that files for pipelines know."""
+    model = seeded_model()
+    model.__class__ = type("UNet2DConditionSmall", (type(model),), {})
+    return model
+
+
+def sources(folder):
+    """Every kind of file there is a reader for: {name: (path to read, reader)}, in folders of their own."""
+    made = {}
+    for name in ("qr", "lora"):
+        model = a_denoiser()
+        options = {"target_modules": TARGETS, "init_weights": False}
+        dk.inject_adapter(model, dataclasses.replace(CONFIGS[name], **options))
+        dk.save_adapter(model, folder / name)
+        made[name] = (folder / name, dk.load_adapter)
+        bare = folder / f"{name} bare"  # as PEFT writes it: the tensors' file carries no configuration
+        shutil.copytree(folder / name, bare)
+        mutated(bare, lambda state: None)
+        made[bare.name] = (bare, dk.load_adapter)
+    for name in ("diffusers", "kohya", "peft"):
+        dk.export_lora(model, folder / name, format=name)
+        made[name] = (folder / name, dk.import_lora)
+    from test_authors import injected, removed, targets, written
+
+    plain = seeded_model()
+    weights = {name: plain.get_submodule(name).weight for name in targets(plain)}
+    for name, layer, stem in (("deft", injected, "knowledge_injection"), ("para", removed, "para_rank")):
+        layers = {key: layer(weight) for key, weight in weights.items()}
+        for with_json in (True, False):
+            made[f"{name} {with_json}"] = (folder / f"{name} {with_json}", dk.import_reference)
+            written(made[f"{name} {with_json}"][0], layers, stem, json_too=with_json)
+    made["sdxl"] = (folder / "sdxl" / "project_replace.pt", dk.import_reference)
+    made["sdxl"][0].parent.mkdir()
+    torch.save({f"unet.{k}.lora_layer.P": torch.randn(8, 2) for k in weights}, made["sdxl"][0])
+    return made
+
+
+def damaged_bytes(whole, rng):
+    kind = rng.randrange(5)
+    if kind == 0:
+        return whole[: rng.randrange(len(whole))]
+    if kind == 1:  # a header of any length
+        return rng.choice([2**63, 2**40, 10**8, len(whole), 3]).to_bytes(8, "little") + whole[8:]
+    if kind == 2:
+        at = rng.randrange(len(whole))
+        return whole[:at] + rng.randbytes(rng.randrange(1, 40)) + whole[at + rng.randrange(40) :]
+    flipped = bytearray(whole)
+    for _ in range(rng.randrange(1, 9)):
+        flipped[rng.randrange(min(len(flipped), rng.choice([64, 3000, 10**6])))] = rng.randrange(256)
+    return bytes(flipped)
+
+
+def damaged_value(value, rng):
+    """The same with one value, somewhere, of another type, missing, renamed or added."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(sorted(value))
+        value, kind = dict(value), rng.randrange(8)
+        if kind == 0:
+            value.pop(key)
+        elif kind == 1:
+            value[rng.choice(["x", "", "unet.", key + "x", key.replace("to_", "no_")])] = value.pop(key)
+        elif kind == 2:
+            key = rng.choice(["use_dora", "peft_version", "modules_to_save", "r", "lora_alpha", "alpha", "use_rslora"])
+            value[key] = rng.choice(VALUES)
+        else:
+            value[key] = damaged_value(value[key], rng)
+        return value
+    if isinstance(value, torch.Tensor):
+        return damaged_tensor(value, rng)
+    return rng.choice(VALUES)
+
+
+def damaged_tensor(t, rng):
+    return rng.choice([
+        lambda: t[..., :-1] if t.dim() else t[None], lambda: t[None], lambda: t.flatten(), lambda: t.flatten()[:0], t.sum,
+        lambda: t.long(), lambda: t.bool(), lambda: t.to(torch.complex64), lambda: t * float("nan"), lambda: t / 0,
+        lambda: t.double() + 1e300, lambda: t.half(), lambda: t.to(torch.float8_e4m3fn), lambda: t.to(torch.uint8),
+        lambda: torch.cat([t, t]) if t.dim() else t, lambda: t.mT if t.dim() > 1 else t,
+    ])().contiguous()  # fmt: skip
+
+
+def damage(file, rng, canary):
+    """Damage one file, in bytes or in what it says."""
+    whole = file.read_bytes()
+    if file.suffix in (".bin", ".pt") and rng.random() < 0.2:
+        from test_authors import Canary
+
+        state = torch.load(file, weights_only=True)
+        state[rng.choice([*state, "x"])] = Canary(canary)
+        torch.save(state, file) if rng.random() < 0.5 else file.write_bytes(pickle.dumps(state))
+    elif rng.random() < 0.3:
+        file.write_bytes(damaged_bytes(whole, rng))
+    elif file.suffix == ".json":
+        text = rng.choice(TEXTS) if rng.random() < 0.1 else json.dumps(damaged_value(json.loads(whole), rng))
+        file.write_bytes(text.encode(errors="surrogatepass"))
+    elif file.suffix == ".safetensors":
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {"format": "pt"}
+        state = load_file(file)
+        if rng.random() < 0.5:
+            key = rng.choice(sorted(metadata))
+            if rng.random() < 0.3:
+                metadata[key] = rng.choice(TEXTS[:-2])
+            elif key != "format":
+                metadata[key] = json.dumps(damaged_value(json.loads(metadata[key]) if metadata[key][:1] == "{" else 0, rng))
+        else:
+            state = damaged_value(state, rng)
+            state = {k: t for k, t in state.items() if isinstance(t, torch.Tensor)} if isinstance(state, dict) else {}
+        save_file({k: t.clone() for k, t in state.items()}, file, metadata)
+    else:
+        torch.save(damaged_value(torch.load(file, weights_only=True), rng), file)
+
+
+def test_a_thousand_damaged_files(tmp_path):
+    """Over all readers and kinds of file: each is refused by an error that names it, or is a valid adapter still; the model
+    is as it was, and nothing that a pickle brings along is executed."""
+    rng, canary = random.Random(0), tmp_path / "canary"
+    torch.manual_seed(0)
+    made = sources(tmp_path / "files")
+    model = a_denoiser()
     before = fingerprint(model)
-    refused = 0
-    for _ in range(200):
-        which = generator.randrange(2)
-        damaged = bytearray(whole[which])
-        for _ in range(generator.randrange(1, 4)):
-            damaged[generator.randrange(min(len(damaged), 1500))] = generator.randrange(256)
-        files[which].write_bytes(bytes(damaged))
+    refused, loaded = dict.fromkeys(made, 0), dict.fromkeys(made, 0)
+    for turn in range(1000):
+        name = list(made)[turn % len(made)]
+        path, reader = made[name]
+        folder = path if path.is_dir() else path.parent
+        whole = {file: file.read_bytes() for file in sorted(folder.iterdir())}
+        damage(rng.choice(sorted(whole)), rng, canary)
         try:
-            dk.load_adapter(model, folder)
-        except (ValueError, FileNotFoundError):
-            refused += 1
-        else:  # a digit of some value has changed: a valid adapter still
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader(model, path)
+        except (ValueError, FileNotFoundError) as error:
+            assert str(folder) in str(error), (turn, name, error)
+            refused[name] += 1
+        else:
             dk.eject(model)
+            loaded[name] += 1
         assert_untouched(model, before)
-        files[which].write_bytes(whole[which])
-    assert refused > 100
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert not canary.exists()
+    for name, (path, reader) in made.items():  # none of them was refused from the start
+        reader(model, path)
+        dk.eject(model)
+        assert refused[name] > 30 and loaded[name] > 3, (name, refused, loaded)
 
 
 def test_another_base(tmp_path):
@@ -214,7 +368,8 @@ def test_another_base(tmp_path):
         dk.load_adapter(seeded_model().to(dtype), folder)
     other = small_model()
     before = fingerprint(other)
-    with pytest.raises(ValueError, match=r"made for another base model \(weights differ by .*any_base=True"):
+    with pytest.raises(ValueError, match=r"for another base model \(weights differ by .*: \S+ begins with \[.*\] in the "
+                                         r"file's fingerprint and with \[.*\] here\).*any_base=True"):
         dk.load_adapter(other, folder)
     assert_untouched(other, before)
     with pytest.warns(UserWarning, match="made for another base model"):

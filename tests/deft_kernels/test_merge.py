@@ -276,6 +276,7 @@ def test_each_layer_is_merged_at_its_own_strength():
 def test_a_refused_hotswap_leaves_everything_as_it_was(tmp_path):
     model = model_with_adapters(["qr", "lora"])
     dk.save_adapter(model, tmp_path / "a", "lora")
+    dk.save_adapter(model, tmp_path / "b", "qr")  # depends on its base, as a LoRA does not
     dk.merge(model, "qr")
     dk.hotswap(model, tmp_path / "a")
     merged, keys = bits(model), set(model.state_dict())
@@ -289,7 +290,7 @@ def test_a_refused_hotswap_leaves_everything_as_it_was(tmp_path):
     dk.merge(model)
     keys = set(model.state_dict())
     model.blocks[1].to_v.register_forward_hook(lambda *args: None)
-    adapter = tmp_path / "a"
+    adapter = tmp_path / "b"
     with pytest.raises(ValueError, match="another base"):
         dk.hotswap(model, adapter)
     (adapter / "adapter_model.safetensors").write_bytes(_without_metadata(adapter / "adapter_model.safetensors"))

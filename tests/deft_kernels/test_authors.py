@@ -1,0 +1,391 @@
+"""The files of DEFT's authors, written by the calls that their code makes, against their formulas in plain torch.
+
+W' is compared in float32 to 1e-5 of weights of size 0.3: rounding of products of at most 24 terms.
+"""
+
+import json
+import math
+import os
+import pickle
+
+import pytest
+import torch
+from common import small_model
+from diffusers import OmniGenTransformer2DModel
+from test_inject import assert_untouched, fingerprint
+from torch import nn
+
+import deft_kernels as dk
+from deft_kernels.adapters.authors import read_reference
+
+RANK = 3
+TARGETS = ("to_q", "to_v", "to_out.0")
+
+
+def seeded_model():
+    torch.manual_seed(5)
+    return small_model()
+
+
+def targets(model):
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n.endswith(TARGETS)]
+
+
+def orthogonal(P, method):
+    if method == "qr":
+        return torch.linalg.qr(P).Q
+    return torch.linalg.svd(P, full_matrices=False).U[:, : P.shape[1]]
+
+
+# What their code has: parameters of a layer, what it computes from W, and what it saves -------------------------------
+
+
+def injected(weight, method="residual_projection", decomposition="qr", gating=False, fixed=False, alpha=8.0):
+    """(tensors, configuration, W') of one of their injection layers, at their random start."""
+    m, n = weight.shape
+    P, R = torch.randn(m, RANK) * 0.02, torch.randn(RANK, n) * 0.02
+    lora_A, lora_B, gate = torch.randn(m, RANK) * 0.3, torch.randn(RANK, n) * 0.3, torch.randn(1) + 0.5
+    weight = weight.detach()
+    tensors = {"P": P, "R_new": R} if method != "lorapara" else {"P": P}
+    if method in ("additive_update", "lorapara"):
+        tensors |= {"lora_A": lora_A, "lora_B": lora_B}
+    factor = torch.sigmoid(gate) if gating else 1.0
+    if gating:
+        tensors["gate"] = gate
+    if decomposition in ("qr", "svd"):
+        Q = orthogonal(P, decomposition)
+        projector = Q @ Q.T
+        if fixed:
+            tensors["Q_P_cached"] = Q
+    else:  # the string 'None', and no method at all
+        Q, projector = P, P @ (torch.relu(P) if decomposition == "None" else P).T
+    if method == "additive_update":
+        changed = weight + lora_A @ lora_B * (alpha / RANK) * factor
+    elif method == "lorapara":
+        changed = weight - projector @ weight + lora_A @ lora_B * (alpha / RANK) * factor
+    else:
+        changed = weight - projector @ weight + Q @ R * factor
+    config = {
+        "r": RANK, "injection_method": method, "lora_alpha": alpha, "lora_dropout": 0.0, "in_features": n, "out_features": m,
+        "init_scale": 1.0, "use_gating": gating, "decomposition_method": decomposition,
+        "compute_svd_each_forward": not fixed,
+    }  # fmt: skip
+    return tensors, config, changed
+
+
+def written(folder, layers, stem="knowledge_injection", json_too=True):
+    """Their `save_pretrained`: a dictionary of tensors, and the configuration twice."""
+    os.makedirs(folder, exist_ok=True)
+    state = {f"{name}.{role}": t.detach().cpu() for name, (tensors, *_) in layers.items() for role, t in tensors.items()}
+    torch.save(state, os.path.join(folder, f"{stem}_state.bin"))
+    config = {"layer_configs": {name: config for name, (_, config, _) in layers.items()}}
+    torch.save(config, os.path.join(folder, f"{stem}_config.bin"))
+    if json_too:
+        with open(os.path.join(folder, f"{stem}_config.json"), "w") as out:
+            json.dump(config, out, indent=2, default=str)
+    return folder
+
+
+def assert_weights(model, layers, rename=lambda name: name):
+    """The model's merged weights are W', and the others what they were."""
+    pristine = seeded_model().state_dict()
+    dk.merge(model)
+    for name, (_, _, changed) in layers.items():
+        got = model.get_submodule(rename(name)).weight
+        assert (got - pristine[f"{rename(name)}.weight"]).abs().max() > 1e-4
+        torch.testing.assert_close(got, changed, rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.conv_in.weight, pristine["conv_in.weight"])
+    dk.unmerge(model)
+
+
+METHODS = {
+    "project_replace": {"method": "project_replace"},
+    "residual_projection": {},
+    "svd": {"decomposition": "svd"},
+    "'None'": {"decomposition": "None"},
+    "null": {"decomposition": None},
+    "gated": {"gating": True},
+    "gated 'None'": {"gating": True, "decomposition": "None"},
+    "cached": {"fixed": True},
+    "cached svd": {"fixed": True, "decomposition": "svd"},
+    "additive_update": {"method": "additive_update"},
+    "additive_update gated": {"method": "additive_update", "gating": True, "alpha": 2.0},
+    "lorapara": {"method": "lorapara"},
+    "lorapara gated svd": {"method": "lorapara", "gating": True, "decomposition": "svd"},
+}
+
+
+@pytest.mark.parametrize("json_too", [True, False])
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+def test_every_injection_method(tmp_path, options, json_too):
+    model = seeded_model()
+    names = targets(model)
+    layers = {name: injected(model.get_submodule(name).weight, **options) for name in names}
+    written(tmp_path, layers, json_too=json_too)
+    assert sorted(dk.import_reference(model, tmp_path)) == sorted(names)
+    assert not any(p.requires_grad for p in model.parameters())
+    assert_weights(model, layers)
+
+
+def test_what_was_trained_is_what_trains(tmp_path):
+    """P, R and the gate themselves, not what was made of them, go on training, and save in our own layout."""
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight, gating=True, fixed=True) for name in targets(model)}
+    dk.import_reference(model, written(tmp_path / "theirs", layers), "mine", trainable=True)
+    for name, (tensors, *_) in layers.items():
+        mine = model.get_submodule(name).adapter_tensors("mine")
+        assert all(p.requires_grad for p in mine.values())
+        assert torch.equal(mine["P"], tensors["P"]) and torch.equal(mine["R"], tensors["R_new"])
+        assert torch.equal(mine["gate"], tensors["gate"].reshape(()))
+    config = model.get_submodule(next(iter(layers))).configs["mine"]
+    assert (config.r, config.decomposition_method, config.gate, config.init_weights) == (RANK, "qr", True, False)
+    dk.save_adapter(model, tmp_path / "ours", "mine")
+    other = seeded_model()
+    dk.load_adapter(other, tmp_path / "ours")
+    assert_weights(other, layers)
+
+
+def test_a_basis_that_was_fixed_before_P_moved(tmp_path):
+    """compute_svd_each_forward off: they sample with Q_P_cached, whatever P has become."""
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight, fixed=True) for name in targets(model)}
+    for tensors, *_ in layers.values():
+        tensors["P"] = tensors["P"] + torch.randn_like(tensors["P"]) * 0.02
+    with pytest.warns(UserWarning, match="Q_P_cached, which these layers sample with, are not those of their P"):
+        dk.import_reference(model, written(tmp_path, layers))
+    assert_weights(model, layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_caches_are_no_other_basis(tmp_path, dtype, recwarn):
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight, fixed=True) for name in targets(model)}
+    for tensors, *_ in layers.values():
+        tensors["Q_P_cached"] = tensors["Q_P_cached"].to(dtype)
+    dk.import_reference(model, written(tmp_path, layers))
+    assert not [w for w in recwarn if "Q_P_cached" in str(w.message)]
+    assert_weights(model, layers)
+
+
+# The SDXL runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "unet.", "module."])
+@pytest.mark.parametrize("kind", ["deft", "gated", "para", "qr"])
+def test_sdxl_runs(tmp_path, kind, prefix):
+    """`checkpoint-N/project_replace.pt`: P P^T as it is, a gate that is there and unused for PaRa, and no configuration."""
+    model = seeded_model()
+    state, layers = {}, {}
+    for name in targets(model):
+        W = model.get_submodule(name).weight.detach()
+        P, R, gate = torch.randn(8, RANK) * 0.3, torch.randn(RANK, 8) * 0.3, torch.randn(1)
+        Q = orthogonal(P, "qr") if kind in ("para", "qr") else P
+        tensors = {"P": P} | ({} if kind == "para" else {"R_new": R}) | ({"gate": gate} if kind in ("gated", "para") else {})
+        injection = 0 if kind == "para" else Q @ R * (torch.sigmoid(gate) if kind == "gated" else 1)
+        layers[name] = (tensors, None, W - Q @ Q.T @ W + injection)
+        state |= {f"{prefix}{name}.lora_layer.{role}": t for role, t in tensors.items()}
+    file = tmp_path / "checkpoint-500" / "project_replace.pt"
+    file.parent.mkdir()
+    torch.save(state, file)
+    chosen = "qr" if kind == "qr" else None  # runs with orthonormalize=True do not say so
+    assert len(dk.import_reference(model, file, decomposition_method=chosen)) == 6
+    assert_weights(model, layers)
+    dk.eject(model)
+    dk.import_reference(model, file.parent, decomposition_method=chosen)
+    assert_weights(model, layers)
+
+
+# PaRa -----------------------------------------------------------------------------------------------------------------
+
+
+def removed(weight, method="qr", adaptive=False, sparse=False, truncated=None):
+    """(tensors, configuration, W') of one of their PaRa layers: kaiming_uniform(a=sqrt(5)) B."""
+    B = nn.init.kaiming_uniform_(torch.empty(weight.shape[0], RANK), a=math.sqrt(5))
+    tensors = {"B": B}
+    if sparse:
+        mask = torch.bernoulli(torch.full_like(B, 0.7))
+        tensors, B = {"B_dense": B, "sparse_mask": mask}, B * mask
+    U, S, _ = torch.linalg.svd(B, full_matrices=False)
+    keep = RANK
+    if method == "eigen":
+        values, vectors = torch.linalg.eigh(B @ B.T + torch.eye(len(B)) * 1e-6)
+        values, U = values.flip(0), vectors.flip(1)
+        if adaptive:
+            keep = min(int((torch.cumsum(values, 0) / values.sum() < 0.8).sum()) + 1, RANK)
+        projector = U[:, :keep] @ torch.diag(values[:keep]) @ U[:, :keep].T
+    elif method == "qr" and not truncated:
+        Q = orthogonal(B, "qr")
+        projector = Q @ Q.T
+    else:
+        if adaptive:
+            keep = int((torch.cumsum(S**2, 0) / (S**2).sum() < 0.8).sum()) + 1
+        projector = U[:, :keep] @ torch.diag(S[:keep]) @ U[:, :keep].T
+    config = {"r": RANK, "lora_alpha": RANK, "in_features": weight.shape[1], "out_features": weight.shape[0]}
+    if truncated is not None:
+        config["truncated_svd"] = truncated
+    else:
+        config |= {"decomposition_method": method, "adaptive_rank": adaptive, "sparse_parameterization": sparse}
+        config |= {"variance_threshold": 0.8} if adaptive else {}
+        config |= {"sparsity_factor": 0.3} if sparse else {}
+    return tensors, config, weight.detach() - projector @ weight.detach()
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"truncated": False}, {"truncated": True}, {"method": "tsvd"}, {"method": "lrmf"}, {"method": "eigen"},
+    {"sparse": True}, {"method": "tsvd", "sparse": True}, {"method": "tsvd", "adaptive": True},
+    {"method": "lrmf", "adaptive": True}, {"method": "eigen", "adaptive": True},
+], ids=str)  # fmt: skip
+def test_every_para(tmp_path, options):
+    model = seeded_model()
+    layers = {name: removed(model.get_submodule(name).weight, **options) for name in targets(model)}
+    written(tmp_path, layers, "para_rank")
+    dk.import_reference(model, tmp_path)
+    assert model.get_submodule(next(iter(layers))).configs["default"].para
+    assert_weights(model, layers)
+
+
+def test_para_without_a_configuration_is_qr(tmp_path):
+    model = seeded_model()
+    layers = {name: removed(model.get_submodule(name).weight) for name in targets(model)}
+    written(tmp_path, layers, "para_rank")
+    for name in ("bin", "json"):
+        os.remove(tmp_path / f"para_rank_config.{name}")
+    dk.import_reference(model, tmp_path)
+    assert_weights(model, layers)
+
+
+# OmniGen: one layer there, three in diffusers -------------------------------------------------------------------------
+
+
+def omnigen():
+    torch.manual_seed(1)
+    return OmniGenTransformer2DModel(
+        in_channels=4, num_layers=2, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
+        pad_token_id=0, vocab_size=30, time_step_dim=8, pos_embed_max_size=4,
+        rope_scaling={"short_factor": [1.0] * 4, "long_factor": [1.0] * 4, "type": "su"},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"gating": True}, {"decomposition": "None"}, {"method": "additive_update"},
+                                     {"method": "lorapara"}])  # fmt: skip
+def test_the_authors_omnigen_in_diffusers_omnigen(tmp_path, options):
+    """Phi-3's qkv_proj is the rows of q, k and v one below the other."""
+    model = omnigen()
+    layers, whole = {}, {}
+    for i in range(2):
+        parts = [model.get_submodule(f"layers.{i}.self_attn.to_{x}").weight for x in "qkv"]
+        name = f"llm.layers.{i}.self_attn"
+        layers[f"{name}.qkv_proj"] = injected(torch.cat([p.detach() for p in parts]), **options)
+        layers[f"{name}.o_proj"] = injected(model.get_submodule(f"layers.{i}.self_attn.to_out.0").weight, **options)
+        whole |= dict(zip([f"layers.{i}.self_attn.to_{x}" for x in "qkv"], layers[f"{name}.qkv_proj"][2].split(16)))
+        whole[f"layers.{i}.self_attn.to_out.0"] = layers[f"{name}.o_proj"][2]
+    names = dk.import_reference(model, written(tmp_path, layers))
+    assert sorted(names) == sorted(whole)
+    dk.merge(model)
+    for name, changed in whole.items():
+        torch.testing.assert_close(model.get_submodule(name).weight, changed, rtol=1e-5, atol=1e-5)
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+class Canary:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_no_pickle_is_executed(tmp_path):
+    canary = tmp_path / "canary"
+    model = seeded_model()
+    name = targets(model)[0]
+    folder = written(tmp_path / "a", {name: injected(model.get_submodule(name).weight)}, json_too=False)
+    before = fingerprint(model)
+    for file in ("knowledge_injection_state.bin", "knowledge_injection_config.bin"):
+        whole = (folder / file).read_bytes()
+        for save, reason in ((torch.save, "it asks for posix.mkdir"), (lambda v, f: f.write_bytes(pickle.dumps(v)), "")):
+            save({"x": Canary(canary)}, folder / file)
+            with pytest.raises(ValueError, match=f"{file} is refused: .* other things than tensors .*{reason}"):
+                dk.import_reference(model, folder)
+            assert not canary.exists()
+        (folder / file).write_bytes(whole)
+    assert_untouched(model, before)
+    pickle.loads(pickle.dumps(Canary(canary)))
+    assert canary.exists()  # it would have shown
+
+
+def one(change_tensors=None, **change):
+    def apply(layers):
+        for tensors, config, _ in layers.values():
+            config.update(change)
+            if change_tensors:
+                change_tensors(tensors)
+            break
+
+    return apply
+
+
+@pytest.mark.parametrize("change, message", [
+    (one(injection_method="additive_update"), "layers differ in injection_method, 'additive_update' and 'residual"),
+    (one(decomposition_method="svd"), "layers differ in decomposition_method, 'svd' and 'qr'"),
+    (one(r=3, decomposition_method=["qr"]), "decomposition_method of blocks.0.to_q is a list, expected a plain value"),
+    (lambda s: [c.update(decomposition_method="lu") for _, c, _ in s.values()], "unknown decomposition_method 'lu'"),
+    (lambda s: [c.update(injection_method="svdiff") for _, c, _ in s.values()], "unknown injection_method 'svdiff'"),
+    (lambda s: [c.update(lora_alpha="8") for _, c, _ in s.values()], "lora_alpha is '8', expected a finite number"),
+    (lambda s: [c.update(use_gating="0") for _, c, _ in s.values()], "use_gating is '0', expected true or false"),
+    (one(lambda t: t.update(Z=torch.ones(1))), r"1 of 13 keys are unknown: blocks.0.to_q.Z"),
+    (one(lambda t: t.update(W=torch.ones(1))), r"1 of 13 keys are unknown \(those of nmf, which has no counterpart here\)"),
+    (one(lambda t: t.pop("P")), "P of blocks.0.to_q is missing, expected a matrix"),
+    (one(lambda t: t.pop("R_new")), r"1 tensors are missing: blocks.0.to_q \(R\)"),
+    (one(lambda t: t.update(P=t["P"][:, :2])), r"layers differ in rank, \[2, 3\]"),
+    (one(lambda t: t.update(P=t["P"][:4])), r"wrong shapes: blocks.0.to_q \(P: \(4, 3\), expected \(8, 3\)\)"),
+    (one(lambda t: t["R_new"].fill_(float("nan"))), "R_new of blocks.0.to_q has values that are not finite"),
+    (one(lambda t: t.update(P=t["P"].long())), "blocks.0.to_q.P is a torch.int64, expected a dense tensor"),
+    (one(lambda t: t.update(P="text")), "blocks.0.to_q.P is a str, expected a dense tensor"),
+    (lambda s: s.update({"blocks.9.to_q": s.pop("blocks.0.to_q")}), "1 of 6 layers are not in Model: blocks.9.to_q"),
+    (lambda s: s.clear(), "holds a dict, expected a dictionary of tensors|has no layer_configs"),
+])  # fmt: skip
+def test_wrong_files(tmp_path, change, message):
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight) for name in targets(model)}
+    change(layers)
+    os.makedirs(tmp_path, exist_ok=True)
+    state = {f"{name}.{role}": t for name, (tensors, *_) in layers.items() for role, t in tensors.items()}
+    torch.save(state, tmp_path / "knowledge_injection_state.bin")
+    config = {"layer_configs": {name: config for name, (_, config, _) in layers.items()}}
+    (tmp_path / "knowledge_injection_config.json").write_text(json.dumps(config))
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match=message) as error:
+        dk.import_reference(model, tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert_untouched(model, before)
+
+
+def test_what_is_not_there(tmp_path):
+    model = seeded_model()
+    with pytest.raises(FileNotFoundError, match="expected a file or a folder with one of knowledge_injection_state.bin, "):
+        dk.import_reference(model, tmp_path)
+    layers = {name: injected(model.get_submodule(name).weight) for name in targets(model)}
+    written(tmp_path, layers)
+    for end in ("bin", "json"):
+        os.remove(tmp_path / f"knowledge_injection_config.{end}")
+    with pytest.raises(FileNotFoundError, match=r"config.json \(or .bin\) is missing: give decomposition_method"):
+        dk.import_reference(model, tmp_path)
+    dk.import_reference(model, tmp_path, decomposition_method="qr")
+    assert_weights(model, layers)
+    torch.save({"a.P": torch.ones(1)}, tmp_path / "project_replace.pt")
+    with pytest.raises(ValueError, match=r"knowledge_injection_state.bin and project_replace.pt: name the file to read"):
+        read_reference(tmp_path)
+
+
+def test_nmf_is_refused_by_name(tmp_path):
+    model = seeded_model()
+    layers = {name: removed(model.get_submodule(name).weight) for name in targets(model)}
+    for _, config, _ in layers.values():
+        config["decomposition_method"] = "nmf"
+    with pytest.raises(ValueError, match="decomposition_method of blocks.0.to_q is 'nmf', expected qr, tsvd, lrmf or eigen"):
+        dk.import_reference(model, written(tmp_path, layers, "para_rank"))
