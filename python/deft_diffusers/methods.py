@@ -226,6 +226,8 @@ class DreamBooth(Method):
         return self.options.train_text_encoder
 
     def start(self):
+        if self.options.train_text_encoder and not self.family.text_encoders:
+            raise UserError(f"--train_text_encoder does not apply to {self.family.kind}: it has no text encoder")
         for part in self.parts.values():
             part.float().requires_grad_(True)  # half precision is autocast's, which keeps small steps
 
@@ -291,6 +293,8 @@ class TextualInversion(Method):
 
     def start(self):
         o = self.options
+        if not self.family.word_encoders:
+            raise UserError(f"--method textual_inversion does not apply to {self.family.kind}: it has no text encoder")
         self.family.model.requires_grad_(False)
         self.embeddings = {}
         for key, (tokenizer, encoder) in self.family.word_encoders.items():
@@ -338,7 +342,7 @@ class TextualInversion(Method):
         if len(encoders) == 1:
             encoders = {word: next(iter(encoders.values()))}
         if set(read) != set(encoders):
-            raise UserError(f"{file} holds {', '.join(read)}; {type(family.pipe).__name__} takes {', '.join(encoders)}")
+            raise UserError(f"{file} holds {', '.join(read)}; {family.kind} takes {', '.join(encoders)}")
         for key, (tokenizer, encoder) in encoders.items():
             try:
                 family.pipe.load_textual_inversion(read[key], token=word, tokenizer=tokenizer, text_encoder=encoder)

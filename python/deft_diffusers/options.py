@@ -10,6 +10,7 @@ DECOMPOSITIONS = ("qr", "svd", "relu", "none")
 PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 TRACKERS = ("tensorboard", "wandb", "none")
 
 
@@ -131,8 +132,13 @@ class TrainOptions:
         "Optimisation", "noise added to a channel's mean, for darker and lighter pictures; 0.1 is usual", 0.0
     )
     snr_gamma: float | None = option(
-        "Optimisation", "weigh time steps by min(signal-to-noise ratio, this), 5 is usual (arXiv 2303.09556)", None
-    )
+        "Optimisation", "for Stable Diffusion 1, 2 and SDXL: weigh time steps by min(signal-to-noise ratio, this), 5 is "
+        "usual (arXiv 2303.09556)", None,
+    )  # fmt: skip
+    weighting_scheme: str | None = option(
+        "Optimisation", "for Stable Diffusion 3, FLUX and OmniGen: which times are drawn, or weigh more (arXiv 2403.03206; "
+        "default: logit_normal)", None, choices=WEIGHTING_SCHEMES,
+    )  # fmt: skip
     mixed_precision: str | None = option(
         "Optimisation", "of the base model; adapter and VAE stay fp32 (default: accelerate's setting, else no)", None,
         choices=PRECISIONS,
@@ -190,10 +196,15 @@ class SampleOptions:
         "Pictures", "what to draw; repeat for several texts", repeat=True, metavar="TEXT"
     )
     prompts_file: str | None = option("Pictures", "file with one text per line, instead of --prompt", None, metavar="FILE")
-    negative_prompt: str | None = option("Pictures", "what to keep out", None, metavar="TEXT")
+    negative_prompt: str | None = option(
+        "Pictures", "what to keep out; not for FLUX.2 and OmniGen, and FLUX.1 then takes two passes a step", None,
+        metavar="TEXT",
+    )  # fmt: skip
     num_images_per_prompt: int = option("Pictures", "picture k of every text has seed --seed + k", 1, metavar="N")
     num_inference_steps: int = option("Pictures", "denoising steps", 50, metavar="N")
-    guidance_scale: float = option("Pictures", "classifier-free guidance; 1 is none", 7.5)
+    guidance_scale: float | None = option(
+        "Pictures", "how much the text counts; 1 is no guidance (default: the pipeline's own, 7.5 for SD and SDXL)", None
+    )
     seed: int = option("Pictures", "seed of each text's first picture", 0)
     height: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")
     width: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")

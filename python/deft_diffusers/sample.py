@@ -137,6 +137,8 @@ def sample(options):
         _clear(folder, False)
 
     family = load_family(options.pretrained_model_name_or_path, dtype).to(device)
+    if options.negative_prompt is not None and not family.takes_negative_prompt:
+        raise UserError(f"--negative_prompt does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
     if options.num_inference_steps > family.max_inference_steps:
         raise UserError(
             f"--num_inference_steps must be at most {family.max_inference_steps}, got {options.num_inference_steps}"
@@ -150,6 +152,8 @@ def sample(options):
     n = options.num_images_per_prompt
     jobs = [(prompt, options.seed + k) for prompt in prompts for k in range(n)]
     settings = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = family.guidance_scale
     # The pipeline ignores a height without a width.
     settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
 

@@ -39,7 +39,7 @@ from .methods import METHODS, Adapter, DreamBooth, TextualInversion
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
-VALIDATION = {"num_inference_steps": 25, "guidance_scale": 7.5}
+VALIDATION = {"num_inference_steps": 25}
 STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "README.md"
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
@@ -180,11 +180,10 @@ class Samples:
         return posteriors
 
     def _encode_texts(self, captions):
-        if not self.caches:
-            return self.family.encode_prompts(captions)
         encode = self.family.encode_prompts
-        entries = [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text in captions]
-        return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+        if not self.caches or not self.family.text_encoders:
+            return [encode([text]) for text in captions]
+        return [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text in captions]
 
     def _order(self, what, epoch, count):
         """A random order of `count` things, another for each epoch; the last one is kept."""
@@ -226,7 +225,8 @@ class Samples:
         if self.conditions is None:  # texts, to be encoded in the loss
             conditions = [self.captions[row] for row in rows]
         else:
-            conditions = {k: v[torch.tensor(rows, device=v.device)].to(device) for k, v in self.conditions.items()}
+            conditions = self.family.collate([self.conditions[row] for row in rows])
+            conditions = {name: value.to(device) for name, value in conditions.items()}
         return latents, torch.stack(noise).to(device), torch.stack(times).to(device), conditions
 
     def _draw(self, generator, shape):
@@ -706,7 +706,11 @@ def train(options, family=None):
     if resume:
         _check_same_run(resume, settings)
     crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
-    family.snr_gamma = options.snr_gamma
+    for name in ("snr_gamma", "weighting_scheme"):
+        if hasattr(family, name):
+            setattr(family, name, getattr(options, name))
+        elif getattr(options, name) is not None:
+            raise UserError(f"--{name} does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
     method = METHODS[options.method](family, options)
     streams = [pictures]
     if options.class_prompt:
