@@ -358,6 +358,11 @@ class Objective(torch.nn.Module):
         self.model = family.model
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
 
+    def train(self, mode=True):
+        super().train(mode)
+        self.text_encoders.eval()  # T5 has dropout, which its users did not train with
+        return self
+
     def forward(self, batches, weights):
         """Sum of weight * loss over batches of `Samples.batch`."""
         total = 0.0

@@ -2,10 +2,21 @@
 
 import sys
 
+import torch
 from diffusers import OmniGenPipeline
 
 from .. import UserError
 from .base import FlowMatching
+
+
+def _positions(attention_mask, tokens):
+    """Positions (N, length of text, time and picture) without a gap.
+
+    diffusers' rotary embedding (0.42.1) gives all of a batch the positions of its first row, where its collator counts from
+    zero behind the padding: wrong for every other row that is longer. Attention knows distances alone, and padding is on
+    the left, so that one row without a gap is right for all.
+    """
+    return torch.arange(attention_mask.shape[-1] + 1 + max(tokens)).repeat(len(attention_mask), 1)
 
 
 class OmniGen(FlowMatching):
@@ -21,6 +32,10 @@ class OmniGen(FlowMatching):
         if not hasattr(sys.modules[OmniGenPipeline.__module__], "OmniGenMultiModalProcessor"):
             raise UserError("diffusers' OmniGenPipeline needs torchvision: pip install torchvision")
         return super().load(source, dtype)
+
+    def __init__(self, pipe):
+        super().__init__(pipe)
+        pipe.multimodal_processor.collator.create_position = _positions
 
     def cut_text(self, prompt):
         return ""
