@@ -24,6 +24,7 @@ class Source:
     path: Path
     caption: str
     repeats: int = 1  # how often it is seen for once that others are
+    inputs: tuple[Path, ...] = ()  # pictures that the text speaks of
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Picture:
     image: Image.Image
     caption: str
     size: tuple[int, int]
+    inputs: tuple[Image.Image, ...] = ()  # RGB, of any size; the text speaks of them
 
 
 def to_rgb(image):
@@ -102,8 +104,8 @@ def find_sources(path, prompt=None):
     """The pictures of a folder (or the one file given) with their texts.
 
     A text comes from the .txt file beside the picture, else from `metadata.jsonl` (keys `file_name`, `text` and, if wanted,
-    `repeats`), else it is `prompt`. Files that are neither are named on stderr. UserError names pictures without a text,
-    and texts without a picture.
+    `repeats` and `input_images`, paths from the folder), else it is `prompt`. Files that are neither are named on stderr.
+    UserError names pictures without a text, and texts without a picture.
     """
     paths = find_pictures(path)
     folder = Path(path).expanduser()
@@ -116,7 +118,8 @@ def find_sources(path, prompt=None):
         text = text or " ".join(entry.get("text", "").split()) or prompt
         if not text:
             raise UserError(f"{picture} has no caption ({beside.name} or {METADATA}) and there is no --instance_prompt")
-        sources.append(Source(picture, text, entry.get("repeats", 1)))
+        inputs = tuple(folder / name for name in entry.get("input_images", ()))
+        sources.append(Source(picture, text, entry.get("repeats", 1), inputs))
     if folder == Path(path).expanduser():
         stems = {p.stem for p in paths}
         others = [p for p in sorted(folder.iterdir()) if p.is_file() and p not in paths and p.name[0] != "."]
@@ -142,10 +145,13 @@ def _read_metadata(file):
         try:
             entry = json.loads(line)
             name, text, repeats = entry["file_name"], entry.get("text", ""), entry.get("repeats", 1)
+            inputs = entry.get("input_images", [])
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error
         if not (isinstance(name, str) and isinstance(text, str) and type(repeats) is int and repeats >= 1):
             raise UserError(f"{file}, line {number}: file_name and text must be texts, repeats a number from 1 up")
+        if not (isinstance(inputs, list) and all(isinstance(path, str) for path in inputs)):
+            raise UserError(f"{file}, line {number}: input_images must be a list of paths")
         if name in said:
             raise UserError(f"{file}, line {number}: {name} is there twice")
         said[name] = entry
@@ -166,4 +172,4 @@ def load(source, sizes):
     """The picture of a source, scaled to cover the best of `sizes`."""
     image = read_image(source.path)
     size = bucket_of(image.size, sizes)
-    return Picture(cover(image, size), source.caption, size)
+    return Picture(cover(image, size), source.caption, size, tuple(read_image(path) for path in source.inputs))

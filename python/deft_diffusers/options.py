@@ -32,7 +32,8 @@ class TrainOptions:
 
     pretrained_model_name_or_path: str = option("Model and data", MODEL_HELP, metavar="MODEL")
     instance_data_dir: str = option(
-        "Model and data", "folder of pictures of the subject, or one picture; NAME.txt beside NAME.jpg is its caption",
+        "Model and data", "folder of pictures of the subject, or one picture; NAME.txt beside NAME.jpg is its caption, or "
+        "metadata.jsonl tells it",
         metavar="PATH",
     )  # fmt: skip
     instance_prompt: str | None = option(
@@ -196,6 +197,10 @@ class SampleOptions:
         "Pictures", "what to draw; repeat for several texts", repeat=True, metavar="TEXT"
     )
     prompts_file: str | None = option("Pictures", "file with one text per line, instead of --prompt", None, metavar="FILE")
+    input_image: list[str] = option(  # noqa: RUF009
+        "Pictures", "for OmniGen: picture that every text speaks of as <img><|image_1|></img>; repeat for the next",
+        repeat=True, metavar="FILE",
+    )  # fmt: skip
     negative_prompt: str | None = option(
         "Pictures", "what to keep out; not for FLUX.2 and OmniGen, and FLUX.1 then takes two passes a step", None,
         metavar="TEXT",

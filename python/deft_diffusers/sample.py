@@ -13,6 +13,7 @@ from tqdm import tqdm
 import deft_kernels as dk
 
 from . import UserError, read_json, read_text
+from .data import read_image
 from .families import load_family
 from .grid import grid
 from .methods import Adapter, method_of
@@ -147,6 +148,9 @@ def sample(options):
     check_size("width", options.width, family)
     if options.adapter:
         load_adapters(family, [Path(f).expanduser() for f in options.adapter], options.adapter_weight, options.merge)
+    for prompt in prompts:
+        family.check_prompt(prompt, options.input_image)
+    inputs = {"input_images": [read_image(path) for path in options.input_image]} if options.input_image else {}
     warn_of_cut_text(family, [*prompts, options.negative_prompt or ""])
 
     n = options.num_images_per_prompt
@@ -164,7 +168,7 @@ def sample(options):
 
     record = {"settings": dataclasses.asdict(options) | settings, "samples": []}
     images = []
-    for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings)):
+    for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings, **inputs)):
         if not images:
             _clear(folder, options.overwrite_output_dir)
         file = f"{len(images):04d}.png"

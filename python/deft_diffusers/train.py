@@ -149,9 +149,11 @@ class Samples:
         self.caption_dropout, self.noise_offset = caption_dropout, noise_offset
         self.pictures, self.family, self.seed, self.per_step = pictures, family, seed, images_per_step
         self.random_crop, self.random_flip = random_crop, random_flip
-        self.captions = list(dict.fromkeys([*([""] if caption_dropout else []), *(p.caption for p in pictures)]))
-        rows = {text: row for row, text in enumerate(self.captions)}
-        self.rows = [rows[p.caption] for p in pictures]
+        said = {("",): ("", ())} if caption_dropout else {}
+        keys = [(p.caption, *map(id, p.inputs)) for p in pictures]
+        said |= {key: (p.caption, p.inputs) for key, p in zip(keys, pictures)}
+        self.texts, rows = list(said.values()), {key: row for row, key in enumerate(said)}
+        self.rows = [rows[key] for key in keys]
         sizes = list(dict.fromkeys(p.size for p in pictures))
         self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
         self.orders = {}
@@ -160,7 +162,7 @@ class Samples:
         encoders = (family.text_encoders.values() if encode_texts else (), family.image_parts)
         self.caches = [Cache(cache_dir, parts) for parts in encoders] if cache_dir else None
         with torch.no_grad():
-            self.conditions = self._encode_texts(self.captions) if encode_texts else None
+            self.conditions = self._encode_texts() if encode_texts else None
             self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
 
     def _encode(self, pictures, views):
@@ -179,11 +181,11 @@ class Samples:
             posteriors.append((entry["mean"], entry["deviation"]))
         return posteriors
 
-    def _encode_texts(self, captions):
+    def _encode_texts(self):
         encode = self.family.encode_prompts
         if not self.caches or not self.family.text_encoders:
-            return [encode([text]) for text in captions]
-        return [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text in captions]
+            return [encode([text], [inputs]) for text, inputs in self.texts]
+        return [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text, _ in self.texts]
 
     def _order(self, what, epoch, count):
         """A random order of `count` things, another for each epoch; the last one is kept."""
@@ -223,10 +225,9 @@ class Samples:
         latents = mean + deviation * torch.stack(latent_noise).to(device)
         rows = [0 if drop else self.rows[k] for drop, k in zip(dropped, chosen)]  # the empty text is the first
         if self.conditions is None:  # texts, to be encoded in the loss
-            conditions = [self.captions[row] for row in rows]
+            conditions = [self.texts[row][0] for row in rows]
         else:
             conditions = self.family.collate([self.conditions[row] for row in rows])
-            conditions = {name: value.to(device) for name, value in conditions.items()}
         return latents, torch.stack(noise).to(device), torch.stack(times).to(device), conditions
 
     def _draw(self, generator, shape):
@@ -308,7 +309,7 @@ def _fingerprint(pictures):
     """sha256 of what is trained on: pixels and texts, in order."""
     digest = hashlib.sha256()
     for picture in pictures:
-        digest.update(_bytes_of(picture.image) + picture.caption.encode())
+        digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
     return digest.hexdigest()
 
 
@@ -679,7 +680,8 @@ def train(options, family=None):
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
     METHODS[options.method].check(options, [source.caption for source in sources])
     for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
-        data.read_image(source.path)
+        for path in (source.path, *source.inputs):
+            data.read_image(path)
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
@@ -697,6 +699,10 @@ def train(options, family=None):
     family.to(accelerator.device)
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
+    for source in sources:
+        family.check_prompt(source.caption, source.inputs)
+    for prompt in (options.validation_prompt, options.class_prompt):
+        family.check_prompt(prompt or "")
     if accelerator.is_main_process:
         warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)

@@ -192,11 +192,11 @@ def test_bad_folders(train_words, sample_words, capsys, tmp_path, photos):
     (photos / "bad.jpg").unlink()
     silent = {k: v for k, v in train_words.items() if k != "--instance_prompt"}
     fails("train", silent, "0.png has no caption (0.txt or metadata.jsonl)")
-    (empty / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0"}))
+    (empty / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline", "_diffusers_version": "0.36.0"}))
     fails(
         "train",
         train_words | {"--pretrained_model_name_or_path": empty},
-        "FluxPipeline, which is not supported; supported: St",
+        "KolorsPipeline, which is not supported; supported: St",
     )
     fails("sample", sample_words | {"--adapter": empty}, "adapter_model.safetensors")
     (empty / "texts").write_text("\n \n")

@@ -371,3 +371,70 @@ def test_trains_and_draws_in_bfloat16(family, options, models, tmp_path):
             output_dir=str(tmp_path / f"{method}-drawn"), **size,
         )  # fmt: skip
         assert pixels(sample(o)[0]).std() > 1
+
+
+# instructions with pictures ----------------------------------------------------------------------------------------------
+
+
+SPEAKS = "turn <img><|image_1|></img> into a cat"
+
+
+def test_instructions_with_input_pictures(options, models, photos, tmp_path, capsys):
+    """OmniGen's: told in metadata.jsonl, seen in training as the pipeline sees them, drawn with by `deft sample`."""
+    (photos / "inputs").mkdir()
+    seen = [write_picture(photos / "inputs" / f"{k}.png", 20 + k, size) for k, size in enumerate([(70, 50), (32, 48)])]
+    lines = [{"file_name": f"{k}.png", "text": SPEAKS, "input_images": [f"inputs/{k % 2}.png"]} for k in range(3)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    o = options("omnigen", rank=2, learning_rate=5e-2, max_train_steps=16, caption_dropout=0.2)
+    wrapped = load(models, "omnigen")
+    pictures = [data.load(source, [(64, 64)]) for source in data.find_sources(photos, "a cat")]
+    assert [len(p.inputs) for p in pictures] == [1, 1, 1, 0]
+    samples = Samples(pictures, wrapped, 77, False, False)
+    assert len(samples.texts) == 4  # one text with three pictures, one alone
+    together = samples.batch(range(4), torch.device("cpu"))
+    assert len({len(places) for places in together[3]["places"]}) == 2
+    with torch.no_grad():
+        loss = wrapped.loss(wrapped.model, *together).item()
+        each = [
+            wrapped.loss(
+                wrapped.model, *(t[k : k + 1] for t in together[:3]), {n: v[k : k + 1] for n, v in together[3].items()}
+            )
+            for k in range(4)
+        ]
+    assert loss == pytest.approx(sum(each).item() / 4, rel=1e-5)  # whatever their lengths, and however they are padded
+
+    images = [data.read_image(path) for path in seen]
+    calls = watch(wrapped.model)
+    drawn = [
+        wrapped.generate([SPEAKS], [5], num_inference_steps=STEPS, height=64, width=64, input_images=[i])[0] for i in images
+    ]
+    arguments, output = calls[-1]
+    with torch.no_grad():
+        conditions = wrapped.encode_prompts([SPEAKS], [images[1:]])
+        asked = wrapped.predict(wrapped.model, states_of(arguments)[:1], arguments["timestep"][:1], conditions)
+    torch.testing.assert_close(asked, output[0][:1], rtol=1e-4, atol=1e-5)
+    assert abs(pixels(drawn[0]) - pixels(drawn[1])).max() >= 2
+
+    wrapped = load(models, "omnigen")
+    folder = train(o, wrapped)
+    trained = wrapped.generate([SPEAKS], [5], num_inference_steps=STEPS, height=64, width=64, input_images=images[:1])[0]
+    words = {"prompt": [SPEAKS], "seed": 5, "num_inference_steps": STEPS, "height": 64, "width": 64}
+    again = SampleOptions(
+        pretrained_model_name_or_path=models["omnigen"], adapter=[str(folder)], input_image=[str(seen[0])],
+        output_dir=str(tmp_path / "drawn"), **words,
+    )  # fmt: skip
+    assert abs(pixels(sample(again)[0]) - pixels(trained)).max() <= 1
+    assert json.loads((tmp_path / "drawn" / "samples.json").read_text())["settings"]["input_image"] == [str(seen[0])]
+
+    for number, (family, text, inputs, message) in enumerate([
+        ("omnigen", SPEAKS, [], "comes with 0 input pictures: name each of them"),
+        ("omnigen", "a cat", ["inputs/0.png"], "comes with 1 input pictures: name each of them"),
+        ("omnigen", SPEAKS, ["inputs/9.png"], "cannot read the picture .*9.png"),
+        ("omnigen", SPEAKS, "inputs/0.png", "line 1: input_images must be a list of paths"),
+        ("sdxl", SPEAKS, ["inputs/0.png"], "StableDiffusionXLPipeline takes no input pictures"),
+    ]):  # fmt: skip
+        line = {"file_name": "0.png", "text": text, "input_images": inputs}
+        (photos / "metadata.jsonl").write_text(json.dumps(line))
+        with pytest.raises(UserError, match=message):
+            train(options(family, output_dir=str(tmp_path / f"wrong{number}")))
+        assert not (tmp_path / f"wrong{number}").exists()

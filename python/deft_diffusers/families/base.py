@@ -86,14 +86,18 @@ class Family:
         ids = tokenizer(prompt).input_ids
         return tokenizer.decode(ids[limit - 1 : -1]).strip() if len(ids) > limit else ""
 
-    def encode_prompts(self, prompts):
-        """Conditions for `loss`: a dict of tensors, first dimension len(prompts)."""
+    def check_prompt(self, prompt, inputs=()):
+        """UserError if a prompt does not go with its input pictures."""
+        if inputs:
+            raise UserError(f"{self.kind} takes no input pictures: {prompt!r} comes with {len(inputs)}")
+
+    def encode_prompts(self, prompts, inputs=None):
+        """Conditions for `loss`: a dict of tensors, first dimension len(prompts). `inputs`: the pictures of each prompt."""
         raise NotImplementedError
 
-    @staticmethod
-    def collate(entries):
-        """The conditions of several prompts from those of each."""
-        return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+    def collate(self, entries):
+        """The conditions of several prompts, on the pipeline's device, from those of each."""
+        return {name: torch.cat([entry[name] for entry in entries]).to(self.pipe.device) for name in entries[0]}
 
     def encode_images(self, pixels):
         """Mean and deviation, float32, of the latents of pictures (N, 3, H, W) in [−1, 1]."""

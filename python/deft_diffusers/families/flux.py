@@ -25,7 +25,7 @@ class Flux(FlowMatching):
     def text_limit(self):
         return self.pipe.tokenizer_2, TOKENS
 
-    def encode_prompts(self, prompts):
+    def encode_prompts(self, prompts, inputs=None):
         embeds, pooled, _ = self.pipe.encode_prompt(prompts, device=self.pipe.device, max_sequence_length=TOKENS)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
@@ -81,7 +81,7 @@ class Flux2Klein(FlowMatching):
         room = TOKENS - len(self.pipe.tokenizer(frame).input_ids)
         return self.pipe.tokenizer.decode(self.pipe.tokenizer(prompt, add_special_tokens=False).input_ids[room:]).strip()
 
-    def encode_prompts(self, prompts):
+    def encode_prompts(self, prompts, inputs=None):
         return {"encoder_hidden_states": self.pipe.encode_prompt(prompts, self.pipe.device, max_sequence_length=TOKENS)[0]}
 
     def encode_images(self, pixels):

@@ -1,11 +1,13 @@
-"""OmniGen: one transformer for the instruction and the picture, and no text encoder."""
+"""OmniGen: one transformer for the instruction, the pictures it speaks of, and the picture that it asks for."""
 
+import re
 import sys
 
 import torch
 from diffusers import OmniGenPipeline
+from diffusers.pipelines.omnigen.processor_omnigen import crop_image
 
-from .. import UserError
+from .. import UserError, data
 from .base import FlowMatching
 
 
@@ -20,7 +22,7 @@ def _positions(attention_mask, tokens):
 
 
 class OmniGen(FlowMatching):
-    """OmniGen (arXiv 2409.11340)."""
+    """OmniGen (arXiv 2409.11340). A text that speaks of input pictures names them <img><|image_1|></img> and so on."""
 
     pipeline = OmniGenPipeline
     pipeline_classes = ("OmniGenPipeline",)
@@ -35,36 +37,74 @@ class OmniGen(FlowMatching):
 
     def __init__(self, pipe):
         super().__init__(pipe)
-        pipe.multimodal_processor.collator.create_position = _positions
+        self.processor = pipe.multimodal_processor
+        self.processor.collator.create_position = _positions
+        self.processor.process_image = self._to_pixels
+        pipe.encode_input_images = self._encode_inputs  # the pipeline's own draws latents with no generator
+
+    def _to_pixels(self, image):
+        """(3, H, W) float32 in [−1, 1], cut to multiples of 16 and scaled down to what the processor allows."""
+        return torch.as_tensor(data.to_array(crop_image(image, self.processor.max_image_size)))
+
+    def _encode_inputs(self, pixels, device=None):
+        return [self.scale(self.encode_images(p)[0]) for p in pixels]
 
     def cut_text(self, prompt):
         return ""
 
-    def encode_prompts(self, prompts):
-        """Token numbers of the instructions, (N, L), padded on the left, and 1 where they are meant."""
-        process = self.pipe.multimodal_processor.process_multi_modal_prompt
-        ids = [process(prompt, None)["input_ids"] for prompt in prompts]
-        return self._pad(ids)
+    def check_prompt(self, prompt, inputs=()):
+        named = {int(number) for number in re.findall(r"<img><\|image_(\d+)\|></img>", prompt)}
+        if named != set(range(1, len(inputs) + 1)) or prompt.count("<|image_") != prompt.count("<img><|image_"):
+            raise UserError(
+                f"{prompt!r} comes with {len(inputs)} input pictures: name each of them, and no other, as "
+                "<img><|image_1|></img> and so on"
+            )
 
-    def _pad(self, ids):
-        ids, mask, _ = self.pipe.multimodal_processor.collator.pad_input_ids(ids, {})
-        return {"input_ids": ids.to(self.pipe.device), "attention_mask": mask.to(self.pipe.device)}
+    def encode_prompts(self, prompts, inputs=None):
+        """Of each instruction: token numbers, (N, L) padded on the left, and 1 where they are meant; the latents of its
+        input pictures, and where among the tokens they go."""
+        entries = []
+        for prompt, images in zip(prompts, inputs or [()] * len(prompts)):
+            self.check_prompt(prompt, images)
+            read = self.processor.process_multi_modal_prompt(prompt, [self._to_pixels(image) for image in images])
+            latents = self._encode_inputs([pixels[None] for pixels in read["pixel_values"] or ()])
+            ids = torch.tensor([read["input_ids"]])
+            places = [read["image_sizes"] or []]
+            entries.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "inputs": [latents], "places": places})
+        return self.collate(entries)
 
     def collate(self, entries):
-        rows = [row for entry in entries for row in zip(entry["input_ids"], entry["attention_mask"])]
-        return self._pad([ids[mask == 1].tolist() for ids, mask in rows])
+        rows = [row for entry in entries for row in zip(*entry.values())]
+        ids = [ids[mask == 1].tolist() for ids, mask, *_ in rows]
+        padding = [int((mask == 0).sum()) for _, mask, *_ in rows]
+        places = {k: [[at - pad for at in place] for place in row[3]] for k, (row, pad) in enumerate(zip(rows, padding))}
+        ids, mask, places = self.processor.collator.pad_input_ids(ids, places)
+        to = self.pipe.device
+        return {
+            "input_ids": ids.to(to), "attention_mask": mask.to(to), "inputs": [latents for _, _, latents, _ in rows],
+            "places": list(places.values()),
+        }  # fmt: skip
 
     def predict(self, model, noisy, times, conditions):
-        collator, mask = self.pipe.multimodal_processor.collator, conditions["attention_mask"].cpu()
-        patches = [noisy.shape[2] * noisy.shape[3] // self.model.config.patch_size**2] * len(noisy)
-        positions, (attention, _) = collator.create_position(mask, patches), collator.create_mask(mask, patches)
+        collator, mask = self.processor.collator, conditions["attention_mask"].cpu()
+        places = {row: places for row, places in enumerate(conditions["places"]) if places}
+        tokens = [noisy.shape[2] * noisy.shape[3] // self.model.config.patch_size**2] * len(noisy)
+        attention = collator.adjust_attention_for_input_images(collator.create_mask(mask, tokens)[0], places)
         return model(
             noisy,
             times,
             input_ids=conditions["input_ids"],
-            input_img_latents=[],
-            input_image_sizes={},
+            input_img_latents=[latents for row in conditions["inputs"] for latents in row],
+            input_image_sizes=places,
             attention_mask=attention.to(noisy.device),
-            position_ids=positions.to(noisy.device),
+            position_ids=collator.create_position(mask, tokens).to(noisy.device),
             return_dict=False,
         )[0]
+
+    def generate(self, prompts, seeds, *args, input_images=(), **settings):
+        """As `Family.generate`; every prompt speaks of `input_images`, PIL pictures."""
+        for prompt in prompts:
+            self.check_prompt(prompt, input_images)
+        if input_images:
+            settings["input_images"] = [list(input_images)] * len(prompts)
+        return super().generate(prompts, seeds, *args, **settings)

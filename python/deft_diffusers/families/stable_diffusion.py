@@ -11,7 +11,7 @@ class StableDiffusion(Diffusion):
     pipeline = StableDiffusionPipeline
     pipeline_classes = ("StableDiffusionPipeline",)
 
-    def encode_prompts(self, prompts):
+    def encode_prompts(self, prompts, inputs=None):
         return {"encoder_hidden_states": self.pipe.encode_prompt(prompts, self.pipe.device, 1, False)[0]}
 
     def predict(self, model, noisy, times, conditions):
@@ -29,7 +29,7 @@ class StableDiffusionXL(Diffusion):
     pipeline = StableDiffusionXLPipeline
     pipeline_classes = ("StableDiffusionXLPipeline",)
 
-    def encode_prompts(self, prompts):
+    def encode_prompts(self, prompts, inputs=None):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompts, device=self.pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )

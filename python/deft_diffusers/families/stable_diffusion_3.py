@@ -30,7 +30,7 @@ class StableDiffusion3(FlowMatching):
         length = inspect.signature(StableDiffusion3Pipeline.encode_prompt).parameters["max_sequence_length"].default
         return self.pipe.tokenizer_3, length
 
-    def encode_prompts(self, prompts):
+    def encode_prompts(self, prompts, inputs=None):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             prompts, None, None, device=self.pipe.device, do_classifier_free_guidance=False
         )
