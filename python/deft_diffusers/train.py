@@ -758,8 +758,8 @@ def train(options, family=None):
     run.train()
     seconds = time.perf_counter() - start
     run.finish()
-    accelerator.end_training()
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # which ends the process group
     if accelerator.is_main_process:
         print(f"{options.method} in {folder}: {run.step - first} steps in {seconds:.1f} s")
     return folder
