@@ -93,6 +93,7 @@ def test_loss_falls_and_only_the_adapter_changes(model, options, photos, request
     everything = {**base, **{f"vae.{n}": p for n, p in family.pipe.vae.named_parameters()}}
     everything |= {f"text.{n}": p for n, p in family.pipe.text_encoder.named_parameters()}
     before = fingerprints(everything)
+    still = train(dataclasses.replace(o, output_dir=f"{o.output_dir}-still", learning_rate=0.0))
     train(o, family)
     assert fingerprints(everything) == before
     assert not any(p.requires_grad for p in base.values())
@@ -107,7 +108,8 @@ def test_loss_falls_and_only_the_adapter_changes(model, options, photos, request
         dk.eject(family.model)
         plain = family.loss(family.model, *unseen).item()
     assert adapted < 0.8 * plain, (plain, adapted)
-    assert sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    # of the same noise and times, which differ too much from step to step to compare the first steps with the last
+    assert sum(losses[-10:]) < 0.9 * sum(entry["loss"] for entry in log(still)[-10:])
 
 
 @pytest.mark.parametrize("model, velocity", [("tiny", False), ("tiny_v", True)])
