@@ -23,7 +23,10 @@ def option(group, help, default=MISSING, **more):
     return field(default=default, metadata=metadata)
 
 
-MODEL_HELP = "base model: `toyworld` (embedded), a folder in diffusers' layout, or a hub id"
+MODEL_HELP = (
+    "base model: `toyworld` (embedded), a folder in diffusers' layout, or a hub id; of Stable Diffusion 1, 2 or 3, SDXL, "
+    "FLUX.1, FLUX.2 klein or OmniGen"
+)
 
 
 @dataclass(kw_only=True)

@@ -36,6 +36,8 @@ def check_size(name, value, family):
     """UserError if `value` (None: the model's own) is no size in pixels that the model can draw."""
     if value is not None and (value <= 0 or value % family.size_multiple):
         raise UserError(f"--{name} must be a positive multiple of {family.size_multiple}, got {value}")
+    if value is not None and value > family.max_size:
+        raise UserError(f"--{name} must be at most {family.max_size}, all that the model has positions for, got {value}")
 
 
 def load_adapters(family, folders, weights=(), merge=True):

@@ -706,6 +706,7 @@ def train(options, family=None):
     if accelerator.is_main_process:
         warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
+    sizes = [size for size in sizes if max(size) <= family.max_size]
     pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
     settings = dataclasses.asdict(options) | {
         "resolution": resolution,

@@ -1,6 +1,7 @@
 """`deft train` and `deft sample` on every family of pipeline: what is learned, what moves, and that training asks of a model
 what its own pipeline does."""
 
+import dataclasses
 import inspect
 import json
 import math
@@ -17,6 +18,7 @@ from deft_diffusers.families import load_family
 from deft_diffusers.options import SampleOptions, TrainOptions
 from deft_diffusers.sample import sample
 from deft_diffusers.train import Samples, complete, train
+from safetensors.torch import load_file
 from tiny_pipeline import write_picture
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -33,6 +35,8 @@ def build(family):
     pipe = tiny_pipelines.build(family)
     torch.manual_seed(0)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler
+    if family == "sdxl":  # as some of its descendants have
+        pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.0, 2.0])
     if family == "sd3":
         pipe.scheduler = scheduler(shift=3.0)
     if family == "flux":
@@ -135,6 +139,10 @@ def test_trains_saves_and_draws(family, method, options, models, photos, tmp_pat
         assert len(moved) > 0.9 * sum(name.startswith(MOVES[method]) for name in base)
     # a word moves little in a model this small and untrained
     assert loss() < (1 if method == "textual_inversion" else 0.98) * first, (loss(), first)
+
+    if method == "textual_inversion":
+        keys = {"clip_l", "clip_g"} if family in ("sdxl", "sd3") else {"<sks>"}  # as diffusers' trainers name them
+        assert load_file(folder / "learned_embeds.safetensors").keys() == keys
 
     trained = wrapped.generate([o.instance_prompt], [5], **draw)[0]
     settings = {"prompt": [o.instance_prompt], "seed": 5, "output_dir": str(tmp_path / "drawn"), **draw}
@@ -276,6 +284,10 @@ def test_a_picture_depends_on_its_seed_and_not_on_the_batch(family, models):
     for prompt, seed, image in zip(prompts, (5, 6, 7), together):
         assert abs(pixels(wrapped.generate([prompt], [seed], **size)[0]) - image).max() <= 1
     assert abs(together[0] - together[2]).max() > 2
+    own = wrapped.pipe(
+        prompt=prompts[0], generator=torch.Generator().manual_seed(5), guidance_scale=wrapped.guidance_scale, **size
+    )
+    assert abs(pixels(own.images[0]) - together[0]).max() <= 1  # what the pipeline itself makes of it
 
 
 def test_negative_prompts(models, tmp_path):
@@ -296,6 +308,28 @@ def test_negative_prompts(models, tmp_path):
             sample(o)
         assert not (tmp_path / "out").exists()
     assert wrapped.kind == "OmniGenPipeline"
+
+
+def test_sd3_without_its_largest_text_encoder(models, options, tmp_path):
+    pipe = build("sd3")
+    pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "small")
+    o = options("sd3", pretrained_model_name_or_path=str(tmp_path / "small"), validation_prompt="a cat")
+    folder = train(dataclasses.replace(o, num_validation_images=1))
+    assert len((folder / "loss.jsonl").read_text().splitlines()) == 3 and (folder / "validation.png").is_file()
+    small, whole = load_family(str(tmp_path / "small"), torch.float32), load(models, "sd3")
+    assert tuple(small.text_encoders) == ("text_encoder", "text_encoder_2") == tuple(whole.text_encoders)[:2]
+    texts, all_texts = (f.encode_prompts(["a cat"])["encoder_hidden_states"] for f in (small, whole))
+    clip = texts.abs().sum(-1) > 0
+    assert texts.shape == all_texts.shape and torch.equal(texts[clip], all_texts[clip]) and 0 < clip.sum() < clip.numel()
+
+
+def test_what_a_text_encoder_does_not_see(models):
+    """Of 800 letters, a token each, and two tokens that mark the ends."""
+    unseen = {family: len(load(models, family).cut_text("ab" * 400).replace(" ", "")) for family in FAMILIES}
+    clip, t5, flux = 800 + 2 - tiny_pipelines.LENGTH, 800 + 2 - 256, 800 + 2 - 512
+    expected = {"stable-diffusion": clip, "sdxl": clip, "sd3": t5, "flux": flux, "flux2-klein": flux, "omnigen": 0}
+    assert unseen == expected
 
 
 # the weighting of times --------------------------------------------------------------------------------------------------
@@ -334,6 +368,8 @@ def test_options_of_the_other_kind_of_model(options, tmp_path):
         with pytest.raises(UserError, match=f"--{next(iter(wrong))} does not apply to .*Pipeline"):
             train(options(family, **wrong))
         assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--resolution must be at most 128, all that the model has positions for, got 144"):
+        train(options("omnigen", resolution=144))
     settings = {"method": "textual_inversion", "instance_prompt": "a <sks>"}
     for wrong in (settings, {"method": "dreambooth", "train_text_encoder": True}):
         with pytest.raises(UserError, match="does not apply to OmniGenPipeline: it has no text encoder"):

@@ -63,4 +63,6 @@ def load_family(name, dtype):
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind].load(source, dtype)
+    # such as SD 3's T5, which diffusers must be told of
+    missing = {name: None for name, what in index.items() if what == [None, None]}
+    return FAMILIES[kind].load(source, dtype, **missing)

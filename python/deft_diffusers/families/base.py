@@ -21,6 +21,7 @@ class Family:
     guidance_scale: float  # to draw with where none is asked for, the pipeline's own default
     takes_negative_prompt = True
     max_inference_steps = math.inf
+    max_size = math.inf  # side in pixels
 
     def __init__(self, pipe):
         self.pipe = pipe
@@ -29,9 +30,10 @@ class Family:
         pipe.set_progress_bar_config(disable=True)
 
     @classmethod
-    def load(cls, source, dtype):
-        """From a folder or hub id. The VAE is always float32: in float16 some overflow to black pictures."""
-        return cls(cls.pipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32}))
+    def load(cls, source, dtype, **missing):
+        """From a folder or hub id; `missing`: None for each part that it lacks. The VAE is always float32: in float16 some
+        overflow to black pictures."""
+        return cls(cls.pipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32}, **missing))
 
     def to(self, device):
         self.pipe.to(device)
@@ -44,7 +46,7 @@ class Family:
 
     @property
     def target_modules(self):
-        """What an adapter goes to by default: every attention projection."""
+        """What an adapter goes to by default."""
         return TARGETS[type(self.model).__name__]
 
     @property

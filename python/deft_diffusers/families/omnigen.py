@@ -30,10 +30,10 @@ class OmniGen(FlowMatching):
     takes_negative_prompt = False
 
     @classmethod
-    def load(cls, source, dtype):
+    def load(cls, source, dtype, **missing):
         if not hasattr(sys.modules[OmniGenPipeline.__module__], "OmniGenMultiModalProcessor"):
             raise UserError("diffusers' OmniGenPipeline needs torchvision: pip install torchvision")
-        return super().load(source, dtype)
+        return super().load(source, dtype, **missing)
 
     def __init__(self, pipe):
         super().__init__(pipe)
@@ -48,6 +48,10 @@ class OmniGen(FlowMatching):
 
     def _encode_inputs(self, pixels, device=None):
         return [self.scale(self.encode_images(p)[0]) for p in pixels]
+
+    @property
+    def max_size(self):
+        return self.model.config.pos_embed_max_size * self.size_multiple
 
     def cut_text(self, prompt):
         return ""

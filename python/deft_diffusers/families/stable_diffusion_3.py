@@ -24,6 +24,10 @@ class StableDiffusion3(FlowMatching):
     guidance_scale = 7.0
 
     @property
+    def max_size(self):
+        return self.model.config.pos_embed_max_size * self.size_multiple
+
+    @property
     def text_limit(self):
         if self.pipe.text_encoder_3 is None:
             return super().text_limit
