@@ -189,7 +189,8 @@ class SampleOptions:
     )
     merge: bool = option("Model and adapters", "fold the adapters into the base weights; off: keep the factors apart", True)
     dtype: str | None = option(
-        "Model and adapters", "of the base model; the VAE stays fp32 (default: fp16 on a GPU, else fp32)", None,
+        "Model and adapters", "of the base model; the VAE stays fp32 (default: on a GPU fp16, bf16 for SD 3, FLUX and "
+        "OmniGen; else fp32)", None,
         choices=("fp32", "fp16", "bf16"),
     )  # fmt: skip
     device: str | None = option(
@@ -211,7 +212,7 @@ class SampleOptions:
     num_images_per_prompt: int = option("Pictures", "picture k of every text has seed --seed + k", 1, metavar="N")
     num_inference_steps: int = option("Pictures", "denoising steps", 50, metavar="N")
     guidance_scale: float | None = option(
-        "Pictures", "how much the text counts; 1 is no guidance (default: the pipeline's own, 7.5 for SD and SDXL)", None
+        "Pictures", "how much the text counts; 1 is no guidance (default: the pipeline's own, for SD 1 and 2 7.5)", None
     )
     seed: int = option("Pictures", "seed of each text's first picture", 0)
     height: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")

@@ -86,10 +86,10 @@ def _device_and_dtype(options):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot use --device {options.device}: {str(error).splitlines()[0]}") from error
-    dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else None)
     if device.type == "cpu" and dtype == "fp16":
         raise UserError("--dtype fp16 needs a GPU; use fp32 on a CPU")
-    return device, DTYPES[dtype]
+    return device, dtype and DTYPES[dtype]
 
 
 def _clear(folder, overwrite):

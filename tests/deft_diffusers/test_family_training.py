@@ -385,6 +385,17 @@ def test_weighting_changes_the_run_and_is_on_record(options, tmp_path):
     assert runs[None] == runs["logit_normal"] != runs["cosmap"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_precision_and_guidance_are_the_familys_own_where_none_are_asked_for(family, models):
+    wrapped = load_family(models[family], None)
+    assert wrapped.dtype == (torch.bfloat16 if family in FLOW else torch.float16)
+    assert {part.dtype for part in wrapped.text_encoders.values()} <= {
+        wrapped.dtype
+    } and wrapped.pipe.vae.dtype == torch.float32
+    own = inspect.signature(wrapped.pipe.__call__).parameters["guidance_scale"].default
+    assert wrapped.guidance_scale == own
+
+
 def test_a_family_that_is_not_there(models, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline"}))
     with pytest.raises(

@@ -49,7 +49,8 @@ def _index(source):
 
 
 def load_family(name, dtype):
-    """Loads the base model `name` (`toyworld`, a folder or a hub id) with its big parts in `dtype`, and returns its family.
+    """Loads the base model `name` (`toyworld`, a folder or a hub id) with its big parts in `dtype` (None: the half precision
+    that it was made for), and returns its family.
 
     UserError if there is no such model or its pipeline class is not supported.
     """
@@ -65,4 +66,4 @@ def load_family(name, dtype):
         raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
     # such as SD 3's T5, which diffusers must be told of
     missing = {name: None for name, what in index.items() if what == [None, None]}
-    return FAMILIES[kind].load(source, dtype, **missing)
+    return FAMILIES[kind].load(source, dtype or FAMILIES[kind].half, **missing)

@@ -17,6 +17,7 @@ class Family:
 
     pipeline: type  # of diffusers; it may be a subclass here
     pipeline_classes: tuple[str, ...]  # as model_index.json names them
+    half: torch.dtype  # precision to draw in on a GPU where none is asked for
     model_name: str  # of the part that an adapter goes into, in the pipeline and in its folder
     guidance_scale: float  # to draw with where none is asked for, the pipeline's own default
     takes_negative_prompt = True
@@ -155,7 +156,7 @@ class Diffusion(Family):
     """A UNet that predicts the noise ε or the velocity v of a discrete noise schedule."""
 
     model_name = "unet"
-    guidance_scale = 7.5
+    half = torch.float16
     size_multiple = 8  # what the pipelines ask for
     snr_gamma = None  # of min-SNR weighting of the loss
 
@@ -202,6 +203,7 @@ class FlowMatching(Family):
     """
 
     model_name = "transformer"
+    half = torch.bfloat16
     patch = 2  # side in latents of a token
     weighting_scheme = None  # of times and losses (arXiv 2403.03206, section 3.1); None: the default below
     WEIGHTING, LOGIT_MEAN, LOGIT_STD, MODE_SCALE = "logit_normal", 0.0, 1.0, 1.29  # defaults of diffusers' trainers

@@ -7,7 +7,7 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 from .base import FlowMatching
 
-TOKENS = 512  # of a prompt, the pipelines' own limit
+TOKENS = 512  # of a prompt, the pipelines' default
 NO_GUIDANCE = 1.0  # what a model with distilled guidance is told while it learns, as in diffusers' trainers
 
 

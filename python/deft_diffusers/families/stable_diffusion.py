@@ -9,6 +9,7 @@ class StableDiffusion(Diffusion):
     """Stable Diffusion 1.x and 2.x: one text encoder."""
 
     pipeline = StableDiffusionPipeline
+    guidance_scale = 7.5
     pipeline_classes = ("StableDiffusionPipeline",)
 
     def encode_prompts(self, prompts, inputs=None):
@@ -27,6 +28,7 @@ class StableDiffusionXL(Diffusion):
     """SDXL (arXiv 2307.01952): two text encoders; the UNet is told the size of the picture too."""
 
     pipeline = StableDiffusionXLPipeline
+    guidance_scale = 5.0
     pipeline_classes = ("StableDiffusionXLPipeline",)
 
     def encode_prompts(self, prompts, inputs=None):

@@ -1,11 +1,11 @@
 """Stable Diffusion 3 and 3.5: CLIP's two text encoders and T5's, which may be missing, and a transformer."""
 
-import inspect
-
 from diffusers import StableDiffusion3Pipeline
 from diffusers.loaders import TextualInversionLoaderMixin
 
 from .base import FlowMatching
+
+TOKENS = 256  # of a prompt for T5, the pipeline's default
 
 
 class Pipeline(TextualInversionLoaderMixin, StableDiffusion3Pipeline):
@@ -31,12 +31,11 @@ class StableDiffusion3(FlowMatching):
     def text_limit(self):
         if self.pipe.text_encoder_3 is None:
             return super().text_limit
-        length = inspect.signature(StableDiffusion3Pipeline.encode_prompt).parameters["max_sequence_length"].default
-        return self.pipe.tokenizer_3, length
+        return self.pipe.tokenizer_3, TOKENS
 
     def encode_prompts(self, prompts, inputs=None):
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self.pipe.device, do_classifier_free_guidance=False
+            prompts, None, None, device=self.pipe.device, do_classifier_free_guidance=False, max_sequence_length=TOKENS
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
