@@ -11,7 +11,7 @@ import types
 import typing
 
 from . import UserError, __version__
-from .options import ConvertOptions, DemoOptions, SampleOptions, TrainOptions
+from .options import ConvertOptions, DemoOptions, SampleOptions, SweepOptions, TrainOptions
 
 INTERRUPTED = 130  # a shell's exit code for a command stopped by Ctrl-C
 
@@ -36,6 +36,16 @@ COMMANDS = (
 
   several processes:  accelerate launch -m deft_diffusers train …
   go on after a stop: the same command with --resume_from_checkpoint latest""",
+    ),
+    Command(
+        "sweep",
+        SweepOptions,
+        "Train many subjects by many methods; what is done is not done again, what fails stops nothing else.",
+        """deft sweep --pretrained_model_name_or_path toyworld --subjects dreambooth/dataset \\
+    --method deft --method lora --rank 4 --rank 8 --output_dir runs
+
+  on every GPU of a machine: torchrun --nproc-per-node 8 -m deft_diffusers sweep …
+  with a plan:               deft sweep --plan sweep.yaml --output_dir runs""",
     ),
     Command(
         "sample",

@@ -17,7 +17,7 @@ from .families import load_family
 from .grid import grid
 from .options import TrainOptions
 from .sample import generate, load_adapters
-from .train import check_options, train
+from .train import complete, train
 
 MODEL = "toyworld"
 FACE = (65, 0, 365, 300)  # the cat's face in scikit-image's `chelsea`, a photograph by Stéfan van der Walt, CC0
@@ -158,7 +158,7 @@ def demo(options):
         seed=options.seed,
         **ADAPTER,
     )
-    check_options(training)
+    complete(training)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
     if not (folder / MARK).is_file():

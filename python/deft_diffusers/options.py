@@ -5,10 +5,13 @@ Names are those of diffusers' training examples where these have one. Nothing he
 
 from dataclasses import MISSING, dataclass, field
 
-METHODS = ("deft", "para", "lora")
+METHODS = ("deft", "para", "lora", "svdiff", "dreambooth", "textual_inversion")
 DECOMPOSITIONS = ("qr", "svd", "relu", "none")
 PRECISIONS = ("no", "fp16", "bf16")
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+TRACKERS = ("tensorboard", "wandb", "none")
 
 
 def option(group, help, default=MISSING, **more):
@@ -20,7 +23,10 @@ def option(group, help, default=MISSING, **more):
     return field(default=default, metadata=metadata)
 
 
-MODEL_HELP = "base model: `toyworld` (embedded), a folder in diffusers' layout, or a hub id"
+MODEL_HELP = (
+    "base model: `toyworld` (embedded), a folder in diffusers' layout, or a hub id; of Stable Diffusion 1, 2 or 3, SDXL, "
+    "FLUX.1, FLUX.2 klein or OmniGen"
+)
 
 
 @dataclass(kw_only=True)
@@ -29,7 +35,8 @@ class TrainOptions:
 
     pretrained_model_name_or_path: str = option("Model and data", MODEL_HELP, metavar="MODEL")
     instance_data_dir: str = option(
-        "Model and data", "folder of pictures of the subject, or one picture; NAME.txt beside NAME.jpg is its caption",
+        "Model and data", "folder of pictures of the subject, or one picture; NAME.txt beside NAME.jpg is its caption, or "
+        "metadata.jsonl tells it",
         metavar="PATH",
     )  # fmt: skip
     instance_prompt: str | None = option(
@@ -41,14 +48,42 @@ class TrainOptions:
     output_dir: str = option("Model and data", "where the adapter, its checkpoints and its log go", metavar="DIR")
     overwrite_output_dir: bool = option("Model and data", "replace the run that the output folder holds", False)
     resolution: int | None = option(
-        "Model and data", "side of the training pictures in pixels (default: the model's own)", None, metavar="N"
+        "Model and data", "side in pixels of a square training picture; others have as many (default: the model's own)",
+        None, metavar="N",
+    )  # fmt: skip
+    aspect_ratio_buckets: bool = option(
+        "Model and data", "train on pictures in about their own proportions; off: on squares cut from them", True
     )
-    center_crop: bool = option("Model and data", "crop the middle of a picture, not a random part", False)
+    center_crop: bool = option("Model and data", "cut squares from the middle of pictures, not at random", False)
     random_flip: bool = option("Model and data", "mirror pictures at random", False)
+    cache_dir: str | None = option(
+        "Model and data", "folder that keeps latents and text embeddings for later runs", None, metavar="DIR"
+    )
+
+    class_prompt: str | None = option(
+        "Prior preservation", "text of the subject's class, such as 'a dog', of which the model shall keep its idea", None,
+        metavar="TEXT",
+    )  # fmt: skip
+    class_data_dir: str | None = option(
+        "Prior preservation", "folder of pictures of the class; missing ones are drawn by the base model "
+        "(default: class_images in the output folder)", None, metavar="DIR",
+    )  # fmt: skip
+    num_class_images: int = option("Prior preservation", "how many pictures of the class there shall be", 200, metavar="N")
+    prior_loss_weight: float = option("Prior preservation", "weight of their loss", 1.0)
 
     method: str = option(
-        "Adapter", "deft removes and injects, para only removes, lora only injects", "deft", choices=METHODS
+        "Method",
+        "deft removes and injects, para only removes, lora only injects; svdiff shifts singular values, dreambooth trains "
+        "the whole denoiser, textual_inversion a new word",
+        "deft", choices=METHODS,
+    )  # fmt: skip
+    train_text_encoder: bool = option("Method", "for dreambooth: the text encoders learn too", False)
+    placeholder_token: str = option("Method", "for textual_inversion: the new word, which the prompts must contain", "<sks>")
+    initializer_token: str | None = option(
+        "Method", "for textual_inversion: a word to start from, such as 'dog' (default: the mean of all words)", None
     )
+    num_vectors: int = option("Method", "for textual_inversion: how many tokens the word is made of", 1, metavar="N")
+
     rank: int = option("Adapter", "rank of the adapter; 4 to 8 suits one subject", 8, metavar="R")
     alpha: float | None = option("Adapter", "scale of the injection is alpha/rank (default: scale 1)", None)
     decomposition_method: str | None = option(
@@ -62,11 +97,21 @@ class TrainOptions:
         None, metavar="NAMES",
     )  # fmt: skip
 
-    max_train_steps: int = option("Optimisation", "optimizer steps", 500, metavar="N")
+    max_train_steps: int | None = option(
+        "Optimisation",
+        "optimizer steps (default: as published for the method, deft, para, lora and svdiff 500, dreambooth 400, "
+        "textual_inversion 3000)",
+        None, metavar="N",
+    )  # fmt: skip
     train_batch_size: int = option("Optimisation", "pictures per process and micro-step", 1, metavar="N")
     gradient_accumulation_steps: int = option("Optimisation", "micro-steps per optimizer step", 1, metavar="N")
     gradient_checkpointing: bool = option("Optimisation", "less memory for more time", False)
-    learning_rate: float = option("Optimisation", "of R (for para, which has no R: of P)", 5e-4, metavar="LR")
+    learning_rate: float | None = option(
+        "Optimisation",
+        "of all that trains, for deft of R (default: as published for the method, deft, para, lora and textual_inversion "
+        "5e-4, svdiff 1e-3, dreambooth 5e-6)",
+        None, metavar="LR",
+    )  # fmt: skip
     learning_rate_P: float | None = option(
         "Optimisation",
         "of P (default: a tenth of --learning_rate for deft with qr or svd, else the same)",
@@ -75,8 +120,29 @@ class TrainOptions:
     )
     lr_scheduler: str = option("Optimisation", "shape of the learning rate over the run", "constant", choices=SCHEDULES)
     lr_warmup_steps: int = option("Optimisation", "steps over which the learning rate rises from zero", 0, metavar="N")
+    optimizer: str = option(
+        "Optimisation", "adamw8bit (bitsandbytes) takes a quarter of the memory; prodigy (prodigyopt) finds its own rate, "
+        "which --learning_rate scales (default for it: 1)", "adamw", choices=OPTIMIZERS,
+    )  # fmt: skip
+    use_ema: bool = option("Optimisation", "save a moving average of what trains", False)
+    ema_decay: float = option("Optimisation", "share of the average that a step leaves", 0.999)
+    compile: bool = option("Optimisation", "torch.compile the denoiser: slower to start, faster afterwards", False)
     adam_weight_decay: float = option("Optimisation", "of AdamW; it would pull R towards removal, hence off", 0.0)
     max_grad_norm: float = option("Optimisation", "gradients are clipped to this norm", 1.0)
+    caption_dropout: float = option(
+        "Optimisation", "share of samples that train with an empty text, for guidance without a text", 0.0
+    )
+    noise_offset: float = option(
+        "Optimisation", "noise added to a channel's mean, for darker and lighter pictures; 0.1 is usual", 0.0
+    )
+    snr_gamma: float | None = option(
+        "Optimisation", "for Stable Diffusion 1, 2 and SDXL: weigh time steps by min(signal-to-noise ratio, this), 5 is "
+        "usual (arXiv 2303.09556)", None,
+    )  # fmt: skip
+    weighting_scheme: str | None = option(
+        "Optimisation", "for Stable Diffusion 3, FLUX and OmniGen: which times are drawn, or weigh more (arXiv 2403.03206; "
+        "default: logit_normal)", None, choices=WEIGHTING_SCHEMES,
+    )  # fmt: skip
     mixed_precision: str | None = option(
         "Optimisation", "of the base model; adapter and VAE stay fp32 (default: accelerate's setting, else no)", None,
         choices=PRECISIONS,
@@ -93,6 +159,10 @@ class TrainOptions:
         None,
         metavar="latest|DIR",
     )
+    report_to: str = option(
+        "Checkpoints and validation", "where curves and validation pictures go beside the output folder's own log; "
+        "tensorboard's lie in its folder logs", "tensorboard", choices=TRACKERS,
+    )  # fmt: skip
     validation_prompt: str | None = option(
         "Checkpoints and validation", "draw pictures of this text while training and at the end", None, metavar="TEXT"
     )
@@ -119,7 +189,8 @@ class SampleOptions:
     )
     merge: bool = option("Model and adapters", "fold the adapters into the base weights; off: keep the factors apart", True)
     dtype: str | None = option(
-        "Model and adapters", "of the base model; the VAE stays fp32 (default: fp16 on a GPU, else fp32)", None,
+        "Model and adapters", "of the base model; the VAE stays fp32 (default: on a GPU fp16, bf16 for SD 3, FLUX and "
+        "OmniGen; else fp32)", None,
         choices=("fp32", "fp16", "bf16"),
     )  # fmt: skip
     device: str | None = option(
@@ -130,16 +201,45 @@ class SampleOptions:
         "Pictures", "what to draw; repeat for several texts", repeat=True, metavar="TEXT"
     )
     prompts_file: str | None = option("Pictures", "file with one text per line, instead of --prompt", None, metavar="FILE")
-    negative_prompt: str | None = option("Pictures", "what to keep out", None, metavar="TEXT")
+    input_image: list[str] = option(  # noqa: RUF009
+        "Pictures", "for OmniGen: picture that every text speaks of as <img><|image_1|></img>; repeat for the next",
+        repeat=True, metavar="FILE",
+    )  # fmt: skip
+    negative_prompt: str | None = option(
+        "Pictures", "what to keep out; not for FLUX.2 and OmniGen, and FLUX.1 then takes two passes a step", None,
+        metavar="TEXT",
+    )  # fmt: skip
     num_images_per_prompt: int = option("Pictures", "picture k of every text has seed --seed + k", 1, metavar="N")
     num_inference_steps: int = option("Pictures", "denoising steps", 50, metavar="N")
-    guidance_scale: float = option("Pictures", "classifier-free guidance; 1 is none", 7.5)
+    guidance_scale: float | None = option(
+        "Pictures", "how much the text counts; 1 is no guidance (default: the pipeline's own, for SD 1 and 2 7.5)", None
+    )
     seed: int = option("Pictures", "seed of each text's first picture", 0)
     height: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")
     width: int | None = option("Pictures", "in pixels (default: the model's own)", None, metavar="N")
     batch_size: int = option("Pictures", "pictures drawn at once; no picture depends on it", 4, metavar="N")
     output_dir: str = option("Pictures", "where 0000.png …, grid.png and samples.json go", "samples", metavar="DIR")
     overwrite_output_dir: bool = option("Pictures", "replace the samples that the output folder holds", False)
+
+
+@dataclass(kw_only=True)
+class SweepOptions:
+    """What `deft sweep` takes."""
+
+    plan: str | None = option(
+        "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, and train: "
+        "options of `deft train` for all runs; flags come first", None, metavar="FILE",
+    )  # fmt: skip
+    pretrained_model_name_or_path: str | None = option("What to train", MODEL_HELP, None, metavar="MODEL")
+    subjects: str | None = option(
+        "What to train", "folder in the layout of the DreamBooth data set (a folder for each subject) or of DreamBench++",
+        None, metavar="DIR",
+    )  # fmt: skip
+    method: list[str] = option("What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS)  # noqa: RUF009
+    rank: list[int] = option("What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R")  # noqa: RUF009
+    seed: list[int] = option("What to train", "repeat for several (default: 0)", repeat=True, metavar="N")  # noqa: RUF009
+    token: str = option("What to train", "word that stands for a subject of a data set, before its class", "sks")
+    output_dir: str = option("What to train", "where each job has its folder; sweep.md says what happened", metavar="DIR")
 
 
 @dataclass(kw_only=True)

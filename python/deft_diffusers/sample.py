@@ -13,8 +13,10 @@ from tqdm import tqdm
 import deft_kernels as dk
 
 from . import UserError, read_json, read_text
+from .data import read_image
 from .families import load_family
 from .grid import grid
+from .methods import Adapter, method_of
 
 RECORD, GRID = "samples.json", "grid.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -34,21 +36,25 @@ def check_size(name, value, family):
     """UserError if `value` (None: the model's own) is no size in pixels that the model can draw."""
     if value is not None and (value <= 0 or value % family.size_multiple):
         raise UserError(f"--{name} must be a positive multiple of {family.size_multiple}, got {value}")
+    if value is not None and value > family.max_size:
+        raise UserError(f"--{name} must be at most {family.max_size}, all that the model has positions for, got {value}")
 
 
 def load_adapters(family, folders, weights=(), merge=True):
-    """Loads adapters into the model and switches them on together; `weights` empty means 1 for each.
+    """Loads what `deft train` has written, of any method, in the order given; `weights` empty means 1 for each.
 
-    Merged adapters are folded into the base weights (undo with `deft_kernels.unmerge`), else they stay factors.
+    Adapters are switched on together: merged into the base weights (undo with `deft_kernels.unmerge`), else as factors.
     """
-    names = [f"adapter{k}" for k in range(len(folders))]
-    weights = list(weights) or [1.0] * len(names)
-    for name, folder in zip(names, folders):
-        dk.load_adapter(family.model, folder, adapter_name=name)
-    if merge:
-        dk.merge(family.model, names, weights)
-    else:
-        dk.set_adapters(family.model, names, weights)
+    adapters = {}
+    for k, (folder, weight) in enumerate(zip(folders, weights or [1.0] * len(folders))):
+        kind = method_of(folder, family) if Path(folder).is_dir() else Adapter
+        if kind is Adapter:
+            dk.load_adapter(family.model, folder, adapter_name=f"adapter{k}")
+            adapters[f"adapter{k}"] = weight
+        else:
+            kind.apply(family, folder, weight)
+    if adapters:
+        (dk.merge if merge else dk.set_adapters)(family.model, list(adapters), list(adapters.values()))
 
 
 def generate(family, jobs, batch_size=4, progress=True, **settings):
@@ -80,10 +86,10 @@ def _device_and_dtype(options):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"cannot use --device {options.device}: {str(error).splitlines()[0]}") from error
-    dtype = options.dtype or ("fp32" if device.type == "cpu" else "fp16")
+    dtype = options.dtype or ("fp32" if device.type == "cpu" else None)
     if device.type == "cpu" and dtype == "fp16":
         raise UserError("--dtype fp16 needs a GPU; use fp32 on a CPU")
-    return device, DTYPES[dtype]
+    return device, dtype and DTYPES[dtype]
 
 
 def _clear(folder, overwrite):
@@ -134,6 +140,8 @@ def sample(options):
         _clear(folder, False)
 
     family = load_family(options.pretrained_model_name_or_path, dtype).to(device)
+    if options.negative_prompt is not None and not family.takes_negative_prompt:
+        raise UserError(f"--negative_prompt does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
     if options.num_inference_steps > family.max_inference_steps:
         raise UserError(
             f"--num_inference_steps must be at most {family.max_inference_steps}, got {options.num_inference_steps}"
@@ -142,11 +150,16 @@ def sample(options):
     check_size("width", options.width, family)
     if options.adapter:
         load_adapters(family, [Path(f).expanduser() for f in options.adapter], options.adapter_weight, options.merge)
+    for prompt in prompts:
+        family.check_prompt(prompt, options.input_image)
+    inputs = {"input_images": [read_image(path) for path in options.input_image]} if options.input_image else {}
     warn_of_cut_text(family, [*prompts, options.negative_prompt or ""])
 
     n = options.num_images_per_prompt
     jobs = [(prompt, options.seed + k) for prompt in prompts for k in range(n)]
     settings = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = family.guidance_scale
     # The pipeline ignores a height without a width.
     settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
 
@@ -157,7 +170,7 @@ def sample(options):
 
     record = {"settings": dataclasses.asdict(options) | settings, "samples": []}
     images = []
-    for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings)):
+    for (prompt, seed), image in zip(jobs, generate(family, jobs, options.batch_size, **settings, **inputs)):
         if not images:
             _clear(folder, options.overwrite_output_dir)
         file = f"{len(images):04d}.png"

@@ -6,13 +6,16 @@ was stopped and resumed takes the same steps as one that was not, and, without d
 same adapter as one with batch n·b.
 """
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pickle
+import resource
 import shlex
 import shutil
 import signal
@@ -25,56 +28,80 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-import deft_kernels as dk
-
 from . import UserError, data, read_json
+from .cache import Cache
 from .families import load_family
 from .grid import grid
+from .methods import METHODS, Adapter, DreamBooth, TextualInversion
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 
-P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
-VALIDATION = {"num_inference_steps": 25, "guidance_scale": 7.5}
-STATE, SETTINGS, LOG = "state.pt", "training_args.json", "loss.jsonl"
-ADAPTER, CARD = "adapter_model.safetensors", "README.md"
+VALIDATION = {"num_inference_steps": 25}
+STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "README.md"
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
-MARKS = ("checkpoint-[0-9]*", ADAPTER, "adapter_config.json", SETTINGS, LOG, CARD)
-PICTURES = ("validation*.png", ".checkpoint-[0-9]*")
+RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
+           "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
+MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
+CLASS_IMAGES = "class_images"
+PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
     # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
-    "pretrained_model_name_or_path",
+    "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
 }  # fmt: skip
+
+
+# Options that say something to one kind of method alone.
+APPLY_TO = {
+    Adapter: "rank alpha decomposition_method gate dropout init_weights target_modules learning_rate_P".split(),
+    DreamBooth: ["train_text_encoder"],
+    TextualInversion: ["placeholder_token", "initializer_token", "num_vectors"],
+}
 
 
 # options ------------------------------------------------------------------------------------------------------------
 
 
-def check_options(options):
-    """UserError names the first option that cannot work. Touches nothing but the options."""
+def complete(options):
+    """The options with the method's own defaults where none were given. UserError names the first that cannot work."""
+    method = METHODS[options.method]
+    _check_applicable(options, method)
+    published = {name: getattr(method, name) for name in ("learning_rate", "max_train_steps")}
+    if options.optimizer == "prodigy":
+        published["learning_rate"] = 1.0
+    options = dataclasses.replace(options, **{k: v for k, v in published.items() if getattr(options, k) is None})
     at_least_one = (
         "rank max_train_steps train_batch_size gradient_accumulation_steps checkpointing_steps validation_steps "
-        "num_validation_images resolution checkpoints_total_limit"
+        "num_validation_images resolution checkpoints_total_limit num_vectors num_class_images"
     )
     for name in at_least_one.split():
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
-    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed"):
+    for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed", "noise_offset",
+                 "prior_loss_weight"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be a number from 0 up, got {value}")
-    for name in ("alpha", "max_grad_norm"):
+    for name in ("alpha", "max_grad_norm", "snr_gamma"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be a positive number, got {value}")
-    if not 0 <= options.dropout < 1:
-        raise UserError(f"--dropout must be at least 0 and below 1, got {options.dropout}")
+    if options.optimizer == "prodigy" and options.learning_rate_P is not None:
+        raise UserError("--optimizer prodigy finds one rate for all: --learning_rate_P does not apply")
+    if options.class_prompt is None and options.class_data_dir is not None:
+        raise UserError("--class_data_dir needs a --class_prompt: the text of the class's pictures")
+    if not 0 <= options.ema_decay < 1:
+        raise UserError(f"--ema_decay must be at least 0 and below 1, got {options.ema_decay}")
+    for name in ("dropout", "caption_dropout"):
+        if not 0 <= getattr(options, name) < 1:
+            raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
     if options.lr_warmup_steps and options.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant; use constant_with_warmup")
     if options.method == "para" and (options.gate or options.learning_rate_P is not None):
@@ -83,49 +110,23 @@ def check_options(options):
         raise UserError("--method para injects nothing: --dropout, --alpha and --no-init_weights do not apply")
     if options.method == "lora" and (options.decomposition_method or options.gate):
         raise UserError("--decomposition_method and --gate do not apply to --method lora")
+    return options
 
 
-def _targets(text, family):
-    """What `--target_modules` means: a list of names, or a regular expression or keyword as one string."""
-    if text is None:
-        return list(family.target_modules)
-    if text == "all-linear" or not all(c.isalnum() or c in "_., " for c in text):
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def adapter_config(options, family):
-    """The `deft_kernels` configuration of the adapter that the options ask for."""
-    common = {
-        "r": options.rank,
-        "alpha": options.alpha,
-        "dropout": options.dropout,
-        "init_weights": options.init_weights,
-        "target_modules": _targets(options.target_modules, family),
-    }
-    if options.method == "lora":
-        return dk.LoraConfig(**common)
-    return dk.DeftConfig(
-        **common,
-        decomposition_method=options.decomposition_method or "qr",
-        para=options.method == "para",
-        gate=options.gate,
-    )
-
-
-def learning_rates(options):
-    """Learning rate of each group of parameters."""
-    orthogonal = options.method == "deft" and options.decomposition_method in (None, "qr", "svd")
-    rate_p = options.learning_rate_P
-    if rate_p is None:
-        rate_p = options.learning_rate * (P_RATE if orthogonal else 1.0)
-    return {"P": rate_p, "R": options.learning_rate, "gate": options.learning_rate}
+def _check_applicable(options, method):
+    """UserError names an option that was set but belongs to other methods."""
+    own = {field.name: getattr(field.default, "value", field.default) for field in dataclasses.fields(options)}
+    for kind, names in APPLY_TO.items():
+        if not issubclass(method, kind):
+            for name in names:
+                if getattr(options, name) != own[name]:
+                    raise UserError(f"--{name} does not apply to --method {options.method}")
 
 
 # randomness ---------------------------------------------------------------------------------------------------------
 
 
-EPOCH, SAMPLE, STEP = range(3)  # what a seed is for
+EPOCH, SAMPLE, STEP, CLASS = range(4)  # what a seed is for
 
 
 def _seed(*numbers):
@@ -137,31 +138,74 @@ def _generator(*numbers):
 
 
 class Samples:
-    """The endless stream of training samples; sample n is the same whenever and wherever it is asked for."""
+    """The endless stream of training samples; sample n is the same whenever and wherever it is asked for.
 
-    def __init__(self, pictures, family, seed, random_crop, random_flip):
-        self.pictures, self.family, self.seed = pictures, family, seed
+    The samples of one optimizer step are pictures of one size, a bucket's. Over as many steps as there are pictures each
+    bucket has as many steps as it has pictures, and each walks through its own pictures, so that all are seen equally often.
+    """
+
+    def __init__(self, pictures, family, seed, random_crop, random_flip, images_per_step=1, cache_dir=None, *,
+                 caption_dropout=0.0, noise_offset=0.0, encode_texts=True):  # fmt: skip
+        self.caption_dropout, self.noise_offset = caption_dropout, noise_offset
+        self.pictures, self.family, self.seed, self.per_step = pictures, family, seed, images_per_step
         self.random_crop, self.random_flip = random_crop, random_flip
-        captions = list(dict.fromkeys(p.caption for p in pictures))
-        rows = {text: row for row, text in enumerate(captions)}
-        self.rows = [rows[p.caption] for p in pictures]
-        self.order = (None, None)
+        said = {("",): ("", ())} if caption_dropout else {}
+        keys = [(p.caption, *map(id, p.inputs)) for p in pictures]
+        said |= {key: (p.caption, p.inputs) for key, p in zip(keys, pictures)}
+        self.texts, rows = list(said.values()), {key: row for row, key in enumerate(said)}
+        self.rows = [rows[key] for key in keys]
+        sizes = list(dict.fromkeys(p.size for p in pictures))
+        self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
+        self.orders = {}
+        # Latents are computed once where all that changes from one sight of a picture to the next is which way it faces.
+        once = not random_crop or all(p.image.size == p.size for p in pictures)
+        encoders = (family.text_encoders.values() if encode_texts else (), family.image_parts)
+        self.caches = [Cache(cache_dir, parts) for parts in encoders] if cache_dir else None
         with torch.no_grad():
-            self.conditions = family.encode_prompts(captions)
-            # Latents are computed once where nothing about a picture changes from one sight to the next.
-            fixed = not random_flip and (not random_crop or all(p.image.width == p.image.height for p in pictures))
-            self.posteriors = [self._encode([p], [(0.5, 0.5, False)]) for p in pictures] if fixed else None
+            self.conditions = self._encode_texts() if encode_texts else None
+            self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
 
     def _encode(self, pictures, views):
-        pixels = [data.to_array(data.square(p.image, u, v, mirror)) for p, (u, v, mirror) in zip(pictures, views)]
+        pixels = [data.to_array(data.crop(p.image, p.size, u, v, mirror)) for p, (u, v, mirror) in zip(pictures, views)]
         return self.family.encode_images(torch.as_tensor(np.stack(pixels)))
 
+    def _encode_all(self, mirror):
+        """Means and deviations of all pictures, faced one way."""
+        posteriors = []
+        for picture in tqdm(self.pictures, desc="encoding pictures", leave=False, disable=len(self.pictures) < 20):
+            make = lambda p=picture: dict(zip(("mean", "deviation"), self._encode([p], [(0.5, 0.5, mirror)])))
+            if self.caches:
+                entry = self.caches[1].get(repr((picture.size, mirror)).encode() + _bytes_of(picture.image), make)
+            else:
+                entry = make()
+            posteriors.append((entry["mean"], entry["deviation"]))
+        return posteriors
+
+    def _encode_texts(self):
+        encode = self.family.encode_prompts
+        if not self.caches or not self.family.text_encoders:
+            return [encode([text], [inputs]) for text, inputs in self.texts]
+        return [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text, _ in self.texts]
+
+    def _order(self, what, epoch, count):
+        """A random order of `count` things, another for each epoch; the last one is kept."""
+        if self.orders.get(what, (None,))[0] != epoch:
+            order = torch.randperm(count, generator=_generator(self.seed, EPOCH, *what, epoch)).tolist()
+            self.orders[what] = epoch, order
+        return self.orders[what][1]
+
     def _index(self, n):
-        epoch, k = divmod(n, len(self.pictures))
-        if self.order[0] != epoch:
-            generator = _generator(self.seed, EPOCH, epoch)
-            self.order = epoch, torch.randperm(len(self.pictures), generator=generator).tolist()
-        return self.order[1][k]
+        step, within = divmod(n, self.per_step)
+        turn, bucket = step, 0  # this step is the turn-th of its bucket
+        if len(self.buckets) > 1:
+            owners = [b for b, pictures in enumerate(self.buckets) for _ in pictures]
+            cycle, place = divmod(step, len(owners))
+            order = self._order((0,), cycle, len(owners))
+            bucket = owners[order[place]]
+            turn = cycle * len(self.buckets[bucket]) + sum(owners[k] == bucket for k in order[:place])
+        pictures = self.buckets[bucket]
+        epoch, place = divmod(turn * self.per_step + within, len(pictures))
+        return pictures[self._order((1, bucket), epoch, len(pictures))[place]]
 
     @torch.no_grad()
     def batch(self, numbers, device):
@@ -173,14 +217,27 @@ class Samples:
             u, v, side = torch.rand(3, generator=g).tolist()
             views.append((u if self.random_crop else 0.5, v if self.random_crop else 0.5, self.random_flip and side < 0.5))
         if self.posteriors is not None:
-            mean, deviation = (torch.cat(t) for t in zip(*(self.posteriors[k] for k in chosen)))
+            seen = [self.posteriors[mirror][k] for k, (_, _, mirror) in zip(chosen, views)]
+            mean, deviation = (torch.cat(t).to(device) for t in zip(*seen))
         else:
             mean, deviation = self._encode([self.pictures[k] for k in chosen], views)
-        draws = [(torch.randn(mean.shape[1:], generator=g), torch.randn(mean.shape[1:], generator=g)) for g in generators]
-        times = torch.stack([self.family.draw_time(g) for g in generators]).to(device)
-        latent_noise, noise = (torch.stack(t).to(device) for t in zip(*draws))
-        rows = torch.tensor([self.rows[k] for k in chosen], device=device)
-        return mean + deviation * latent_noise, noise, times, {k: v[rows] for k, v in self.conditions.items()}
+        latent_noise, noise, times, dropped = zip(*(self._draw(g, mean.shape[1:]) for g in generators))
+        latents = mean + deviation * torch.stack(latent_noise).to(device)
+        rows = [0 if drop else self.rows[k] for drop, k in zip(dropped, chosen)]  # the empty text is the first
+        if self.conditions is None:  # texts, to be encoded in the loss
+            conditions = [self.texts[row][0] for row in rows]
+        else:
+            conditions = self.family.collate([self.conditions[row] for row in rows])
+        return latents, torch.stack(noise).to(device), torch.stack(times).to(device), conditions
+
+    def _draw(self, generator, shape):
+        """Latent noise, noise, time, and whether the text is dropped, all of one sample."""
+        latent_noise, noise = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+        time = self.family.draw_time(generator)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * torch.randn(shape[0], 1, 1, generator=generator)
+        dropped = self.caption_dropout > 0 and torch.rand((), generator=generator).item() < self.caption_dropout
+        return latent_noise, noise, time, dropped
 
 
 # output folder ------------------------------------------------------------------------------------------------------
@@ -216,7 +273,7 @@ def _find_resume(options, folder):
         checkpoints = find_checkpoints(folder)
         if checkpoints:
             return checkpoints[-1]
-        if (folder / ADAPTER).is_file():
+        if _existing(folder, RESULTS):
             raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
         print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
         return None
@@ -244,11 +301,15 @@ def _check_same_run(checkpoint, settings):
             )
 
 
+def _bytes_of(image):
+    return repr(image.size).encode() + image.tobytes()
+
+
 def _fingerprint(pictures):
     """sha256 of what is trained on: pixels and texts, in order."""
     digest = hashlib.sha256()
     for picture in pictures:
-        digest.update(picture.image.tobytes() + picture.caption.encode())
+        digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
     return digest.hexdigest()
 
 
@@ -289,29 +350,71 @@ def _stop_signals():
             signal.signal(number, handler)
 
 
-class Run:
-    """One training run: the adapted model, its optimizer, and what it leaves in the output folder."""
+class Objective(torch.nn.Module):
+    """The loss of a batch as a module, so that all that trains is called through it, whatever wraps it."""
 
-    def __init__(self, options, accelerator, family, samples, settings, folder, resume):
-        self.options, self.accelerator, self.family, self.samples = options, accelerator, family, samples
+    def __init__(self, family, encodes_text):
+        super().__init__()
+        self.family, self.encodes_text = family, encodes_text
+        self.model = family.model
+        self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.text_encoders.eval()  # T5 has dropout, which its users did not train with
+        return self
+
+    def forward(self, batches, weights):
+        """Sum of weight * loss over batches of `Samples.batch`."""
+        total = 0.0
+        for (latents, noise, times, conditions), weight in zip(batches, weights):
+            if self.encodes_text:
+                conditions = self.family.encode_prompts(conditions)
+            total = total + weight * self.family.loss(self.model, latents, noise, times, conditions)
+        return total
+
+
+def make_optimizer(options, groups):
+    """The optimizer of the options over parameter groups. UserError if its library is missing."""
+    common = {"weight_decay": options.adam_weight_decay}
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, fused=groups[0]["params"][0].device.type == "cuda", **common)
+    try:
+        if options.optimizer == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, **common)
+        from prodigyopt import Prodigy
+    except ImportError as error:
+        package = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}[options.optimizer]
+        raise UserError(f"--optimizer {options.optimizer} needs {package}: pip install {package} ({error})") from error
+    groups = [group | {"lr": options.learning_rate} for group in groups]  # it takes one for all
+    return Prodigy(groups, safeguard_warmup=options.lr_warmup_steps > 0, use_bias_correction=True, **common)
+
+
+class Run:
+    """One training run: the model and what trains of it, its optimizer, and what it leaves in the output folder."""
+
+    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume):
+        self.options, self.accelerator, self.family = options, accelerator, family
+        self.method, self.samples = method, samples
         self.settings, self.folder, self.step = settings, folder, 0
         self.images_per_step = settings["images_per_step"]
-        torch.manual_seed(_seed(options.seed))  # of the adapter's first values
+        torch.manual_seed(_seed(options.seed))  # of the first values
         if resume:
-            dk.load_adapter(family.model, resume, trainable=True)
+            method.load(resume)
         else:
-            dk.inject_adapter(family.model, adapter_config(options, family))
-        groups = dk.adapter_parameters(family.model)
-        self.layers = len(groups["P"])
-        rates = learning_rates(options)
+            method.start()
+        groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]
-        optimizer = torch.optim.AdamW(
-            [{"params": groups[name], "lr": rates[name]} for name in self.names], weight_decay=options.adam_weight_decay
-        )
+        optimizer = make_optimizer(options, [{"params": groups[name], "lr": rates[name]} for name in self.names])
+        self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         if options.gradient_checkpointing:
             family.model.enable_gradient_checkpointing()
-        self.model, self.optimizer = accelerator.prepare(family.model, optimizer)
+        if options.compile:
+            family.model.compile()
+        self.objective, self.optimizer = accelerator.prepare(Objective(family, method.encodes_text), optimizer)
         # Not prepared: accelerate would step it once for every process.
         self.schedule = get_scheduler(
             options.lr_scheduler,
@@ -332,6 +435,11 @@ class Run:
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"cannot read {checkpoint / STATE}: {error}") from error
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
+            with torch.no_grad():
+                for p, value in zip(self.parameters, state["parameters"]):
+                    p.copy_(value)
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -344,7 +452,7 @@ class Run:
             part = self.folder / f".checkpoint-{self.step}.part"
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-            dk.save_adapter(self.family.model, part)
+            self._save_learned(part)
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
@@ -352,6 +460,8 @@ class Run:
                 "schedule": self.schedule.state_dict(),
                 "scaler": scaler.state_dict() if scaler else None,
             }
+            if self.ema:  # the files hold the average
+                state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
             torch.save(state, part / STATE)
             _write_json(part / SETTINGS, self.settings)
             _publish(part, self.folder / f"checkpoint-{self.step}")
@@ -361,6 +471,23 @@ class Run:
                 for old in written[: -self.options.checkpoints_total_limit]:
                     shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def _averaged(self):
+        """With --use_ema, the moving average in place of the parameters."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _save_learned(self, folder):
+        with self._averaged():
+            self.method.save(folder)
 
     # log
 
@@ -391,6 +518,8 @@ class Run:
         bad = next((e["step"] for e in new if not all(math.isfinite(e[name]) for name in watched)), None)
         good = [entry for entry in new if bad is None or entry["step"] < bad]
         self.log += good
+        for entry in good:
+            self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if self.accelerator.is_main_process:
             with open(self.folder / LOG, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in good)
@@ -407,14 +536,14 @@ class Run:
     def _train_step(self):
         o, accelerator = self.options, self.accelerator
         processes, rank, batch = accelerator.num_processes, accelerator.process_index, o.train_batch_size
-        self.model.train()
+        self.objective.train()
         total = 0.0
         for micro in range(o.gradient_accumulation_steps):
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
-            with accelerator.accumulate(self.model):
-                sample = self.samples.batch(range(first, first + batch), accelerator.device)
-                loss = self.family.loss(self.model, *sample)
+            with accelerator.accumulate(self.objective):
+                batches = [s.batch(range(first, first + batch), accelerator.device) for s in self.samples]
+                loss = self.objective(batches, (1.0, o.prior_loss_weight))
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -423,6 +552,8 @@ class Run:
                 self.optimizer.zero_grad()
         rates = {f"lr_{name}": rate for name, rate in zip(self.names, self.schedule.get_last_lr())}
         self.schedule.step()
+        if self.ema:
+            self.ema.step(self.parameters)
         self.step += 1
         self.unread.append((self.step, (total, norm), rates))
 
@@ -432,8 +563,13 @@ class Run:
             return
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
-        images = list(generate(self.family, jobs, progress=False, **VALIDATION))
-        grid([images], title=f"step {self.step}: {o.validation_prompt}").save(self.folder / name)
+        with self._averaged():
+            images = list(generate(self.family, jobs, progress=False, **VALIDATION))
+        sheet = grid([images], title=f"step {self.step}: {o.validation_prompt}")
+        sheet.save(self.folder / name)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"validation": np.asarray(sheet.convert("RGB"))[None]}, step=self.step, **layout)
 
     def train(self):
         """Runs to `max_train_steps`. Ctrl-C or a termination writes a checkpoint and raises KeyboardInterrupt."""
@@ -454,7 +590,7 @@ class Run:
                 stop = self.read_losses(asked) and not last
                 rate = (self.step - first) * self.images_per_step / (time.perf_counter() - start)
                 lr = " ".join(f"{name} {r:.1e}" for name, r in zip(self.names, self.schedule.get_last_lr()))
-                bar.set_postfix_str(f"loss {self.log[-1]['loss']:.4f}, lr {lr}, {rate:.1f} images/s")
+                bar.set_postfix_str(f"loss {self.log[-1]['loss']:.4f}, lr {lr}, {rate:.1f} images/s, {_memory():.1f} GB")
                 if save or stop:
                     self.save_checkpoint()
                 if stop:
@@ -469,9 +605,41 @@ class Run:
         """Main process: writes the adapter, its settings, a last drawing and the card."""
         if not self.accelerator.is_main_process:
             return
-        dk.save_adapter(self.family.model, self.folder)
+        self._save_learned(self.folder)
         self.validate("validation.png")
         (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
+
+
+def _memory():
+    """Most memory used so far, in GB: of the GPU, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KB, on macOS in bytes
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+def _sizes(pictures):
+    """`64 x 64`, or `64 x 64 (3), 48 x 80 (2)`."""
+    counts = collections.Counter(p.size for p in pictures)
+    return ", ".join(f"{w} x {h}" + f" ({n})" * (len(counts) > 1) for (w, h), n in counts.most_common())
+
+
+def class_pictures(options, family, accelerator, resolution, folder):
+    """Pictures of the class in squares; the base model draws those that are missing."""
+    where = Path(options.class_data_dir).expanduser() if options.class_data_dir else folder / CLASS_IMAGES
+    if accelerator.is_main_process:
+        where.mkdir(parents=True, exist_ok=True)
+        present = len(data.find_pictures(where)) if any(where.iterdir()) else 0
+        seeds = range(present, options.num_class_images)
+        jobs = [(options.class_prompt, _seed(options.seed, CLASS, k)) for k in seeds]
+        drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
+        for k, image in zip(seeds, drawn):
+            part = where / f".{k:04d}.png"
+            image.save(part)
+            os.replace(part, where / part.name[1:])
+    accelerator.wait_for_everyone()
+    sources = data.find_sources(where, options.class_prompt)
+    return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]
 
 
 def _card(options, settings, log):
@@ -506,16 +674,22 @@ def train(options, family=None):
     `family` is the base model if the caller has it loaded already (in float32); it keeps the adapter.
     Errors in what the user gave are UserErrors, found before anything is written.
     """
-    check_options(options)
-    paths = data.find_pictures(options.instance_data_dir)
-    captions = data.read_captions(paths, options.instance_prompt)
-    for path in paths:  # one at a time and not kept: photographs are large, and their final size is not known yet
-        data.read_image(path)
+    options = complete(options)
+    if options.report_to != "none" and importlib.util.find_spec(options.report_to) is None:
+        raise UserError(f"--report_to {options.report_to}: pip install {options.report_to}, or --report_to none")
+    sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
+    METHODS[options.method].check(options, [source.caption for source in sources])
+    for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
+        for path in (source.path, *source.inputs):
+            data.read_image(path)
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
     accelerator = Accelerator(
-        mixed_precision=options.mixed_precision, gradient_accumulation_steps=options.gradient_accumulation_steps
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=None if options.report_to == "none" else options.report_to,
+        project_dir=folder,
     )
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
@@ -525,9 +699,15 @@ def train(options, family=None):
     family.to(accelerator.device)
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
+    for source in sources:
+        family.check_prompt(source.caption, source.inputs)
+    for prompt in (options.validation_prompt, options.class_prompt):
+        family.check_prompt(prompt or "")
     if accelerator.is_main_process:
-        warn_of_cut_text(family, [*captions, options.validation_prompt or ""])
-    pictures = [data.Picture(p, data.shrink(data.read_image(p), resolution), c) for p, c in zip(paths, captions)]
+        warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
+    sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
+    sizes = [size for size in sizes if max(size) <= family.max_size]
+    pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
     settings = dataclasses.asdict(options) | {
         "resolution": resolution,
         "mixed_precision": precision,
@@ -537,8 +717,25 @@ def train(options, family=None):
     }
     if resume:
         _check_same_run(resume, settings)
-    samples = Samples(pictures, family, options.seed, not options.center_crop, options.random_flip)
-    run = Run(options, accelerator, family, samples, settings, folder, resume)
+    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
+    for name in ("snr_gamma", "weighting_scheme"):
+        if hasattr(family, name):
+            setattr(family, name, getattr(options, name))
+        elif getattr(options, name) is not None:
+            raise UserError(f"--{name} does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
+    method = METHODS[options.method](family, options)
+    streams = [pictures]
+    if options.class_prompt:
+        streams.append(class_pictures(options, family, accelerator, resolution, folder))
+    samples = [
+        Samples(
+            stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
+            options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
+            encode_texts=not method.encodes_text,
+        )
+        for k, stream in enumerate(streams)
+    ]  # fmt: skip
+    run = Run(options, accelerator, family, method, samples, settings, folder, resume)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
     if accelerator.is_main_process:
@@ -548,16 +745,22 @@ def train(options, family=None):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         _write_json(folder / SETTINGS, settings)
         run.open_log(resume)
+        if options.report_to != "none":
+            shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+            accelerator.init_trackers("logs" if options.report_to == "tensorboard" else "deft", shown)
         print(
-            f"training {sum(p.numel() for p in run.parameters):,} parameters ({options.method}, rank {options.rank}, "
-            f"{run.layers} layers) on {len(pictures)} picture{'s' * (len(pictures) != 1)} at {resolution} pixels, "
+            f"training {sum(p.numel() for p in run.parameters):,} parameters ({method.describe()}) on {len(sources)} "
+            f"picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
             f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
         )
+        for cache, what in zip(samples[0].caches or (), ("texts", "latents")):
+            print(f"{what} from {options.cache_dir}: {cache.found} found, {cache.made} made")
     start, first = time.perf_counter(), run.step
     run.train()
     seconds = time.perf_counter() - start
     run.finish()
     accelerator.wait_for_everyone()
+    accelerator.end_training()  # which ends the process group
     if accelerator.is_main_process:
-        print(f"adapter in {folder}: {run.step - first} steps in {seconds:.1f} s")
+        print(f"{options.method} in {folder}: {run.step - first} steps in {seconds:.1f} s")
     return folder

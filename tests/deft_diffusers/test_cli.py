@@ -190,12 +190,13 @@ def test_bad_folders(train_words, sample_words, capsys, tmp_path, photos):
     (photos / "bad.jpg").write_bytes(b"\xff\xd8 not really")
     fails("train", train_words, f"cannot read the picture {photos / 'bad.jpg'}")
     (photos / "bad.jpg").unlink()
-    fails("train", {k: v for k, v in train_words.items() if k != "--instance_prompt"}, "0.png has no caption (0.txt)")
-    (empty / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", "_diffusers_version": "0.36.0"}))
+    silent = {k: v for k, v in train_words.items() if k != "--instance_prompt"}
+    fails("train", silent, "0.png has no caption (0.txt or metadata.jsonl)")
+    (empty / "model_index.json").write_text(json.dumps({"_class_name": "KolorsPipeline", "_diffusers_version": "0.36.0"}))
     fails(
         "train",
         train_words | {"--pretrained_model_name_or_path": empty},
-        "FluxPipeline, which is not supported; supported: St",
+        "KolorsPipeline, which is not supported; supported: St",
     )
     fails("sample", sample_words | {"--adapter": empty}, "adapter_model.safetensors")
     (empty / "texts").write_text("\n \n")

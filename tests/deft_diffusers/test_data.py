@@ -1,5 +1,8 @@
 """Every kind of picture file becomes the RGB square that its author meant."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 from deft_diffusers import UserError, data
@@ -57,18 +60,40 @@ def test_other_modes_become_rgb(mode, tmp_path):
     assert got.shape == (5, 6, 3) and got.min() >= 250
 
 
-@pytest.mark.parametrize("size", [(90, 40), (40, 90), (37, 37), (500, 41)])
-def test_resizing_keeps_proportions_and_covers_the_square(size):
-    shrunk = data.shrink(Image.new("RGB", size), 32)
-    assert min(shrunk.size) == 32
-    assert abs(shrunk.width / shrunk.height - size[0] / size[1]) < 0.02 * size[0] / size[1]
-    assert data.square(shrunk).size == (32, 32)
+@pytest.mark.parametrize("size", [(90, 40), (40, 90), (37, 37), (500, 41), (30, 20)])
+@pytest.mark.parametrize("target", [(32, 32), (48, 24)])
+def test_resizing_keeps_proportions_and_covers(size, target):
+    covering = data.cover(Image.new("RGB", size), target)
+    assert covering.width >= target[0] and covering.height >= target[1]
+    assert covering.width == target[0] or covering.height == target[1]  # as small as can be
+    assert abs(covering.width / covering.height - size[0] / size[1]) < 0.04 * size[0] / size[1]
+    assert data.crop(covering, target).size == target
+
+
+@pytest.mark.parametrize("resolution, multiple", [(64, 8), (512, 8), (1024, 16), (768, 64), (40, 8)])
+def test_buckets(resolution, multiple):
+    sizes = data.buckets(resolution, multiple)
+    assert sizes[0] == (resolution, resolution) and len(set(sizes)) == len(sizes) > 2
+    for w, h in sizes:
+        assert w % multiple == h % multiple == 0 and (h, w) in sizes
+        assert 0.5 <= w / h <= 2 and w * h <= resolution**2
+    assert data.buckets(resolution, multiple, squares=True) == [(resolution, resolution)]
+
+
+def test_a_picture_loses_little_to_its_bucket():
+    sizes, lost = data.buckets(1024, 8), []
+    for width, height in [(4000, 3000), (3000, 4000), (1920, 1080), (1000, 1000), (1500, 1000), (1200, 1500)]:
+        w, h = data.bucket_of((width, height), sizes)
+        whole = data.cover(Image.new("RGB", (width, height)), (w, h))
+        lost.append(1 - w * h / (whole.width * whole.height))
+    assert max(lost) < 0.05, lost
+    assert data.bucket_of((9000, 1000), sizes)[0] / data.bucket_of((9000, 1000), sizes)[1] == pytest.approx(2, rel=0.1)
 
 
 def test_crop_goes_where_it_is_told():
     ramp = np.tile(np.arange(100, dtype=np.uint8)[None, :, None], (20, 1, 3))
     image = Image.fromarray(ramp)
-    column = lambda *where: np.asarray(data.square(image, *where))[0, :, 0].tolist()
+    column = lambda *where: np.asarray(data.crop(image, (20, 20), *where))[0, :, 0].tolist()
     assert column(0.0, 0.3) == list(range(20))
     assert column() == list(range(40, 60))
     assert column(1.0, 0.9) == list(range(80, 100))
@@ -94,18 +119,51 @@ def test_finding_pictures(tmp_path):
         data.find_pictures(tmp_path / "sub.png")
 
 
-def test_captions(tmp_path):
-    first, second = tmp_path / "a.png", tmp_path / "b.png"
+def test_captions(tmp_path, capsys):
+    for name in ("a.png", "b.png", "c.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "a.txt").write_text(" a cat\n on a mat \n")
     (tmp_path / "b.txt").write_text(" \n")
-    assert data.read_captions([first, second], "a dog") == ["a cat on a mat", "a dog"]
-    with pytest.raises(UserError, match=r"b\.png has no caption \(b\.txt\)"):
-        data.read_captions([first, second])
+    (tmp_path / "notes.md").write_text("not for training")
+    captions = lambda prompt=None: [(s.path.name, s.caption, s.repeats) for s in data.find_sources(tmp_path, prompt)]
+    assert captions("a dog") == [("a.png", "a cat on a mat", 1), ("b.png", "a dog", 1), ("c.png", "a dog", 1)]
+    assert "no pictures and are not used: notes.md\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"b\.png has no caption \(b\.txt or metadata\.jsonl\)"):
+        captions()
+    lines = [{"file_name": "c.png", "text": "a bird", "repeats": 3}, {"file_name": "b.png", "text": "a  fish"}]
+    (tmp_path / "metadata.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
+    assert captions() == [("a.png", "a cat on a mat", 1), ("b.png", "a fish", 1), ("c.png", "a bird", 3)]
     (tmp_path / "a.txt").write_bytes("un café".encode("utf-8-sig"))
-    assert data.read_captions([first]) == ["un café"]
+    assert captions()[0][1] == "un café"
+    assert [s.caption for s in data.find_sources(tmp_path / "c.png")] == ["a bird"]  # one picture of many
     (tmp_path / "a.txt").write_bytes("un café".encode("latin-1"))
     with pytest.raises(UserError, match=r"cannot read .*a\.txt as UTF-8 text"):
-        data.read_captions([first])
+        captions()
+    (tmp_path / "a.txt").unlink()
+    (tmp_path / "gone.txt").write_text("a ghost")
+    with pytest.raises(UserError, match=r"texts of pictures that are not there: gone\.txt"):
+        captions("a dog")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2: expected"),
+        ('["a.png"]', "line 2: expected"),
+        ('{"text": "a cat"}', "line 2: expected"),
+        ('{"file_name": "a.png", "text": 5}', "line 2: file_name and text must be texts"),
+        ('{"file_name": "a.png", "repeats": 0}', "repeats a number from 1 up"),
+        ('{"file_name": "a.png", "repeats": true}', "repeats a number from 1 up"),
+        ('{"file_name": "b.png"}', "line 2: b.png is there twice"),
+        ('{"file_name": "ghost.png"}', "pictures that are not there: ghost.png"),
+    ],
+)
+def test_bad_metadata(line, message, tmp_path):
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a dog"}\n' + line)
+    with pytest.raises(UserError, match=re.escape(message)):
+        data.find_sources(tmp_path, "a cat")
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])

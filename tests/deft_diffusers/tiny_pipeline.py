@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from deft_diffusers import data
 from PIL import Image
 
 
@@ -62,3 +63,8 @@ def write_picture(path, seed=0, size=(32, 32)):
 def python_environment(**more):
     """For a subprocess: one thread, and the packages that this process sees."""
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)} | more
+
+
+def picture(path, caption="a cat", size=(32, 32)):
+    """A training picture made of a file."""
+    return data.Picture(data.cover(data.read_image(path), size), caption, size)

@@ -1,7 +1,7 @@
 """The kinds of pipeline that can be personalised: one file and one class for each.
 
 A family wraps a pipeline and says what differs between kinds: how text and pictures are encoded, what the loss is, how a
-picture is drawn, and which layers an adapter goes to by default. `StableDiffusion` is the pattern to follow.
+picture is drawn, and which layers an adapter goes to by default. `base.Family` says what all have in common.
 """
 
 from pathlib import Path
@@ -9,10 +9,14 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download
 
 from .. import UserError, read_json
-from .stable_diffusion import StableDiffusion
+from .flux import Flux, Flux2Klein
+from .omnigen import OmniGen
+from .stable_diffusion import StableDiffusion, StableDiffusionXL
+from .stable_diffusion_3 import StableDiffusion3
 
 INDEX = "model_index.json"
-FAMILIES = {name: family for family in (StableDiffusion,) for name in family.pipeline_classes}
+KINDS = (StableDiffusion, StableDiffusionXL, StableDiffusion3, Flux, Flux2Klein, OmniGen)
+FAMILIES = {name: family for family in KINDS for name in family.pipeline_classes}
 
 
 def _locate(name):
@@ -45,7 +49,8 @@ def _index(source):
 
 
 def load_family(name, dtype):
-    """Loads the base model `name` (`toyworld`, a folder or a hub id) with its big parts in `dtype`, and returns its family.
+    """Loads the base model `name` (`toyworld`, a folder or a hub id) with its big parts in `dtype` (None: the half precision
+    that it was made for), and returns its family.
 
     UserError if there is no such model or its pipeline class is not supported.
     """
@@ -59,4 +64,6 @@ def load_family(name, dtype):
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind not in FAMILIES:
         raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
-    return FAMILIES[kind].load(source, dtype)
+    # such as SD 3's T5, which diffusers must be told of
+    missing = {name: None for name, what in index.items() if what == [None, None]}
+    return FAMILIES[kind].load(source, dtype or FAMILIES[kind].half, **missing)

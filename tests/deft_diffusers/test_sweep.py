@@ -1,0 +1,144 @@
+"""Subjects x methods x ranks: found in the layouts of the data sets, each trained once, whatever fails or is stopped."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from deft_diffusers import UserError
+from deft_diffusers.cli import main
+from deft_diffusers.options import SweepOptions
+from deft_diffusers.sweep import CLAIM, find_subjects, read_plan, sweep, table
+from tiny_pipeline import python_environment, write_picture
+
+
+@pytest.fixture
+def dreambooth(tmp_path):
+    folder = tmp_path / "dataset"
+    for name, count in (("dog2", 2), ("vase", 1)):
+        (folder / name).mkdir(parents=True)
+        for k in range(count):
+            write_picture(folder / name / f"{k:02d}.png", k)
+    (folder / "prompts_and_classes.txt").write_text("Classes\nsubject_name,class\ndog2,dog\n\nPrompts\n'a {0} {1}'\n")
+    return folder
+
+
+@pytest.fixture
+def options(tiny, dreambooth, tmp_path):
+    def make(**changes):
+        plan = tmp_path / "plan.yaml"
+        defaults = {"train": {"max_train_steps": 2, "resolution": 32}, "ranks": [2]}
+        plan.write_text(json.dumps(defaults | changes.pop("plan", {})))  # JSON is YAML
+        own = {"pretrained_model_name_or_path": str(tiny), "subjects": str(dreambooth), "output_dir": str(tmp_path / "runs")}
+        return SweepOptions(plan=str(plan), **own | changes)
+
+    return make
+
+
+def statuses(root):
+    lines = (root / "sweep.md").read_text().splitlines()[2:]
+    return dict(re.match(r"\| (\S+) \| (\w+) ", line).groups() for line in lines)
+
+
+def test_subjects_of_dreambooth(dreambooth):
+    dog, vase = find_subjects(dreambooth, "xyz")
+    assert (dog.name, dog.instance_prompt, dog.class_name) == ("dog2", "a photo of xyz dog", "dog")
+    assert (vase.name, vase.class_name) == ("vase", "vase")  # not listed: by its name
+    assert dog.instance_data_dir == str(dreambooth / "dog2")
+
+
+def test_subjects_of_dreambench_plus(tmp_path):
+    for kind, number, name in (("live_subject/animal", "00", "kitten"), ("object", "07", "tea pot")):
+        for part, suffix in (("images", "png"), ("captions", "txt")):
+            (tmp_path / part / kind).mkdir(parents=True)
+            file = tmp_path / part / kind / f"{number}.{suffix}"
+            write_picture(file, 1) if suffix == "png" else file.write_text(f"{name}\na {name} on the beach\n")
+    kitten, pot = find_subjects(tmp_path)
+    assert (kitten.name, kitten.instance_prompt) == ("live_subject_animal_00_kitten", "a photo of sks kitten")
+    assert (pot.name, pot.class_name) == ("object_07_tea_pot", "tea pot")
+    (tmp_path / "captions" / "object" / "07.txt").write_text("\n")
+    with pytest.raises(UserError, match=r"07\.txt does not name its subject"):
+        find_subjects(tmp_path)
+
+
+def test_every_job_once_whatever_fails(options, tmp_path, dreambooth, capsys):
+    (dreambooth / "vase" / "00.png").write_bytes(b"broken")
+    o, root = options(method=["lora", "svdiff"], rank=[1]), tmp_path / "runs"
+    with pytest.raises(UserError, match=r"2 of 4 jobs failed: see .*sweep\.md"):
+        sweep(o)
+    expected = {f"dog2/{m}-seed0": "done" for m in ("lora-r1", "svdiff")}
+    expected |= {name.replace("dog2", "vase"): "failed" for name in expected}
+    assert statuses(root) == expected
+    assert "cannot read the picture" in (root / "sweep.md").read_text()
+    done = root / "dog2" / "lora-r1-seed0"
+    assert (done / "adapter_model.safetensors").is_file() and "training" in (done / "output.txt").read_text()
+    settings = json.loads((done / "training_args.json").read_text())
+    assert (settings["instance_prompt"], settings["rank"], settings["max_train_steps"]) == ("a photo of sks dog", 1, 2)
+    stamp = (done / "job.json").stat().st_mtime_ns
+
+    write_picture(dreambooth / "vase" / "00.png", 3)
+    assert sweep(o) == 0
+    assert set(statuses(root).values()) == {"done"} and (done / "job.json").stat().st_mtime_ns == stamp
+    assert "| vase/svdiff-seed0 | done |" in capsys.readouterr().out
+    assert not list(root.rglob(CLAIM))
+
+
+def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path):
+    o = options(method=["lora"], plan={"train": {"max_train_steps": 4, "checkpointing_steps": 2}})
+    root = tmp_path / "runs"
+    _, jobs, _ = read_plan(o)
+    sweep(o)
+    whole = [json.loads(line)["loss"] for line in (root / "dog2/lora-r2-seed0/loss.jsonl").read_text().splitlines()]
+    folder = root / jobs[0].name
+    for name in ("job.json", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    subprocess.run(["rm", "-r", str(folder / "checkpoint-4")], check=True)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (folder / CLAIM).write_text(f"{os.uname().nodename} {gone.pid}")  # of a process that is no more
+    (root / jobs[1].name / CLAIM).write_text(f"elsewhere {os.getpid()}")
+    (root / jobs[1].name / "job.json").unlink()
+    sweep(o)
+    assert "from step 2 to 4" in (folder / "output.txt").read_text()
+    assert [json.loads(line)["loss"] for line in (folder / "loss.jsonl").read_text().splitlines()] == whole
+    assert statuses(root) == {jobs[0].name: "done", jobs[1].name: "waiting"}  # another machine has that one
+    assert "waiting" in table(root, jobs)
+
+
+def test_processes_of_a_launcher_share_the_jobs(options, tmp_path, dreambooth):
+    o = options(method=["lora"])
+    (dreambooth / "vase" / "00.png").write_bytes(b"broken")
+    words = [sys.executable, "-m", "deft_diffusers", "sweep", *(f"--{k}={v}" for k, v in vars(o).items()
+             if v and not isinstance(v, list)), "--method=lora"]  # fmt: skip
+    environment = python_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    ranks = [subprocess.Popen(words, env=environment | {"RANK": str(k), "LOCAL_RANK": str(k)}) for k in range(2)]
+    assert [p.wait(timeout=300) for p in ranks] == [0, 0]
+    root = tmp_path / "runs"
+    assert statuses(root) == {"dog2/lora-r2-seed0": "done", "vase/lora-r2-seed0": "failed"}
+    assert "training" in (root / "dog2/lora-r2-seed0/output.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"plan": {"subject": "x"}}, "unknown subject; expected"),
+        ({"plan": {"train": {"ranks": 3}}}, "`train` has unknown ranks"),
+        ({"plan": {"ranks": ["four"]}}, "expected a list of numbers"),
+        ({"plan": {"methods": ["dora"]}}, "unknown method dora"),
+        ({"subjects": "nowhere"}, "no such folder of subjects"),
+        ({"subjects": None}, "which subjects?"),
+        ({"pretrained_model_name_or_path": None}, "which base model?"),
+        ({"subjects": None, "plan": {"subjects": {"cat": {"instance_data_dir": "x"}}}}, "subject cat: expected"),
+    ],
+)
+def test_plans_that_cannot_be(changes, message, options):
+    with pytest.raises(UserError, match=re.escape(message)):
+        sweep(options(**changes))
+
+
+def test_on_the_command_line(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert main(["sweep", "--plan", str(tmp_path / "bad.yaml"), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "is no YAML" in capsys.readouterr().err
