@@ -1,4 +1,4 @@
-"""Personalises text-to-image pipelines with DEFT adapters: `deft train`, `deft sample`, `deft demo`.
+"""Personalises text-to-image pipelines with DEFT adapters: `deft train`, `sweep`, `sample`, `convert`, `demo`.
 
 Importing this package is cheap; torch and diffusers are imported by the modules that need them.
 """
