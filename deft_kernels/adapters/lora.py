@@ -419,8 +419,8 @@ def import_lora(
         biases: listed), wrong shapes, values that are not finite. The model is then as it was.
         Warns where the file's fingerprint is another base's.
     """
-    loaded = together(read_lora(model, locate(file, weight_name=weight_name)))
-    return attach_adapter(as_model(model), loaded, adapter_name, trainable, activate)
+    found, model = read_lora(model, locate(file, weight_name=weight_name)), as_model(model)
+    return attach_adapter(model, together(model, found), adapter_name, trainable, activate)
 
 
 def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:

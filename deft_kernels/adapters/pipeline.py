@@ -204,13 +204,13 @@ def read(target, path: Path, any_base: bool = False) -> Adapter:
     if not found:
         folders = f", or a folder for a part ({', '.join(parts)})" if isinstance(model, Parts) else ""
         raise FileNotFoundError(f"{path} has none of {', '.join(FOUND)}{folders}; weight_name= tells another file's name")
-    return together(found)
+    return together(model, found)
 
 
-def together(found: dict[str, Adapter]) -> Adapter:
-    """The adapters of a pipeline's parts as one for its `as_model`; that of the part "" as it is."""
-    if "" in found:
-        return found[""]
+def together(model: nn.Module, found: dict[str, Adapter]) -> Adapter:
+    """What was read for the parts of `as_model`'s model, as one adapter."""
+    if not isinstance(model, Parts):
+        return next(iter(found.values()))
     return Adapter(
         {f"{part}.{name}": adapter.config for part, adapter in found.items() for name in adapter.tensors},
         {f"{part}.{name}": roles for part, adapter in found.items() for name, roles in adapter.tensors.items()},
