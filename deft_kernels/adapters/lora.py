@@ -70,7 +70,7 @@ def export_lora(
     prefix: str | None = None,
 ) -> dict[str, float]:
     """Write adapters as one LoRA, exactly: gate, alpha and strength are part of the factors, and alpha is the rank
-    (in a Kohya file of ranks that differ, the commonest of them).
+    (in a Kohya file for a UNet or a text encoder whose layers differ in rank the commonest of them: alpha / r is then in B).
 
     The factors are taken from the pristine weights, merged or not. With DEFT and PaRa they depend on them: the file carries
     the fingerprint of its base.

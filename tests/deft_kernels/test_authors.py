@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -153,6 +154,18 @@ def test_a_basis_that_was_fixed_before_P_moved(tmp_path):
     with pytest.warns(UserWarning, match="Q_P_cached, which these layers sample with, are not those of their P"):
         dk.import_reference(model, written(tmp_path, layers))
     assert_weights(model, layers)
+
+
+@pytest.mark.parametrize("away, replaced", [(2**-8, False), (2**-6, True)])
+def test_how_far_a_cached_basis_may_be_from_that_of_P(tmp_path, away, replaced):
+    """Bases of one size rounded to bfloat16 are 2^-9 apart at most."""
+    layers = {"x": injected(torch.randn(8, 8), fixed=True)}
+    layers["x"][0]["Q_P_cached"][0, 0] += away
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapter = read_reference(written(tmp_path, layers))[""]
+    assert bool(told) == replaced and adapter.config.decomposition_method == ("none" if replaced else "qr")
+    assert [w.filename for w in told] == [__file__] * replaced
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,7 +14,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from common import CONFIGS, small_model
+from common import CONFIGS, Opaque, small_model
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
@@ -531,18 +531,18 @@ def test_values_that_are_not_finite_are_not_exported(tmp_path):
         dk.export_lora(seeded_model(), tmp_path / "x", format="peft")
 
 
-def test_a_layer_known_by_its_output_alone(tmp_path):
+@pytest.mark.parametrize("para", [False, True])
+def test_a_layer_known_by_its_output_alone(tmp_path, para):
     """A quantised layer's stand-in: K^T W comes from the layer itself."""
-    from common import Opaque
-
     torch.manual_seed(0)
     base = Opaque(6, 5)
     model = torch.nn.Sequential(base)
-    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=["0"], init_weights=False))
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=["0"], init_weights=False, para=para))
     x = torch.randn(3, 6)
     dk.export_lora(model, tmp_path, format="peft")
     plain = torch.nn.Sequential(torch.nn.Linear(6, 5))
     plain[0].load_state_dict(base.state_dict())
+    assert (plain(x) - model(x)).abs().max() > 0.01
     dk.import_lora(plain, tmp_path)
     torch.testing.assert_close(plain(x), model(x), **CLOSE)
 
