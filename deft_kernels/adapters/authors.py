@@ -8,15 +8,16 @@ tensors and plain values, or refused: nothing in them is executed.
 | `para_rank_state.bin` | `<module>.B .B_dense .sparse_mask` | W - M W, M by `decomposition_method` |
 
 project_replace, residual_projection: W - B K^T W + sigmoid(gate) B R_new, B and K from P by `qr` or `svd`; the string
-'None' is relu here, and no method at all (null) is none.  additive_update: LoRA, W + (lora_alpha / r) sigmoid(gate) lora_A
-lora_B, lora_A being (m, r).  lorapara: PaRa of P and that LoRA at once, two adapters here.
+'None' is relu here (their deft/injection.py, which raises for null, as is done here).  additive_update: LoRA, W +
+(lora_alpha / r) sigmoid(gate) lora_A lora_B, lora_A being (m, r).  lorapara: PaRa of P and that LoRA at once, two adapters
+here.
 PaRa: qr: M = Q Q^T; tsvd, lrmf: M = U S U^T of B = U S V^T; eigen: the r leading terms of B B^T. All but qr are P P^T of a P
 that is made here.
 """
 
-import math
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..config import DeftConfig, LoraConfig
-from .files import FLOATS, Adapter, attach_all, checked, read_json, some
-from .inject import adaptable, outer_modules, set_adapters, wrap
+from .files import FLOATS, Adapter, attach_adapter, checked, read_json, some, warn
+from .inject import adaptable, adapted_layers, outer_modules, set_adapters, wrap
 from .pipeline import components
 
 STATES = {
@@ -37,7 +38,7 @@ STATES = {
 DEFT_KEYS = {"P", "R_new", "gate", "Q_P_cached", "lora_A", "lora_B"}
 PARA_KEYS = {"B", "B_dense", "sparse_mask"}
 PREFIXES = ("module.", "base_model.model.", "unet.", "transformer.")  # of models that were wrapped when they were saved
-DECOMPOSITION = {"qr": "qr", "svd": "svd", "None": "relu", None: "none"}
+DECOMPOSITION = {"qr": "qr", "svd": "svd", "None": "relu"}
 SDXL_ALPHA = 8.0  # the default of that code's layers, which its files do not record
 EIGEN_RIDGE = 1e-6  # added to B B^T there
 
@@ -58,6 +59,7 @@ def import_reference(
         adapter_name: without dots. `lorapara` becomes two, `<name>-para` and `<name>-lora`, both active.
         decomposition_method: "qr", "svd", "relu" or "none", where the files do not tell or tell wrongly; the SDXL runs'
             files do not: they are taken for "none" as their code has it, and for "qr" where nothing is injected (PaRa).
+            It does not apply to LoRA (additive_update), nor to PaRa by another decomposition than qr.
         trainable: whether its parameters require grad.
 
     Returns the names of the adapted layers.
@@ -68,21 +70,28 @@ def import_reference(
         model is then as it was.
     """
     part = next(iter(components(model).values()))
-    read = read_reference(path, decomposition_method)
-    jobs = [(part, _fitted(path, adapter, part), adapter_name + suffix) for suffix, adapter in read.items()]
-    attached = attach_all(jobs, trainable)
-    set_adapters(part, [name for _, _, name in jobs])
+    read = read_reference(path, decomposition_method, outer_modules(part))
+    fitted = {adapter_name + suffix: _fitted(path, adapter, part) for suffix, adapter in read.items()}
+    for layer in adapted_layers(part).values():
+        if taken := [name for name in fitted if name in layer.configs]:  # before the first of two is attached
+            raise ValueError(f"the model has an adapter named {taken[0]!r} already: choose another name or delete it")
+    attached = [attach_adapter(part, adapter, name, trainable) for name, adapter in fitted.items()]
+    set_adapters(part, list(fitted))
     return list(dict.fromkeys(name for names in attached for name in names))
 
 
-def read_reference(path: str | os.PathLike, decomposition_method: str | None = None) -> dict[str, Adapter]:
+def read_reference(path: str | os.PathLike, decomposition_method: str | None = None, known=()) -> dict[str, Adapter]:
     """Read the authors' files with no model at hand: {suffix of the adapter's name: adapter}, the suffix being empty but
-    for `lorapara`. Names of layers are those of the authors' model."""
+    for `lorapara`. Names of layers are those of the authors' model, without the prefix of a wrapped one where the name is
+    none of those `known`."""
+    if decomposition_method is not None and decomposition_method not in reference.DECOMPOSITIONS:
+        expected = ", ".join(reference.DECOMPOSITIONS)
+        raise ValueError(f"decomposition_method is {decomposition_method!r}, expected one of {expected}, or None")
     file = _find(Path(path))
-    layers = _by_layer(file, _unpickled(file))
+    layers = _layers(file, _unpickled(file))
     sdxl = any(name.endswith(".lora_layer") for name in layers)
     configs = _layer_configs(file)
-    layers, configs = _plainly_named(file, layers), _plainly_named(file, configs)
+    layers, configs = _plainly_named(file, layers, known), _plainly_named(file, configs, known)
     absent = [name for name in layers if configs and name not in configs] + [name for name in configs if name not in layers]
     if absent:
         raise ValueError(f"{file}: {len(absent)} layers are in the tensors or in the configuration alone: {some(absent)}")
@@ -95,8 +104,8 @@ def read_reference(path: str | os.PathLike, decomposition_method: str | None = N
 
 
 def is_reference(path: Path) -> bool:
-    """Whether these look like the authors' files."""
-    return path.name in STATES if path.is_file() else any((path / name).is_file() for name in STATES)
+    """Whether these look like the authors' files: no one else's adapters are pickles."""
+    return path.suffix in (".bin", ".pt") if path.is_file() else any((path / name).is_file() for name in STATES)
 
 
 def _find(path: Path) -> Path:
@@ -124,7 +133,7 @@ def _unpickled(file: Path):
         ) from None
 
 
-def _by_layer(file: Path, state) -> dict[str, dict[str, Tensor]]:
+def _layers(file: Path, state) -> dict[str, dict[str, Tensor]]:
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{file} holds a {type(state).__name__}, expected a dictionary of tensors")
     layers: dict[str, dict[str, Tensor]] = {}
@@ -149,13 +158,13 @@ def _by_layer(file: Path, state) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _plainly_named(file: Path, layers: dict[str, dict]) -> dict[str, dict]:
+def _plainly_named(file: Path, layers: dict[str, dict], known) -> dict[str, dict]:
     """The same by the layers' names in the model itself."""
     named = {}
     for name, value in layers.items():
         plain = name.removesuffix(".lora_layer")
         for prefix in PREFIXES:
-            plain = plain.removeprefix(prefix)
+            plain = plain if plain in known else plain.removeprefix(prefix)
         if plain in named:
             raise ValueError(f"{file}: {plain} is there twice, the second time as {name}")
         named[plain] = value
@@ -198,19 +207,24 @@ def _switch(file: Path, configs: dict[str, dict], key: str) -> bool:
     return value
 
 
-def _number(file: Path, key: str, value, default: float) -> float:
+def _option(file: Path, key: str, value, default: float) -> float:
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
         raise ValueError(f"{file}: {key} is {value!r}, expected a finite number")
-    return value
+    return float(value)
 
 
-def _rank(file: Path, tensors: dict[str, dict[str, Tensor]], role: str, dim: int) -> int:
+def _rank(file: Path, tensors: dict[str, dict[str, Tensor]], role: str, inner: str | None = None) -> int:
+    """The rank that all layers have: the width of `role` (m, r), and the height of `inner` (r, n)."""
     for name, roles in tensors.items():
-        if role not in roles or roles[role].dim() != 2 or not roles[role].numel():
-            shape = tuple(roles[role].shape) if role in roles else "missing"
-            raise ValueError(f"{file}: {role} of {name} is {shape}, expected a matrix")
-    ranks = {roles[role].shape[dim] for roles in tensors.values()}
+        for which in filter(None, (role, inner)):
+            if which not in roles or roles[which].dim() != 2 or not roles[which].numel():
+                shape = tuple(roles[which].shape) if which in roles else "missing"
+                raise ValueError(f"{file}: {which} of {name} is {shape}, expected a matrix")
+        if inner and roles[inner].shape[0] != roles[role].shape[1]:
+            seen, (m, r) = tuple(roles[inner].shape), roles[role].shape
+            raise ValueError(f"{file}: {inner} of {name} is {seen}, expected ({r}, n), as {role} is ({m}, {r})")
+    ranks = {roles[role].shape[1] for roles in tensors.values()}
     if len(ranks) > 1:
         raise ValueError(f"{file}: layers differ in rank, {sorted(ranks)}: one adapter has one")
     return ranks.pop()
@@ -223,10 +237,10 @@ def _deft(file: Path, layers, configs, chosen: str | None, sdxl: bool) -> dict[s
     gated = _switch(file, configs, "use_gating")
     if configs:
         method = _one(file, configs, "injection_method")
-        dropout = _number(file, "lora_dropout", _one(file, configs, "lora_dropout"), 0.0)
-        init_scale = _number(file, "init_scale", _one(file, configs, "init_scale"), 1.0)
-        alpha = _number(file, "lora_alpha", _one(file, configs, "lora_alpha"), SDXL_ALPHA)
-        decomposition = _decomposition(file, _one(file, configs, "decomposition_method")) if chosen is None else chosen
+        dropout = _option(file, "lora_dropout", _one(file, configs, "lora_dropout"), 0.0)
+        init_scale = _option(file, "init_scale", _one(file, configs, "init_scale"), 1.0)
+        alpha = _option(file, "lora_alpha", _one(file, configs, "lora_alpha"), SDXL_ALPHA)
+        decomposition = chosen
     elif sdxl or chosen is not None:
         method = "additive_update" if all("lora_A" in t for t in layers.values()) else "residual_projection"
         dropout, init_scale, alpha = 0.0, 1.0, SDXL_ALPHA
@@ -236,6 +250,8 @@ def _deft(file: Path, layers, configs, chosen: str | None, sdxl: bool) -> dict[s
     else:
         missing = file.parent / "knowledge_injection_config.json"
         raise FileNotFoundError(f"{missing} (or .bin) is missing: give decomposition_method to do without")
+    if method == "additive_update" and chosen is not None:
+        raise ValueError(f"{file}: decomposition_method does not apply to additive_update, which is LoRA: leave it out")
     if method in ("additive_update", "lorapara"):
         lora = _additive(file, layers, alpha, dropout, gated)
         if method == "additive_update":
@@ -246,24 +262,28 @@ def _deft(file: Path, layers, configs, chosen: str | None, sdxl: bool) -> dict[s
             f"{file}: unknown injection_method {method!r}: expected project_replace, residual_projection, additive_update "
             "or lorapara"
         )
-    r = _rank(file, layers, "P", 1)
+    if decomposition is None:
+        decomposition = _decomposition(file, _one(file, configs, "decomposition_method"))
     para = method == "lorapara" or (sdxl and not any("R_new" in t for t in layers.values()))
+    r = _rank(file, layers, "P", None if para else "R_new")
     fixed = bool(configs) and not _switch(file, configs, "compute_svd_each_forward")
     bases, decomposition = _bases(file, layers, decomposition, fixed)
     tensors = {}
     for name, roles in layers.items():
         tensors[name] = {"P": bases[name]}
         if not para:
-            tensors[name] |= {"R": roles["R_new"]} if "R_new" in roles else {}
-            tensors[name] |= {"gate": roles["gate"].reshape(())} if gated and _is_scalar(roles.get("gate")) else {}
+            tensors[name]["R"] = roles["R_new"]
+            tensors[name] |= {"gate": _gate(file, name, roles)} if gated else {}
     config = _config(file, r=r, decomposition_method=decomposition, para=para, gate=gated and not para,
                      dropout=dropout, init_scale=init_scale, init_weights=False)  # fmt: skip
     deft = Adapter(config, tensors)
     return {"-para": deft, "-lora": lora} if method == "lorapara" else {"": deft}
 
 
-def _is_scalar(gate: Tensor | None) -> bool:
-    return gate is not None and gate.numel() == 1
+def _gate(file: Path, name: str, roles: dict[str, Tensor]) -> Tensor:
+    if "gate" not in roles or roles["gate"].numel() != 1:
+        raise ValueError(f"{file}: the gate of {name} is missing or no single number")
+    return roles["gate"].reshape(())
 
 
 def _config(file: Path, kind=DeftConfig, **options) -> DeftConfig:
@@ -274,8 +294,11 @@ def _config(file: Path, kind=DeftConfig, **options) -> DeftConfig:
 
 
 def _decomposition(file: Path, method) -> str:
-    if not (method is None or isinstance(method, str)) or method not in DECOMPOSITION:
-        raise ValueError(f"{file}: unknown decomposition_method {method!r}: expected qr, svd, 'None' or null")
+    if not isinstance(method, str) or method not in DECOMPOSITION:
+        raise ValueError(
+            f"{file}: unknown decomposition_method {method!r}: expected 'qr', 'svd' or 'None'; where you know it, give "
+            "decomposition_method"
+        )
     return DECOMPOSITION[method]
 
 
@@ -294,24 +317,19 @@ def _bases(file: Path, layers, decomposition: str, fixed: bool) -> tuple[dict[st
     # rounding of a basis that was cached in half precision, and far below a column that is turned or another one's
     if all(torch.allclose(own[name], Q, rtol=0, atol=2**-7) for name, Q in cached.items()):
         return P, decomposition
-    warnings.warn(
+    warn(
         f"{file}: the bases in Q_P_cached, which these layers sample with, are not those of their P: P is replaced by them, "
-        "and decomposition_method by 'none'",
-        stacklevel=5,
+        "and decomposition_method by 'none'"
     )
     return own | cached, "none"
 
 
 def _additive(file: Path, layers, alpha: float, dropout: float, gated: bool) -> Adapter:
-    r = _rank(file, layers, "lora_A", 1)
+    r = _rank(file, layers, "lora_A", "lora_B")
     tensors = {}
     for name, roles in layers.items():
-        scale = 1.0
-        if gated:
-            if not _is_scalar(roles.get("gate")):
-                raise ValueError(f"{file}: the gate of {name} is missing or no single number")
-            scale = torch.sigmoid(roles["gate"].reshape(()))
-        tensors[name] = {"P": roles["lora_A"] * scale} | ({"R": roles["lora_B"]} if "lora_B" in roles else {})
+        scale = torch.sigmoid(_gate(file, name, roles)) if gated else 1.0
+        tensors[name] = {"P": roles["lora_A"] * scale, "R": roles["lora_B"]}
     return Adapter(_config(file, LoraConfig, r=r, alpha=alpha, dropout=dropout), tensors)
 
 
@@ -330,9 +348,12 @@ def _para(file: Path, layers, configs, chosen: str | None) -> Adapter:
         methods[name] = "tsvd" if config.get("truncated_svd") is True else config.get("decomposition_method", "qr")
     decomposition = chosen or "qr"
     if any(method != "qr" for method in methods.values()):
+        if chosen is not None:
+            other = next(f"{method!r} ({name})" for name, method in methods.items() if method != "qr")
+            raise ValueError(f"{file}: decomposition_method does not apply: this is PaRa by {other}: leave it out")
         P = {name: _para_basis(file, name, B, methods[name], configs[name]) for name, B in P.items()}
         decomposition = "none"
-    r = _rank(file, {name: {"P": p} for name, p in P.items()}, "P", 1)
+    r = _rank(file, {name: {"P": p} for name, p in P.items()}, "P")
     config = _config(file, r=r, decomposition_method=decomposition, para=True, init_weights=False)
     return Adapter(config, {name: {"P": p} for name, p in P.items()})
 
@@ -353,7 +374,7 @@ def _para_basis(file: Path, name: str, B: Tensor, method, config: dict) -> Tenso
         beyond = EIGEN_RIDGE * (B.shape[0] - len(S))
     keep = len(S)
     if config.get("adaptive_rank") is True:
-        threshold = _number(file, "variance_threshold", config.get("variance_threshold"), 0.95)
+        threshold = _option(file, "variance_threshold", config.get("variance_threshold"), 0.95)
         share = torch.cumsum(variance, 0) / (variance.sum() + beyond)
         keep = int((share < threshold).sum()) + 1
     S = torch.where(torch.arange(len(S)) < keep, S, torch.zeros(()))

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -21,10 +22,7 @@ from ..nn.layers import DeftConv2d
 from ..nn.quantised import quantised
 from .inject import (
     adaptable,
-    adapted_layers,
     attach,
-    delete_adapter,
-    eject,
     match_targets,
     outer_modules,
     require_layers,
@@ -52,6 +50,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.flo
 INITIALISATIONS = (True, False, "gaussian", None)  # of a LoRA; the others change the base weights as well
 OTHER_BASE = 0.005  # relative distance of fingerprints; half-precision copies of one base differ by 0.001
 OTHER_QUANTISATION = 0.25  # of one base quantised in two ways: nf4 is 0.09 away from what it was made of
+LARGEST = 2.0**60  # of a value in an adapter, its scale included: products of two, summed, stay finite in float32
 SKETCHED, SAMPLED = 16, 16  # layers of a fingerprint, and weights of each
 
 
@@ -129,28 +128,6 @@ def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = 
     return attach(model, loaded.config, adapter_name, list(loaded.tensors), loaded.tensors, trainable, activate)
 
 
-def attach_all(jobs: list[tuple[nn.Module, Adapter, str]], trainable: bool = False, activate: bool = True):
-    """`attach_adapter` for several (model, adapter, name): all of them, or, where one fails, none, with what was active
-    before active again. Returns the names of the layers of each."""
-    before = [(model, {k: dict(v.strengths) for k, v in adapted_layers(model).items()}) for model, _, _ in jobs]
-    names, done = [], []
-    try:
-        for model, adapter, name in jobs:
-            names.append(attach_adapter(model, adapter, name, trainable, activate))
-            done.append((model, name))
-    except BaseException:
-        for model, name in done:
-            delete_adapter(model, name)
-        for model, strengths in before:
-            layers = adapted_layers(model)
-            if layers and not strengths:
-                eject(model)
-            for key, layer in layers.items():
-                layer.set_adapters(strengths.get(key, {}))
-        raise
-    return names
-
-
 def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False, part: str = "") -> Adapter:
     """Read an adapter and check everything about it against the model, which is not touched; `part` is the prefix of its
     keys in a pipeline's file."""
@@ -196,6 +173,16 @@ def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: st
             if not torch.isfinite(t.float()).all():
                 raise ValueError(f"{file}: {role} of {name} has values that are not finite")
     lora = isinstance(config, LoraConfig)
+    for name, roles in tensors.items():
+        r = roles["P"].shape[1]
+        scale = alphas[name] / r if lora else config.scale(r)
+        for role, t in roles.items():
+            largest = float(t.float().abs().max()) * (abs(scale) if role == ("P" if lora else "R") else 1.0)
+            if not largest < LARGEST:
+                raise ValueError(
+                    f"{file}: {role} of {name} has values of up to {largest:.3g} (alpha / r is {scale:.3g}), expected below "
+                    f"{LARGEST:.3g}: their products overflow"
+                )
     _check_base(file, fingerprint, {k: modules[k] for k in tensors}, any_base or lora)
     if lora:
         one = next(iter(alphas.values()))
@@ -208,16 +195,17 @@ def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: st
     return Adapter(config, tensors)
 
 
-def read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file; without `tensors`, the metadata alone. Errors name the file."""
+def read_safetensors(file: Path, tensors: bool = True) -> tuple[dict[str, Tensor | None], dict[str, str]]:
+    """Tensors and metadata of a file; without `tensors`, None in their place. Errors name the file."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: expected a folder with {WEIGHTS_NAME}, or a safetensors file")
     try:
         with safe_open(file, "pt") as opened:  # memory-mapped
-            keys = opened.keys() if tensors else ()
-            return {key: opened.get_tensor(key) for key in keys}, dict(opened.metadata() or {})
+            keys = opened.keys()
+            state = {key: opened.get_tensor(key) if tensors else None for key in keys}
+            return state, dict(opened.metadata() or {})
     except (SafetensorError, ValueError, OSError) as error:
         raise ValueError(f"{file} is not a readable safetensors file (truncated or corrupt?): {error}") from None
 
@@ -290,7 +278,9 @@ def _check_shapes(file: Path, tensors, modules, config: DeftConfig, ranks: dict[
         m, n = wrap(name, modules[name]).shape
         r = ranks[name] if isinstance(config, LoraConfig) else min(ranks[name], m)
         for role, expected in (("P", (m, r)), ("R", (r, n)), ("gate", ())):
-            if role in found and tuple(found[role].shape) != expected:
+            if role != "gate" and r < 1:
+                wrong.append(f"{name} ({role}: of rank {r}, expected at least 1)")
+            elif role in found and tuple(found[role].shape) != expected:
                 wrong.append(f"{name} ({role}: {tuple(found[role].shape)}, expected {expected})")
     for what, names in (("are missing", missing), ("are extra", extra), ("have wrong shapes", wrong)):
         if names:
@@ -485,10 +475,9 @@ def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], 
     if distance <= OTHER_BASE:
         return
     if kinds[0] != kinds[1] and distance <= OTHER_QUANTISATION:
-        warnings.warn(
+        warn(
             f"{file}: this adapter was made for {kinds[0]} base weights, and these are {kinds[1]}, which differ by "
-            f"{distance:.1%}: by their rounding, if they are of one base",
-            stacklevel=5,
+            f"{distance:.1%}: by their rounding, if they are of one base"
         )
         return
     name, *both = max(pairs, key=lambda pair: float((pair[1][1] - pair[2][1]).norm()))
@@ -498,8 +487,19 @@ def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], 
         f"{first[0]} in the file's fingerprint and with {first[1]} here)"
     )
     if not any_base:  # a distance that is not a number comes here too
-        raise ValueError(f"{message}; load_adapter(..., any_base=True) loads it all the same")
-    warnings.warn(message, stacklevel=5)
+        raise ValueError(
+            f"{message}; give the base that it was made for (in Python, load_adapter(..., any_base=True) takes this one too)"
+        )
+    warn(message)
+
+
+def warn(message: str) -> None:
+    """A warning that points at the line outside of this library, and of torch's decorators, that has led here."""
+    inside = (__name__.partition(".")[0], "torch")
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in inside:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def replace_file(path: Path, content: bytes) -> None:

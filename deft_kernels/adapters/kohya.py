@@ -61,8 +61,8 @@ _OUTSIDE = {
 _BLOCK = re.compile(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 
-def _latent_diffusion(name: str, per_block: int) -> str | None:
-    """A UNet layer's name in latent-diffusion; None for one that has none there."""
+def _latent_diffusion(name: str, per_block: int, names) -> str | None:
+    """The name in latent-diffusion of one of a UNet's layers `names`; None for one that has none there."""
     found = _BLOCK.fullmatch(name)
     if found is None:
         return _OUTSIDE.get(name)
@@ -77,7 +77,8 @@ def _latent_diffusion(name: str, per_block: int) -> str | None:
     if kind == "downsamplers":
         return f"input_blocks.{first + per_block + 1}.0.op"
     if kind == "upsamplers":
-        return f"output_blocks.{first + per_block}.2.conv"
+        after = any(n.startswith(f"up_blocks.{block}.attentions.") for n in names)
+        return f"output_blocks.{first + per_block}.{1 + after}.conv"
     where = f"input_blocks.{1 + first + k}" if side == "down" else f"output_blocks.{first + k}"
     return f"{where}.{1 if kind == 'attentions' else 0}.{rest}"
 
@@ -92,7 +93,7 @@ def kohya_names(model: nn.Module, names) -> dict[str, tuple[str, ...]] | None:
         return {key: parts for key, parts in entries if all(part in names for part in parts)}
     if "UNet2DCondition" in kind:
         if is_sdxl(model) and isinstance(model.config.layers_per_block, int):
-            pairs = ((_latent_diffusion(name, model.config.layers_per_block), name) for name in names)
+            pairs = ((_latent_diffusion(name, model.config.layers_per_block, names), name) for name in names)
             return {k: (name,) for k, name in pairs if k is not None}
         return {name: (name,) for name in names}
     if kind.startswith("CLIPText"):  # transformers has dropped `text_model` from some of them

@@ -18,9 +18,13 @@ from ..config import DeftConfig, LoraConfig
 from ..nn.layers import DeftLayer
 from .files import (
     CONFIG_NAME,
+    DEFT_ROLES,
+    LORA_ROLES,
+    LORA_WEIGHTS,
     PREFIX,
+    WEIGHTS_NAME,
     Adapter,
-    attach_all,
+    attach_adapter,
     base_fingerprint,
     checked,
     commonest,
@@ -37,14 +41,15 @@ from .files import (
     to_peft,
     write_adapter,
 )
-from .inject import adaptable, adapted_layers, named_weights, outer_modules, require_layers, wrap
+from .hub import locate
+from .inject import adaptable, adapted_layers, check_combination, named_weights, outer_modules, require_layers, wrap
 from .kohya import is_fused, is_sdxl, kohya_names, kohya_prefix
-from .merge import _check_finite, _factors, _spread
-from .pipeline import components
+from .merge import check_finite, factors_of, spread
+from .pipeline import as_model, components, together
 
 FORMATS = ("diffusers", "kohya", "peft")
-LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' default name of a LoRA file
 TEXT = "text_encoder"
+NOTHING = 1e-7  # of ||B||_F ||A||_F: below it, B A is what float32 rounding leaves of adapters that cancel each other
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers keeps PEFT's configurations in a file
 
 
@@ -59,12 +64,13 @@ def export_lora(
     format: str = "diffusers",
     *,
     weights: float | list[float] | None = None,
+    combine: str | None = None,
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     prefix: str | None = None,
 ) -> dict[str, float]:
     """Write adapters as one LoRA, exactly: gate, alpha and strength are part of the factors, and alpha is the rank
-    (in a Kohya file of ranks that differ, the commonest of them).
+    (in a Kohya file for a UNet or a text encoder whose layers differ in rank the commonest of them: alpha / r is then in B).
 
     The factors are taken from the pristine weights, merged or not. With DEFT and PaRa they depend on them: the file carries
     the fingerprint of its base.
@@ -72,11 +78,14 @@ def export_lora(
     Args:
         model: a module, or a diffusers pipeline, of which all adapted parts go into the file.
         file: for "diffusers" and "kohya" a `.safetensors` file, or a folder for `pytorch_lora_weights.safetensors`; for
-            "peft" a folder (with a folder for each part, where several parts of a pipeline are adapted).
-        adapter_name: one adapter, or several for their sum, whose rank is the sum of theirs; None: the active ones.
+            "peft" a folder (of a pipeline, with a folder for each adapted part in it).
+        adapter_name: one adapter, or several for what they are together, whose rank is the sum of theirs; None: the active
+            ones.
         format: "diffusers", for `pipe.load_lora_weights`; "kohya", for that, ComfyUI and Kohya's scripts (Stable Diffusion 1
             and 2, SDXL, SD3 (which diffusers reads in its own format alone), FLUX.1); "peft".
         weights: strengths, any real numbers; None: 1 (or the active strengths, where `adapter_name` is None).
+        combine: how several adapters act together, as `set_adapters` explains; None: "sum", or how the active ones do where
+            `adapter_name` is None.
         rank: truncate every layer's update to this rank, as its singular value decomposition does best, from the factors
             alone. Layers of a lower rank stay as they are.
         dtype: of the tensors in the file: float32, or float16 or bfloat16 for half the size.
@@ -84,12 +93,13 @@ def export_lora(
             its class.
 
     Returns the relative error of every layer's update, ||B A - exact||_F / ||exact||_F: 0 unless `rank` or `dtype` cost
-    something. Errors above 0 are in the file's metadata too.
+    something, and where adapters cancel each other. Errors above 0 are in the file's metadata too.
 
     Raises:
-        ValueError: unknown adapter, format, dtype or rank, values that are not finite, a layer that the format has no name
-        for. TypeError: a layer instead of a model. RuntimeError: a merged layer whose pristine weight cannot be read.
-        Nothing is then written.
+        ValueError: unknown adapter, format, combination, dtype or rank, adapters that cannot act jointly, samples routed to
+        adapters of their own, values that are not finite, a layer that the format has no name for, a `file` of another kind
+        than the format's. TypeError: a layer instead of a model. RuntimeError: a merged layer whose pristine weight cannot
+        be read. Nothing is then written.
     """
     if format not in FORMATS:
         raise ValueError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
@@ -100,24 +110,32 @@ def export_lora(
     file = Path(file)
     if file.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"{file}: LoRA files are written as .safetensors")
+    if format == "peft" and file.suffix == ".safetensors":
+        raise ValueError(f"{file}: format 'peft' is a folder of two files: give a folder's name")
+    if file.suffix != ".safetensors" and file.is_file():
+        raise ValueError(f"{file} is a file: give a folder, or the name of a .safetensors file")
     parts = components(model)
+    if prefix is not None and "" not in parts:
+        raise ValueError(f"prefix={prefix!r} is for a module alone: the parts of a pipeline have names, {', '.join(parts)}")
     exported, made_of = {}, {}
-    for key, layers, chosen in _chosen(parts, adapter_name, weights):
+    for key, layers, chosen, how in _chosen(parts, adapter_name, weights, combine):
         component = key or prefix or ("" if format == "peft" else _component(parts[key]))
         layers = {name: layers[name] for name in chosen}
-        factors = lora_factors(layers, chosen)
+        factors = lora_factors(layers, chosen, how)
         ranks = {name: min(A.shape[0], rank or A.shape[0]) for name, (_, A) in factors.items()}
         # diffusers loses the alphas of a Kohya file's attention layers that are not the commonest: there, one for all
         alphas = dict.fromkeys(ranks, commonest(ranks)) if format == "kohya" and not is_fused(parts[key]) else ranks
         pairs = {name: _stored(name, B, A, rank, dtype, alphas[name]) for name, (B, A) in factors.items()}
         exported[component] = _Export(parts[key], layers, pairs)
-        made_of |= {n: _described(layers[k].configs[n], weight) for k, of in chosen.items() for n, weight in of.items()}
+        for name, strengths in chosen.items():
+            told = {n: _described(layers[name].configs[n], w, how) for n, w in strengths.items()}
+            made_of |= {_dotted(component, n): words for n, words in told.items()}
     errors = {_dotted(c, n): pair.error for c, e in exported.items() for n, pair in e.pairs.items()}
     told = {name: error for name, error in errors.items() if error}
     metadata = {"format": "pt", "deft_kernels": json.dumps({"made_of": made_of, "relative_error": told})}
     if format == "peft":
         for component, e in exported.items():
-            folder = file / component if len(exported) > 1 else file
+            folder = file / component if component in parts else file
             state = {PREFIX + key: t for key, t in _peft_state(e).items()}
             write_adapter(folder, e.config(), state, base_fingerprint(e.layers), metadata)
         return errors
@@ -139,8 +157,9 @@ def export_lora(
     return errors
 
 
-def _described(config: DeftConfig, weight: float) -> str:
-    return f"{'PaRa ' if config.para else ''}{config.method}, rank {config.r}, strength {weight:g}"
+def _described(config: DeftConfig, weight: float, how: str) -> str:
+    together = "" if how == "sum" else f", {how}"
+    return f"{'PaRa ' if config.para else ''}{config.method}, rank {config.r}, strength {weight:g}{together}"
 
 
 class _Pair(NamedTuple):
@@ -165,8 +184,9 @@ class _Export(NamedTuple):
         return to_peft(LoraConfig(r=commonest(ranks)), ranks, base)
 
 
-def _chosen(parts: dict[str, nn.Module], adapter_name, weights):
-    """(part, its adapted layers, {layer: {adapter: strength}}) of every part that has one of the adapters."""
+def _chosen(parts: dict[str, nn.Module], adapter_name, weights, combine: str | None):
+    """(part, its adapted layers, {layer: {adapter: strength}}, how they act together) of every part that has one of the
+    adapters."""
     layers = {key: adapted_layers(part) for key, part in parts.items()}
     held = [key for key in layers if layers[key]]
     if not held:
@@ -176,24 +196,35 @@ def _chosen(parts: dict[str, nn.Module], adapter_name, weights):
     if adapter_name is None:
         if weights is not None:
             raise ValueError("weights belong to adapters that are named; the active ones have strengths of their own")
+        if any(layer.routes is not None for key in held for layer in layers[key].values()):
+            raise ValueError("samples are routed to adapters of their own: name the adapters that are to be exported")
         found = [{name: dict(layer.strengths) for name, layer in layers[key].items() if layer.strengths} for key in held]
     else:
         everywhere = named_weights(adapter_name, weights)
         known = {name for key in held for layer in layers[key].values() for name in layer.configs}
         for name in everywhere.keys() - known:
             require_layers(parts[held[0]], [name])  # tells the names that there are
-        found = [_spread(layers[key], everywhere) for key in held]
+        found = [spread(layers[key], everywhere) for key in held]
     if not any(found):
         raise ValueError("nothing to export: no adapter is active and none was named")
-    return [(key, layers[key], chosen) for key, chosen in zip(held, found) if chosen]
+    chosen = {key: of_part for key, of_part in zip(held, found) if of_part}
+    hows = dict.fromkeys(chosen, combine or "sum")
+    if combine is None and adapter_name is None:
+        hows = {key: layers[key][next(iter(of_part))].combination for key, of_part in chosen.items()}
+    for key, of_part in chosen.items():
+        for name, strengths in of_part.items():
+            check_combination({_dotted(key, name): layers[key][name]}, strengths, hows[key])
+    return [(key, layers[key], of_part, hows[key]) for key, of_part in chosen.items()]
 
 
 @torch.no_grad()
-def lora_factors(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]]) -> dict[str, tuple[Tensor, Tensor]]:
+def lora_factors(
+    layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], combine: str = "sum"
+) -> dict[str, tuple[Tensor, Tensor]]:
     """(B, A) with W' = W + B A, B (m, r) and A (r, n), of `chosen`, {layer: {adapter: strength}}: adapters side by side
     along r, every A from the pristine weight; float32 (float64 for a float64 weight), on the layers' devices."""
-    _check_finite(layers, chosen)
-    B, K, R = _factors(layers, chosen)
+    check_finite(layers, chosen)
+    B, K, R = factors_of(layers, chosen, combine)
     W = [layer.pristine_weight() for layer in layers.values()]
     A = list(R)
     dense = [i for i, (w, k) in enumerate(zip(W, K)) if w is not None and k is not None]
@@ -226,8 +257,10 @@ def _stored(name: str, B: Tensor, A: Tensor, rank: int | None, dtype: torch.dtyp
         raise ValueError(f"{name}: its factors are too large for {dtype}: export in float32 or bfloat16")
     if dtype != kept_B.dtype:
         lost += [(kept_B - out_B.to(B.dtype), kept_A), (out_B.to(B.dtype), kept_A - out_A.to(B.dtype))]
-    error = _norm(lost)
-    return _Pair(out_B.cpu(), out_A.cpu(), alpha, error / _norm([(B, A)]) if error else 0.0)
+    error, size = _norm(lost), _norm([(B, A)])
+    if size <= NOTHING * float(B.double().norm() * A.double().norm()):
+        error = 0.0
+    return _Pair(out_B.cpu(), out_A.cpu(), alpha, error / size if error else 0.0)
 
 
 def truncate(B: Tensor, A: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -340,11 +373,22 @@ def _encoders(parts: dict[str, nn.Module]) -> int:
 # In ------------------------------------------------------------------------------------------------------------------
 
 _KEY = re.compile(r"(.+)\.(?:lora_(A|down|B|up)\.weight|(alpha))")
+_ENDS = (*LORA_ROLES, *DEFT_ROLES)
 _ROLE = {"A": "R", "down": "R", "B": "P", "up": "P", "alpha": "alpha"}
+# of a pair as other tools name it: what comes before, which of the two it is; or what has an alpha
+_FOREIGN = re.compile(r"(.+?)[._]?lora(?:_linear_layer)?(\d*)[._](A|B|down|up)(?:\.default)?\.weight|(.+)\.alpha")
+# what a key of another kind of adapter ends in
 _OTHERS = {
-    "DoRA": ("lora_magnitude_vector", "dora_scale"), "LoHa": ("hada_",), "LoKr": ("lokr_",), "a bias": (".bias", "diff_b"),
-    "a full difference": (".diff",), "Tucker's form": ("lora_mid",),
-}  # fmt: skip
+    "DoRA": r"lora_magnitude_vector(\.\w+)?(\.weight)?|dora_scale",
+    "LoHa": r"hada_\w+(\.weight)?",
+    "LoKr": r"lokr_\w+(\.weight)?",
+    "OFT or BOFT": r"oft_\w+(\.weight)?|boft_\w+(\.weight)?",
+    "GLoRA": r"[ab][12]\.weight",
+    "IA3": r"ia3_l(\.weight)?|on_input",
+    "a bias": r"bias|diff_b|b_norm",
+    "a full difference": r"diff|w_norm",
+    "Tucker's form": r"lora_mid\.weight",
+}
 
 
 def import_lora(
@@ -352,6 +396,7 @@ def import_lora(
     file: str | os.PathLike,
     adapter_name: str = "default",
     *,
+    weight_name: str | None = None,
     trainable: bool = False,
     activate: bool = True,
 ) -> list[str]:
@@ -359,23 +404,23 @@ def import_lora(
 
     Args:
         model: a module, or a diffusers pipeline. Names that are unknown here go through the pipeline's own converter.
-        file: a `.safetensors` file in diffusers', Kohya's or PEFT's naming, or a folder with one; ranks and alphas may
-            differ from layer to layer.
+        file: a `.safetensors` file in diffusers', Kohya's or PEFT's naming, a folder with one, or a hub id (owner/name);
+            ranks and alphas may differ from layer to layer.
         adapter_name: without dots.
+        weight_name: the file to take, where there are several.
         trainable: whether its parameters require grad.
         activate: make it the active adapter.
 
     Returns the names of the adapted layers, which begin with the part's name where `model` is a pipeline.
 
     Raises:
-        FileNotFoundError: nothing there. ValueError: a file that cannot be read, keys that fit no layer or are no plain LoRA
-        (DoRA, LoHa, LoKr, biases: listed), wrong shapes, values that are not finite. The model is then as it was.
+        FileNotFoundError: nothing there, or a hub id that cannot be reached (the message tells what to download and where to
+        put it). ValueError: a file that cannot be read, keys that fit no layer or are no plain LoRA (DoRA, LoHa, LoKr,
+        biases: listed), wrong shapes, values that are not finite. The model is then as it was.
         Warns where the file's fingerprint is another base's.
     """
-    parts = components(model)
-    loaded = read_lora(model, file)
-    attached = attach_all([(parts[key], adapter, adapter_name) for key, adapter in loaded.items()], trainable, activate)
-    return [_dotted(key, name) for key, names in zip(loaded, attached) for name in names]
+    found, model = read_lora(model, locate(file, weight_name=weight_name)), as_model(model)
+    return attach_adapter(model, together(model, found), adapter_name, trainable, activate)
 
 
 def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:
@@ -383,34 +428,56 @@ def read_lora(model, file: str | os.PathLike) -> dict[str, Adapter]:
     touched."""
     parts, file = components(model), Path(file)
     if file.is_dir():
+        if (file / CONFIG_NAME).is_file() and (file / LORA_WEIGHTS).is_file():
+            raise ValueError(f"{file} holds two adapters, {WEIGHTS_NAME} and {LORA_WEIGHTS}: name the file to load")
         if (file / CONFIG_NAME).is_file():
-            return {next(iter(parts)): _lora_only(read_adapter(next(iter(parts.values())), file), file)}
-        own = {key: file / key for key in parts if key and (file / key / CONFIG_NAME).is_file()}
+            return _of_one_part(parts, file)
+        folders = {key: key or _guess(part) for key, part in parts.items()}
+        own = {key: file / name for key, name in folders.items() if name and (file / name / CONFIG_NAME).is_file()}
         if own:
             return {key: _lora_only(read_adapter(parts[key], folder), folder) for key, folder in own.items()}
     file = lora_file(file)
     if peft_type(file) is not None:
-        return {next(iter(parts)): _lora_only(read_adapter(next(iter(parts.values())), file), file)}
+        return _of_one_part(parts, file)
 
     state, metadata = read_safetensors(file)
     modules = {key: outer_modules(part) for key, part in parts.items()}
     found, unknown = _sorted(file, state, parts, modules)
     if unknown and not any(_kind(key) for key in unknown):
-        found, unknown = _sorted(file, _by_diffusers(model, file, state), parts, modules)
+        converted, lost = _by_diffusers(model, file, state, unknown)
+        known = {key: t for key, t in state.items() if key not in unknown}
+        found, strange = _sorted(file, known | converted, parts, modules)
+        unknown = unknown if strange else lost
     if unknown:
         kinds = sorted({kind for kind in map(_kind, unknown) if kind})
         why = f"belong to {', '.join(kinds)}, which these layers do not have" if kinds else _no_layer(model, parts)
         raise ValueError(f"{file}: {len(unknown)} of {len(state)} keys {why}: {some(unknown)}")
     configs = read_json(metadata[METADATA_KEY], f"{file}: {METADATA_KEY}") if METADATA_KEY in metadata else {}
     sketch = read_json(metadata["base_fingerprint"], f"{file}: base_fingerprint") if "base_fingerprint" in metadata else {}
-    loaded = {}
+    bare = "r" in configs  # as a model's own `save_lora_adapter` writes it, for what is the denoiser in a pipeline
+    loaded, used = {}, not configs
     for key, layers in found.items():
         if layers:
             raw, of_part = (_without(key or _guess(parts[key]), d) for d in (configs, sketch))
+            raw = (configs if key == next(iter(parts)) else {}) if bare else raw
+            used |= bool(raw)
             loaded[key] = _adapter(file, raw, layers, modules[key], json.dumps(of_part) if of_part else None)
     if not loaded:
         raise ValueError(f"{file}: holds no LoRA tensors")
+    if not used:  # ranks and alphas would be guessed
+        of = ", ".join(sorted({key.partition(".")[0] for key in configs}))
+        raise ValueError(f"{file}: its {METADATA_KEY} describes {some([of])}, expected {', '.join(map(repr, loaded))}")
     return loaded
+
+
+def _of_one_part(parts: dict[str, nn.Module], path: Path) -> dict[str, Adapter]:
+    """PEFT's layout names no part: it is the first that has all of its layers."""
+    state, _ = read_safetensors(path / WEIGHTS_NAME if path.is_dir() else path, tensors=False)
+    keys = [key.removeprefix(PREFIX) for key in state]
+    names = {key: outer_modules(part) for key, part in parts.items()}
+    fits = [k for k, known in names.items() if all(any(key.removesuffix(f".{e}") in known for e in _ENDS) for key in keys)]
+    key = next(iter(fits or parts))
+    return {key: _lora_only(read_adapter(parts[key], path), path)}
 
 
 def _lora_only(adapter: Adapter, file: Path) -> Adapter:
@@ -453,7 +520,7 @@ def _spellings(key: str, model: nn.Module, modules: dict[str, nn.Module], encode
     if component.startswith("text_encoder"):
         stems = [kohya_prefix(component, model, encoders)]
         if component == TEXT:
-            stems = ["lora_te", "lora_te1"]
+            stems += ["lora_te", "lora_te1"]
         names += [f"text_model.{n}" for n in names if not n.startswith("text_")]
     else:
         heads += ["base_model.model.", "diffusion_model.", ""]
@@ -521,6 +588,8 @@ def _taken_apart(file: Path, layers: tuple[str, ...], roles: dict, modules: dict
     taken = {}
     for layer, rows in zip(layers, B.split(sizes)):
         used = rows.float().abs().amax(0) != 0  # NaN is unlike zero, and will be told
+        if not B.any():
+            used[:] = True  # nothing tells which of them was adapted
         if used.any():
             taken[layer] = {"P": rows[:, used], "R": A[used]}
             if "alpha" in roles:  # alpha / r stays what it is
@@ -546,7 +615,7 @@ def _adapter(file: Path, raw: dict, layers: dict[str, dict], modules: dict[str, 
 
 
 def _kind(key: str) -> str | None:
-    return next((kind for kind, marks in _OTHERS.items() if any(mark in key for mark in marks)), None)
+    return next((kind for kind, end in _OTHERS.items() if re.search(rf"\.(?:{end})$", key)), None)
 
 
 def _no_layer(model, parts) -> str:
@@ -555,28 +624,49 @@ def _no_layer(model, parts) -> str:
     return f"fit no adaptable layer of {where}{hint}"
 
 
-def _by_diffusers(model, file: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state by the converters that diffusers has for other tools' names; as it is where they know nothing of it."""
+def _by_diffusers(model, file: Path, state: dict[str, Tensor], unknown: list[str]):
+    """What diffusers' converters, which know more tools' names, make of the `unknown` keys of a state, and those keys that
+    they make nothing of: pair by pair, for they drop without a word what they do not expect. alpha / r is folded into B
+    before, since they round alphas, or lose them."""
+    pairs: dict[str, dict[str, str]] = {}
+    for key in unknown:
+        if matched := _FOREIGN.fullmatch(key):
+            name = matched[4] or matched[1] + matched[2]
+            pairs.setdefault(name, {})[_ROLE[matched[3] or "alpha"]] = key
+    converted, lost = {}, [key for key in unknown if not _FOREIGN.fullmatch(key)]
+    for keys in pairs.values():
+        pair = {keys[role]: state[keys[role]] for role in "PR" if role in keys}
+        if len(pair) == 2 and "alpha" in keys:
+            up, down = pair.values()
+            alpha = _number(file, keys["alpha"], state[keys["alpha"]])
+            pair[keys["P"]] = up.float() * (alpha / max(down.shape[0] if down.dim() else 0, 1))
+        made = _renamed(model, pair) if len(pair) == 2 else {}
+        converted |= made
+        lost += [] if made else keys.values()
+    return converted, lost
+
+
+def _renamed(model, pair: dict[str, Tensor]) -> dict[str, Tensor]:
+    """lora_B and lora_A under a pipeline's own names by diffusers' converters; empty where they know nothing of them."""
     try:
         from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
     except ImportError:
-        return state
+        return {}
     reader = getattr(model, "lora_state_dict", None)
-    alphas = None
     if reader is not None:
         unet = model.components.get("unet")
         options = {} if unet is None else {"unet_config": unet.config}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of diffusers' own deprecations
-                converted = reader(dict(state), **options)
-        except Exception as error:  # whatever a converter does with keys that it was not written for
-            raise ValueError(f"{file}: diffusers' converter for {type(model).__name__} cannot read it: {error}") from None
-        state, alphas = converted if isinstance(converted, tuple) else (converted, None)
-    encoders = {key: t for key, t in state.items() if key.startswith("text_encoder")}
-    rest = convert_unet_state_dict_to_peft({key: t for key, t in state.items() if key not in encoders})
-    if any("lora_linear_layer" in key or "to_out_lora" in key for key in encoders):
-        encoders = convert_state_dict_to_peft(encoders)
-    # diffusers has alphas under names of its own: the layer's, or that of the tensor beside it
-    scales = {re.sub(r"\.(lora\.down|down|lora_A)\.weight\.alpha$|\.alpha$", "", k): v for k, v in (alphas or {}).items()}
-    return rest | encoders | {f"{key}.alpha": torch.as_tensor(value) for key, value in scales.items()}
+                made = reader(dict(pair), **options)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return {}  # names, or shapes, that the converter was not written for
+        made, alphas = made if isinstance(made, tuple) else (made, None)
+        pair = {} if alphas else made  # alphas of its own invention
+    if any("lora_linear_layer" in key or "to_out_lora" in key for key in pair if key.startswith(TEXT)):
+        try:
+            return convert_state_dict_to_peft(pair)
+        except ValueError:  # its way to say that it does not know them
+            return {}
+    return convert_unet_state_dict_to_peft(pair)

@@ -58,7 +58,7 @@ def merge(
     else:
         everywhere = named_weights(list(_active(layers)) if names is None else names, weights)
         require_layers(model, everywhere)
-        chosen = _spread(layers, everywhere)
+        chosen = spread(layers, everywhere)
     if not any(chosen.values()):
         raise ValueError("nothing to merge: no adapter is active and none was named")
     _check_mergeable(model, {key: layers[key] for key in chosen}, requantize)
@@ -104,7 +104,7 @@ def hotswap(
     on_host = any(layer.merged and _kept(layer)[0].device != layer.weight.device for layer in layers.values())
     name = None if isinstance(path_or_name, Adapter) else str(path_or_name)
     if any(name in layer.configs for layer in layers.values()):
-        chosen = _spread(layers, named_weights(name, weight))
+        chosen = spread(layers, named_weights(name, weight))
         _check_mergeable(model, {key: layers[key] for key in chosen}, requantize)
     else:
         name, everywhere = "hotswap", named_weights("hotswap", weight)
@@ -118,7 +118,7 @@ def hotswap(
                 layer.delete_adapter(name)
         attach_adapter(model, loaded, name, activate=False)
         layers = require_layers(model)
-        chosen = _spread(layers, everywhere)
+        chosen = spread(layers, everywhere)
     _write(layers, chosen, "host" if on_host else "device")
 
 
@@ -126,7 +126,7 @@ def _active(layers: dict[str, DeftLayer]) -> dict[str, None]:
     return {name: None for layer in layers.values() for name in layer.active}
 
 
-def _spread(layers: dict[str, DeftLayer], weights: dict[str, float]) -> dict[str, dict[str, float]]:
+def spread(layers: dict[str, DeftLayer], weights: dict[str, float]) -> dict[str, dict[str, float]]:
     """The same strengths for every layer that has any of the adapters."""
     chosen = {key: {name: w for name, w in weights.items() if name in layer.configs} for key, layer in layers.items()}
     return {key: names for key, names in chosen.items() if names}
@@ -174,8 +174,8 @@ def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer], requantize
 def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], snapshot: str, how: str = "sum") -> None:
     """Merge `chosen` (layer -> adapter -> strength) from the pristine weights, whatever is merged now."""
     targets = {name: layers[name] for name in chosen}
-    _check_finite(targets, chosen)
-    B, K, R = _factors(targets, chosen, how)
+    check_finite(targets, chosen)
+    B, K, R = factors_of(targets, chosen, how)
     pristine = {name: layer._pristine for name, layer in targets.items()}
     for name, layer in targets.items():
         if pristine[name] is None:
@@ -267,7 +267,7 @@ def _write_dense(pristine: dict[str, Tensor], targets: dict[str, DeftLayer], B, 
             stored.copy_(written.view(stored.shape))  # strides of which (out, in*kh*kw) cannot be a view
 
 
-def _factors(targets: dict[str, DeftLayer], chosen, how: str = "sum") -> tuple[list[Tensor | None], ...]:
+def factors_of(targets: dict[str, DeftLayer], chosen, how: str = "sum") -> tuple[list[Tensor | None], ...]:
     """B, K and R of every layer, its adapters side by side along r, with strengths and scales folded into K and R."""
     entries, bases, removals = [], [], []
     for group in _by_device(targets):
@@ -287,7 +287,7 @@ def _factors(targets: dict[str, DeftLayer], chosen, how: str = "sum") -> tuple[l
     return tuple([beside(f, role, targets[key].shape[1]) for key, f in parts.items()] for role in "BKR")
 
 
-def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]]) -> None:
+def check_finite(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]]) -> None:
     named = [
         (f"{name}.deft_{role}.{adapter}", p.detach())
         for name, layer in layers.items() for adapter in chosen[name] for role, p in layer.adapter_tensors(adapter).items()
@@ -295,7 +295,7 @@ def _check_finite(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, floa
     norms = torch.stack([n.float().cpu() for n in torch._foreach_norm([p for _, p in named], float("inf"))])
     bad = [key for (key, _), finite in zip(named, norms.isfinite().tolist()) if not finite]
     if bad:
-        raise ValueError(f"{bad[0]} has values that are not finite ({len(bad)} such tensors): not merged")
+        raise ValueError(f"{bad[0]} has values that are not finite ({len(bad)} such tensors)")
 
 
 def _stored(layer: DeftLayer) -> list[Tensor]:

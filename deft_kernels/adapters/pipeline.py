@@ -204,6 +204,11 @@ def read(target, path: Path, any_base: bool = False) -> Adapter:
     if not found:
         folders = f", or a folder for a part ({', '.join(parts)})" if isinstance(model, Parts) else ""
         raise FileNotFoundError(f"{path} has none of {', '.join(FOUND)}{folders}; weight_name= tells another file's name")
+    return together(model, found)
+
+
+def together(model: nn.Module, found: dict[str, Adapter]) -> Adapter:
+    """What was read for the parts of `as_model`'s model, as one adapter."""
     if not isinstance(model, Parts):
         return next(iter(found.values()))
     return Adapter(

@@ -11,7 +11,17 @@ import transformers
 
 import deft_kernels as dk
 from deft_kernels.adapters.authors import is_reference, read_reference
-from deft_kernels.adapters.files import PREFIX, peft_type, read_safetensors, suffix, to_peft, write_adapter
+from deft_kernels.adapters.files import (
+    CONFIG_NAME,
+    FOUND,
+    PREFIX,
+    peft_type,
+    read_safetensors,
+    suffix,
+    to_peft,
+    write_adapter,
+)
+from deft_kernels.adapters.hub import locate
 from deft_kernels.adapters.inject import adapted_layers
 from deft_kernels.adapters.lora import lora_file
 from deft_kernels.adapters.pipeline import DENOISERS, TEXT_ENCODERS
@@ -30,14 +40,15 @@ def convert(options):
         raise UserError(f"--rank must be at least 1, got {options.rank}")
     if not math.isfinite(options.adapter_weight):
         raise UserError("--adapter_weight must be a finite number")
-    source, folder = Path(options.source).expanduser(), Path(options.output_dir).expanduser()
-    if not source.exists():
-        raise UserError(f"no such adapter: {options.source}")
+    folder = Path(options.output_dir).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir {folder} is a file")
     if folder.is_dir() and any(folder.iterdir()) and not options.overwrite_output_dir:
         raise UserError(f"{folder} holds files already; choose another --output_dir or add --overwrite_output_dir")
     try:
+        source = locate(options.source)
+        if folder.resolve() in (source.resolve(), *source.resolve().parents):
+            raise UserError(f"--output_dir {folder} holds {options.source} itself; choose another")
         names = _convert(options, source, folder)
     except (ValueError, FileNotFoundError) as error:  # what the readers say of a file
         raise error if isinstance(error, UserError) else UserError(str(error)) from error
@@ -64,6 +75,7 @@ def _convert(options, source, folder):
     _say(f"reading {source}")
     active = _read(kind, source, model, options.decomposition_method)
     _say(f"writing {folder}")
+    _clear(folder)
     if format != "deft":
         weights = [options.adapter_weight] * len(active)
         settings = {"rank": options.rank, "dtype": DTYPES[options.dtype]}
@@ -73,9 +85,19 @@ def _convert(options, source, folder):
             print(f"relative error of the layers' updates: {worst:.3g} at most, {mean:.3g} on average")
         return list(errors)
     adapted = {part: layers for part, module in model.components.items() if (layers := adapted_layers(module))}
-    for part in adapted:
-        dk.save_adapter(model.components[part], folder / part if len(adapted) > 1 else folder, "converted")
+    for part in adapted:  # alone in the folder, it is the denoiser's
+        alone = len(adapted) == 1 and part in DENOISERS
+        dk.save_adapter(model.components[part], folder if alone else folder / part, "converted")
     return [f"{part}.{name}" for part, layers in adapted.items() for name in layers]
+
+
+def _clear(folder):
+    """Delete what an earlier conversion has written there: it would be taken for a part of this one."""
+    for part in (folder, *(folder / name for name in (*DENOISERS, *TEXT_ENCODERS, "para", "lora"))):
+        for name in (CONFIG_NAME, *FOUND):
+            (part / name).unlink(missing_ok=True)
+        if part != folder and part.is_dir() and not any(part.iterdir()):
+            part.rmdir()
 
 
 def _refuse(options, why, **defaults):
@@ -91,6 +113,7 @@ def _say(step):
 def _reference_to_deft(source, folder, decomposition_method):
     """The authors' tensors as they are, under PEFT's names; two folders for `lorapara`."""
     adapters = read_reference(source, decomposition_method)
+    _clear(folder)
     for name, (config, tensors) in adapters.items():
         lora = isinstance(config, LoraConfig)
         state = {f"{PREFIX}{k}.{suffix(role, lora)}": t for k, roles in tensors.items() for role, t in roles.items()}
@@ -105,7 +128,7 @@ def _adapts_text(source):
     folders = [source / name for name in TEXT_ENCODERS] if source.is_dir() else []
     if peft_type(source) is not None or any(f.is_dir() for f in folders):
         return any(f.is_dir() for f in folders)
-    return any(key.startswith(("text_encoder", "lora_te")) for key in read_safetensors(lora_file(source))[0])
+    return any(key.startswith(("text_encoder", "lora_te")) for key in read_safetensors(lora_file(source), tensors=False)[0])
 
 
 def _load(name, text_encoders):

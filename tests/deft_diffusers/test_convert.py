@@ -149,6 +149,77 @@ def test_sdxl_runs_need_no_configuration(pipe, tmp_path, capsys):
         assert config["target_modules"] == ["mid_block.a.to_q"]
 
 
+def test_what_was_converted_before_is_gone(tiny, pipe, tmp_path, capsys):
+    """Other formats' files, parts' folders, and nothing of anyone else's."""
+    stirred(pipe.unet, dk.DeftConfig(r=2))
+    dk.save_adapter(pipe.unet, tmp_path / "deft")
+    names = [n for n, m in pipe.unet.named_modules() if n.endswith("to_q")]
+    dk.eject(pipe.unet)
+    weights = {name: pipe.unet.get_submodule(name).weight for name in names}
+    for kind, method in (("two", "lorapara"), ("one", "residual_projection")):
+        written(tmp_path / kind, {name: injected(w, method) for name, w in weights.items()})
+    out, model = tmp_path / "out", ["--pretrained_model_name_or_path", tiny]
+    always = ["--output_dir", out, "--overwrite_output_dir"]
+    for words, expected in (
+        ([tmp_path / "two"], ["lora/adapter_config.json", "lora/adapter_model.safetensors", "para/adapter_config.json",
+                              "para/adapter_model.safetensors"]),
+        ([tmp_path / "one"], ["adapter_config.json", "adapter_model.safetensors"]),
+        ([tmp_path / "deft", *model, "--format", "peft"], ["unet/adapter_config.json", "unet/adapter_model.safetensors"]),
+        ([tmp_path / "deft", *model, "--adapter_weight", "0.25"], ["pytorch_lora_weights.safetensors"]),
+    ):  # fmt: skip
+        code, _, err = run([*words, *always], capsys)
+        assert code == 0, err
+        assert sorted(str(f.relative_to(out)) for f in out.rglob("*") if f.is_file() and f.name != "notes") == expected
+        (out / "unet").mkdir(exist_ok=True)
+        (out / "unet" / "notes").write_text("mine")
+    assert (out / "unet" / "notes").read_text() == "mine"
+    dk.load_adapter(pipe.unet, tmp_path / "deft")
+    dk.set_adapters(pipe.unet, "default", 0.25)
+    torch.testing.assert_close(loaded(tiny, lambda p: dk.import_lora(p, out)), output(pipe.unet), **CLOSE)
+
+
+@pytest.mark.parametrize("options, change", [
+    ({}, lambda t: t.update(R_new=torch.randn(5, 16))), ({}, lambda t: t.pop("R_new")),
+    ({"gating": True}, lambda t: t.pop("gate")), ({"method": "additive_update"}, lambda t: t.pop("lora_B")),
+])  # fmt: skip
+def test_broken_files_of_the_authors(pipe, tmp_path, capsys, options, change):
+    names = [n for n, m in pipe.unet.named_modules() if n.endswith("to_q")]
+    layers = {name: injected(pipe.unet.get_submodule(name).weight, **options) for name in names}
+    change(layers[names[-1]][0])
+    written(tmp_path / "theirs", layers)
+    code, _, err = run([tmp_path / "theirs", "--output_dir", tmp_path / "out"], capsys)
+    assert code == 2 and f" of {names[-1]} is " in err and not (tmp_path / "out").exists()
+
+
+def test_the_method_that_is_given_counts_with_a_model_too(tiny, pipe, tmp_path, capsys):
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    W = pipe.unet.get_submodule(name).weight.data
+    P, R = torch.randn(len(W), 2), torch.randn(2, W.shape[1])
+    torch.save({f"{name}.lora_layer.P": P, f"{name}.lora_layer.R_new": R}, tmp_path / "project_replace.pt")
+    words = ["--pretrained_model_name_or_path", tiny, "--format", "diffusers", "--decomposition_method", "qr"]
+    code, _, err = run([tmp_path / "project_replace.pt", *words, "--output_dir", tmp_path / "out"], capsys)
+    assert code == 0, err
+    Q = torch.linalg.qr(P).Q
+    W.copy_(W - Q @ Q.T @ W + Q @ R)
+    result = loaded(tiny, lambda p: p.load_lora_weights(str(tmp_path / "out")))
+    torch.testing.assert_close(result, output(pipe.unet), **CLOSE)
+
+
+def test_a_text_encoder_alone_stays_one(tiny, pipe, tmp_path, capsys):
+    stirred(pipe.text_encoder, dk.LoraConfig(r=2, target_modules=["q_proj", "out_proj"]))
+    dk.export_lora(pipe, tmp_path / "lora.safetensors")
+    words = ["--pretrained_model_name_or_path", tiny, "--output_dir", tmp_path / "out"]
+    assert run([tmp_path / "lora.safetensors", *words], capsys)[0] == 0
+    assert os.listdir(tmp_path / "out") == ["text_encoder"]
+
+
+def test_a_hub_id_that_cannot_be_reached(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(["someone/lora-cat", "--output_dir", tmp_path / "out"], capsys)
+    assert code == 2 and "hf download someone/lora-cat" in err and "pass its path" in err
+
+
 @pytest.fixture
 def sources(pipe, tmp_path):
     dk.inject_adapter(pipe.unet, dk.DeftConfig(r=2))
@@ -161,7 +232,11 @@ def sources(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("nothing", "no such adapter: {0}/nothing"),
+    ("nothing", "{0}/nothing does not exist: expected a folder with adapter_model.safetensors, a safetensors file, or a"),
+    ("x.safetensors --pretrained_model_name_or_path {1} --adapter_weight 2", "--adapter_weight does not apply to format"),
+    ("x.safetensors --pretrained_model_name_or_path {1} --dtype fp16", "--dtype does not apply to format deft"),
+    ("deft --overwrite_output_dir --output_dir {0}/deft", "--output_dir {0}/deft holds {0}/deft itself; choose another"),
+    ("deft --overwrite_output_dir --output_dir {0}", "--output_dir {0} holds {0}/deft itself; choose another"),
     ("deft", "--pretrained_model_name_or_path is needed to convert {0}/deft to diffusers: the update depends on the base"),
     ("deft --format deft", "{0}/deft is a deft folder already: give --format diffusers, kohya or peft"),
     ("x.safetensors", "is needed to convert {0}/x.safetensors to deft: the names of its layers"),

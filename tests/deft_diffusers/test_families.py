@@ -149,7 +149,8 @@ for family in sys.argv[2:]:
         pipe.load_lora_weights(f"{sys.argv[1]}/{family}", weight_name="lora.safetensors")
     else:  # OmniGen's: diffusers has no loader for it
         from peft import PeftModel
-        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, f"{sys.argv[1]}/{family}/lora").base_model.model
+        lora = f"{sys.argv[1]}/{family}/lora/transformer"
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, lora).base_model.model
     assert "deft_kernels" not in sys.modules
     torch.save(draw(pipe, family), f"{sys.argv[1]}/{family}/plain.pt")
 """

@@ -7,16 +7,17 @@ import json
 import math
 import os
 import pickle
+import warnings
 
 import pytest
 import torch
-from common import small_model
+from common import Opaque, small_model
 from diffusers import OmniGenTransformer2DModel
 from test_inject import assert_untouched, fingerprint
 from torch import nn
 
 import deft_kernels as dk
-from deft_kernels.adapters.authors import read_reference
+from deft_kernels.adapters.authors import is_reference, read_reference
 
 RANK = 3
 TARGETS = ("to_q", "to_v", "to_out.0")
@@ -103,7 +104,6 @@ METHODS = {
     "residual_projection": {},
     "svd": {"decomposition": "svd"},
     "'None'": {"decomposition": "None"},
-    "null": {"decomposition": None},
     "gated": {"gating": True},
     "gated 'None'": {"gating": True, "decomposition": "None"},
     "cached": {"fixed": True},
@@ -154,6 +154,18 @@ def test_a_basis_that_was_fixed_before_P_moved(tmp_path):
     with pytest.warns(UserWarning, match="Q_P_cached, which these layers sample with, are not those of their P"):
         dk.import_reference(model, written(tmp_path, layers))
     assert_weights(model, layers)
+
+
+@pytest.mark.parametrize("away, replaced", [(2**-8, False), (2**-6, True)])
+def test_how_far_a_cached_basis_may_be_from_that_of_P(tmp_path, away, replaced):
+    """Bases of one size rounded to bfloat16 are 2^-9 apart at most."""
+    layers = {"x": injected(torch.randn(8, 8), fixed=True)}
+    layers["x"][0]["Q_P_cached"][0, 0] += away
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapter = read_reference(written(tmp_path, layers))[""]
+    assert bool(told) == replaced and adapter.config.decomposition_method == ("none" if replaced else "qr")
+    assert [w.filename for w in told] == [__file__] * replaced
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -340,8 +352,14 @@ def one(change_tensors=None, **change):
     (one(lambda t: t.update(Z=torch.ones(1))), r"1 of 13 keys are unknown: blocks.0.to_q.Z"),
     (one(lambda t: t.update(W=torch.ones(1))), r"1 of 13 keys are unknown \(those of nmf, which has no counterpart here\)"),
     (one(lambda t: t.pop("P")), "P of blocks.0.to_q is missing, expected a matrix"),
-    (one(lambda t: t.pop("R_new")), r"1 tensors are missing: blocks.0.to_q \(R\)"),
-    (one(lambda t: t.update(P=t["P"][:, :2])), r"layers differ in rank, \[2, 3\]"),
+    (one(lambda t: t.pop("R_new")), "R_new of blocks.0.to_q is missing, expected a matrix"),
+    (one(lambda t: t.update(R_new=t["R_new"][:2])), r"R_new of blocks.0.to_q is \(2, 8\), expected \(3, n\), as P is"),
+    (one(lambda t: t.update(R_new=t["R_new"][0])), r"R_new of blocks.0.to_q is \(8,\), expected a matrix"),
+    (lambda s: [c.update(decomposition_method=None) for _, c, _ in s.values()], "unknown decomposition_method None: expect"),
+    (lambda s: [c.update(lora_alpha=10**400) for _, c, _ in s.values()], "lora_alpha is 10+, expected a finite number"),
+    (lambda s: [c.update(use_gating=True) for _, c, _ in s.values()], "the gate of blocks.0.to_q is missing or no single"),
+    (lambda s: [c.update(injection_method="additive_update") for _, c, _ in s.values()], "lora_A of blocks.0.to_q is miss"),
+    (one(lambda t: t.update(P=t["P"][:, :2], R_new=t["R_new"][:2])), r"layers differ in rank, \[2, 3\]"),
     (one(lambda t: t.update(P=t["P"][:4])), r"wrong shapes: blocks.0.to_q \(P: \(4, 3\), expected \(8, 3\)\)"),
     (one(lambda t: t["R_new"].fill_(float("nan"))), "R_new of blocks.0.to_q has values that are not finite"),
     (one(lambda t: t.update(P=t["P"].long())), "blocks.0.to_q.P is a torch.int64, expected a dense tensor"),
@@ -380,6 +398,111 @@ def test_what_is_not_there(tmp_path):
     torch.save({"a.P": torch.ones(1)}, tmp_path / "project_replace.pt")
     with pytest.raises(ValueError, match=r"knowledge_injection_state.bin and project_replace.pt: name the file to read"):
         read_reference(tmp_path)
+
+
+@pytest.mark.parametrize("options, change, message", [
+    ({"gating": True}, lambda t: t.update(gate=torch.ones(3)), "the gate of blocks.0.to_q is missing or no single number"),
+    ({"method": "additive_update"}, lambda t: t.pop("lora_B"), "lora_B of blocks.0.to_q is missing, expected a matrix"),
+    ({"method": "additive_update"}, lambda t: t.update(lora_B=torch.ones(4, 8)),
+     r"lora_B of blocks.0.to_q is \(4, 8\), expected \(3, n\), as lora_A is \(8, 3\)"),
+    ({"fixed": True}, lambda t: t.update(Q_P_cached=torch.ones(8, 2)), r"Q_P_cached of blocks.0.to_q is \(8, 2\), expected"),
+], ids=str)  # fmt: skip
+def test_layers_that_lack_what_their_method_has(tmp_path, options, change, message):
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight, **options) for name in targets(model)}
+    change(layers["blocks.0.to_q"][0])
+    with pytest.raises(ValueError, match=message):
+        read_reference(written(tmp_path, layers))  # with no model at hand
+
+
+def test_a_decomposition_that_does_not_apply(tmp_path):
+    model = seeded_model()
+    weights = {name: model.get_submodule(name).weight for name in targets(model)}
+    written(tmp_path / "lora", {name: injected(w, "additive_update") for name, w in weights.items()})
+    written(tmp_path / "tsvd", {name: removed(w, "tsvd") for name, w in weights.items()}, "para_rank")
+    written(tmp_path / "deft", {name: injected(w) for name, w in weights.items()})
+    for folder, method, message in (
+        ("deft", "lu", "decomposition_method is 'lu', expected one of qr, svd, relu, none, or None"),
+        ("lora", "qr", "decomposition_method does not apply to additive_update, which is LoRA"),
+        ("tsvd", "qr", r"decomposition_method does not apply: this is PaRa by 'tsvd' \(blocks.0.to_q\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dk.import_reference(model, tmp_path / folder, decomposition_method=method)
+    assert read_reference(tmp_path / "deft", "svd")[""].config.decomposition_method == "svd"  # told wrongly
+
+
+def test_numbers_beyond_floats(tmp_path):
+    model = seeded_model()
+    layers = {name: removed(model.get_submodule(name).weight, "tsvd", adaptive=True) for name in targets(model)}
+    for _, config, _ in layers.values():
+        config["variance_threshold"] = 10**400
+    with pytest.raises(ValueError, match="variance_threshold is 10+, expected a finite number"):
+        dk.import_reference(model, written(tmp_path, layers, "para_rank"))
+
+
+def test_defaults_that_their_files_leave_out(tmp_path):
+    """alpha 8 (deft/injection.py), a variance of .95 (their PaRa layers)."""
+    model = seeded_model()
+    W = model.get_submodule("blocks.0.to_q").weight.detach()
+    layers = {"blocks.0.to_q": injected(W, "additive_update", alpha=8.0)}
+    del layers["blocks.0.to_q"][1]["lora_alpha"]
+    dk.import_reference(model, written(tmp_path / "lora", layers))
+    assert_weights(model, layers)
+    B = torch.linalg.qr(torch.randn(8, RANK)).Q * torch.tensor([1.0, 0.4, 0.3])  # .80, .93 and 1 of the variance
+    config = {"r": RANK, "decomposition_method": "tsvd", "adaptive_rank": True}
+    read = {}
+    for name, threshold in (("none", None), ("lower", 0.9)):
+        written(tmp_path / name, {"x": ({"B": B}, config | ({"variance_threshold": threshold} if threshold else {}), None)},
+                "para_rank")  # fmt: skip
+        read[name] = read_reference(tmp_path / name)[""].tensors["x"]["P"]
+    assert [int(P.any(0).sum()) for P in read.values()] == [3, 2]
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "base_model.model.", "unet.", "transformer.", "module.unet."])
+def test_names_of_wrapped_models(tmp_path, prefix):
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight) for name in targets(model)}
+    written(tmp_path, {prefix + name: layer for name, layer in layers.items()})
+    assert sorted(dk.import_reference(model, tmp_path)) == sorted(layers)
+    assert sorted(read_reference(tmp_path)[""].tensors) == sorted(layers)
+
+
+def test_a_prefix_that_is_a_part_of_the_model(tmp_path):
+    model = nn.Sequential()
+    model.transformer = nn.ModuleDict({"to_q": nn.Linear(8, 8)})
+    layers = {"transformer.to_q": injected(model.transformer["to_q"].weight)}
+    assert dk.import_reference(model, written(tmp_path, layers)) == ["transformer.to_q"]
+
+
+def test_a_file_of_another_name(tmp_path):
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight) for name in targets(model)}
+    written(tmp_path, layers)
+    file = (tmp_path / "knowledge_injection_state.bin").rename(tmp_path / "mine.bin")
+    assert is_reference(file) and not is_reference(tmp_path / "knowledge_injection_config.json")
+    dk.import_reference(model, file, decomposition_method="qr")
+    assert_weights(model, layers)
+
+
+def test_two_adapters_or_none(tmp_path):
+    """lorapara where the second name is taken."""
+    model = seeded_model()
+    layers = {name: injected(model.get_submodule(name).weight, "lorapara") for name in targets(model)}
+    dk.inject_adapter(model, dk.DeftConfig(r=1, target_modules=["conv_in"]), "x-lora")
+    before = fingerprint(model)
+    with pytest.raises(ValueError, match="the model has an adapter named 'x-lora' already"):
+        dk.import_reference(model, written(tmp_path, layers), "x")
+    assert_untouched(model, before)
+
+
+def test_omnigens_fused_layer_needs_dense_weights(tmp_path):
+    model = omnigen()
+    parts = [model.get_submodule(f"layers.0.self_attn.to_{x}").weight for x in "qkv"]
+    layers = {"llm.layers.0.self_attn.qkv_proj": injected(torch.cat([p.detach() for p in parts]))}
+    layer = model.layers[0].self_attn.to_q
+    layer.__class__ = Opaque
+    with pytest.raises(ValueError, match="layers.0.self_attn.to_q: its dense weight is needed to take llm.layers.0"):
+        dk.import_reference(model, written(tmp_path, layers))
 
 
 def test_nmf_is_refused_by_name(tmp_path):

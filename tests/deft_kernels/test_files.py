@@ -17,6 +17,8 @@ from test_inject import assert_untouched, fingerprint
 from transformers.pytorch_utils import Conv1D
 
 import deft_kernels as dk
+from deft_kernels.adapters.lora import lora_factors
+from deft_kernels.nn.layers import DeftLayer
 
 TARGETS = ["to_q", "to_k", "to_out.0", "conv_in"]
 
@@ -122,6 +124,7 @@ def test_wrong_tensors(tmp_path, change, message):
     ({"peft_version": "99.1", "use_magic": True}, r"layers do not have: use_magic \(the file is PEFT 99.1's\)"),
     ({"para": "yes"}, "para is 'yes', expected true or false"),
     ({"target_modules": ["to_q", 3]}, r"target_modules is \['to_q', 3\], expected a string or a list of strings"),
+    ({"alpha": 1e300}, r"R of blocks.0.to_\w+ has values of up to .*e\+29\d \(alpha / r is .*\), expected below 1.15e\+18"),
     ({"rank_pattern": {"to_q": 2}}, "options that these layers do not have: rank_pattern"),
     (None, "not readable JSON"),
 ])  # fmt: skip
@@ -135,6 +138,21 @@ def test_wrong_configurations(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         dk.load_adapter(model, folder)
     assert_untouched(model, before)
+
+
+def test_rank_0_and_absurd_alphas_of_a_lora(tmp_path):
+    _, folder = saved(tmp_path, "lora")
+    whole, file = json.loads((folder / "adapter_config.json").read_text()), folder / "adapter_config.json"
+    mutated(folder, lambda state: None)
+    model = seeded_model()
+    file.write_text(json.dumps({**whole, "lora_alpha": 1e300}))
+    with pytest.raises(ValueError, match=r"P of blocks.0.to_\w+ has values of up to .* expected below 1.15e\+18"):
+        dk.load_adapter(model, folder)
+    file.write_text(json.dumps({**whole, "rank_pattern": {"blocks.0.to_q": 0}}))
+    key = "base_model.model.blocks.0.to_q.lora_"
+    mutated(folder, lambda s: s.update({f"{key}A.weight": torch.ones(0, 8), f"{key}B.weight": torch.ones(8, 0)}))
+    with pytest.raises(ValueError, match=r"wrong shapes: blocks.0.to_q \(P: of rank 0, expected at least 1\)"):
+        dk.load_adapter(model, folder)
 
 
 @pytest.mark.parametrize("version", ["99.1", "", None, 3, ["0.21"]])
@@ -240,8 +258,15 @@ def sources(folder):
 
     plain = seeded_model()
     weights = {name: plain.get_submodule(name).weight for name in targets(plain)}
-    for name, layer, stem in (("deft", injected, "knowledge_injection"), ("para", removed, "para_rank")):
-        layers = {key: layer(weight) for key, weight in weights.items()}
+    injections, ranks = (injected, "knowledge_injection"), (removed, "para_rank")
+    for name, (layer, stem), options in (
+        ("deft", injections, {}),
+        ("fixed", injections, {"fixed": True, "gating": True}),
+        ("lorapara", injections, {"method": "lorapara"}),
+        ("para", ranks, {}),
+        ("adaptive", ranks, {"method": "tsvd", "adaptive": True}),
+    ):
+        layers = {key: layer(weight, **options) for key, weight in weights.items()}
         for with_json in (True, False):
             made[f"{name} {with_json}"] = (folder / f"{name} {with_json}", dk.import_reference)
             written(made[f"{name} {with_json}"][0], layers, stem, json_too=with_json)
@@ -289,6 +314,7 @@ def damaged_value(value, rng):
 def damaged_tensor(t, rng):
     return rng.choice([
         lambda: t[..., :-1] if t.dim() else t[None], lambda: t[None], lambda: t.flatten(), lambda: t.flatten()[:0], t.sum,
+        lambda: t[:0] if t.dim() else t, lambda: t[..., :0] if t.dim() else t, lambda: t.float() * 1e30,
         lambda: t.long(), lambda: t.bool(), lambda: t.to(torch.complex64), lambda: t * float("nan"), lambda: t / 0,
         lambda: t.double() + 1e300, lambda: t.half(), lambda: t.to(torch.float8_e4m3fn), lambda: t.to(torch.uint8),
         lambda: torch.cat([t, t]) if t.dim() else t, lambda: t.mT if t.dim() > 1 else t,
@@ -327,6 +353,12 @@ def damage(file, rng, canary):
         torch.save(damaged_value(torch.load(file, weights_only=True), rng), file)
 
 
+def factors_of_all(model):
+    """B and A of every layer of what is active."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, DeftLayer) and layer.strengths}
+    return lora_factors(layers, {name: layer.strengths for name, layer in layers.items()}).values()
+
+
 def test_a_thousand_damaged_files(tmp_path):
     """Over all readers and kinds of file: each is refused by an error that names it, or is a valid adapter still; the model
     is as it was, and nothing that a pickle brings along is executed."""
@@ -336,7 +368,7 @@ def test_a_thousand_damaged_files(tmp_path):
     model = a_denoiser()
     before = fingerprint(model)
     refused, loaded = dict.fromkeys(made, 0), dict.fromkeys(made, 0)
-    for turn in range(1000):
+    for turn in range(100 * len(made)):
         name = list(made)[turn % len(made)]
         path, reader = made[name]
         folder = path if path.is_dir() else path.parent
@@ -350,6 +382,7 @@ def test_a_thousand_damaged_files(tmp_path):
             assert str(folder) in str(error), (turn, name, error)
             refused[name] += 1
         else:
+            assert all(torch.isfinite(t).all() for pair in factors_of_all(model) for t in pair), (turn, name)
             dk.eject(model)
             loaded[name] += 1
         assert_untouched(model, before)

@@ -8,24 +8,26 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import diffusers
 import pytest
 import torch
-from common import CONFIGS, small_model
+from common import CONFIGS, Opaque, small_model
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_diffusers_models import flux_like, sdxl_like
 from test_inject import assert_untouched, fingerprint
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 import deft_kernels as dk
 from deft_kernels.adapters.inject import adaptable, outer_modules
-from deft_kernels.adapters.kohya import kohya_names
-from deft_kernels.adapters.lora import lora_factors, truncate
+from deft_kernels.adapters.kohya import _latent_diffusion, kohya_names
+from deft_kernels.adapters.lora import lora_factors, read_lora, truncate
+from deft_kernels.nn.prepare import COMBINATIONS
 
 TESTS = Path(__file__).parents[1]
 TARGETS = ["to_q", "to_k", "to_out.0", "conv_in"]
@@ -77,6 +79,57 @@ def test_every_method_is_the_same_in_peft(tmp_path, method, merged):
     names = dk.import_lora(other, tmp_path)
     assert sorted(names) == sorted(errors) and not any(p.requires_grad for p in other.parameters())
     torch.testing.assert_close(other(x), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_adapters_act_in_the_file_as_they_do_together(tmp_path, combine):
+    """PaRa in one subspace and in another that overlaps it: the three combinations differ, here by more than 0.01."""
+    model, x = adapted("para", "a"), torch.randn(2, 3, 4, 4)
+    adapted("para", "b", model)
+    outputs = {}
+    for how in COMBINATIONS:
+        dk.set_adapters(model, ["a", "b"], combine=how)
+        outputs[how] = model(x)
+    assert all((outputs[how] - outputs[combine]).abs().max() > 0.01 for how in COMBINATIONS if how != combine)
+    dk.set_adapters(model, ["a", "b"], combine=combine)
+    dk.export_lora(model, tmp_path / "active", None, "peft")
+    dk.set_adapters(model, [])
+    dk.export_lora(model, tmp_path / "named", ["a", "b"], "peft", combine=combine)
+    for name in ("active", "named"):
+        other = seeded_model()
+        dk.import_lora(other, tmp_path / name)
+        torch.testing.assert_close(other(x), outputs[combine], **CLOSE)
+        made_of = json.loads(metadata_of(tmp_path / name / "adapter_model.safetensors")["deft_kernels"])["made_of"]
+        assert list(made_of) == ["a", "b"] and all(words.endswith(f", {combine}") == (combine != "sum")
+                                                   for words in made_of.values())  # fmt: skip
+
+
+def test_combinations_that_cannot_be_exported(tmp_path):
+    model = adapted("para", "a")
+    adapted("qr", "b", model)
+    with pytest.raises(ValueError, match="combine is 'concat', expected one of sum, sequential, joint"):
+        dk.export_lora(model, tmp_path / "x", "a", "peft", combine="concat")
+    with pytest.raises(ValueError, match="conv_in: only PaRa adapters .* and 'b' is none"):
+        dk.export_lora(model, tmp_path / "x", ["a", "b"], "peft", combine="joint")
+    dk.route_adapters(model, ["a", "b"])
+    with pytest.raises(ValueError, match="samples are routed to adapters of their own: name the adapters"):
+        dk.export_lora(model, tmp_path / "x", None, "peft")
+    assert not list(tmp_path.iterdir())
+    dk.export_lora(model, tmp_path / "x", "b", "peft")
+
+
+@pytest.mark.parametrize("options", [{"rank": 1}, {"dtype": torch.float16}, {"rank": 1, "dtype": torch.bfloat16}], ids=str)
+def test_adapters_that_cancel_each_other(tmp_path, options):
+    model = adapted("lora", "a")
+    adapted("lora", "b", model)
+    model.load_state_dict({k: model.state_dict()[k.replace(".b", ".a") if k.endswith(".b") else k]
+                           for k in model.state_dict()})  # fmt: skip
+    errors = dk.export_lora(model, tmp_path, ["a", "b"], "peft", weights=[1.0, -1.0], **options)
+    assert len(errors) == 7 and set(errors.values()) == {0.0}
+    other = seeded_model()
+    dk.import_lora(other, tmp_path)
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(other(x), seeded_model()(x), **CLOSE)
 
 
 def test_float64_and_the_exact_factors(tmp_path):
@@ -313,8 +366,6 @@ def test_kohya_names_of_flux_by_diffusers_own_converter(tmp_path):
     assert not converted["transformer.single_transformer_blocks.1.attn.to_k.lora_B.weight"].any()
     file = tmp_path / "kohya.safetensors"
     save_file(state, file)
-    from deft_kernels.adapters.lora import read_lora
-
     adapter = read_lora(flux, file)[""]  # and by our own reader, which leaves the zeros out
     assert adapter.tensors.keys() == pairs.keys()
     for name, pair in pairs.items():
@@ -325,9 +376,20 @@ def test_kohya_names_of_sd3(tmp_path):
     """As sd-scripts and ComfyUI have them; in and out by our own reader."""
     model, _, run, *_ = family("sd3", "kohya")
     dk.export_lora(model, tmp_path / "a.safetensors", format="kohya")
-    keys = {key.split(".")[0] for key in load_file(tmp_path / "a.safetensors")}
-    assert "lora_unet_joint_blocks_0_x_block_attn_qkv" in keys and "lora_unet_joint_blocks_1_context_block_attn_qkv" in keys
-    assert "lora_unet_joint_blocks_0_x_block_attn2_proj" in keys and "lora_unet_joint_blocks_1_x_block_mlp_fc2" in keys
+    state = load_file(tmp_path / "a.safetensors")
+    ends = ("0_x_block_attn_qkv", "0_x_block_attn2_proj", "1_context_block_attn_qkv")
+    assert {key.split(".")[0] for key in state} >= {f"lora_unet_joint_blocks_{end}" for end in ends}
+    shapes = {end: [tuple(state[f"lora_unet_joint_blocks_0_{end}.lora_{side}.weight"].shape) for side in ("down", "up")]
+              for end in ("x_block_mlp_fc1", "x_block_mlp_fc2", "context_block_mlp_fc1")}  # fmt: skip
+    assert shapes == {"x_block_mlp_fc1": [(2, 16), (64, 2)], "x_block_mlp_fc2": [(2, 64), (16, 2)],
+                      "context_block_mlp_fc1": [(2, 16), (64, 2)]}  # fmt: skip
+    for key, names in (("1_x_block_attn", "qkv"), ("1_context_block_attn", "qkv")):  # rows of q above those of k and v
+        up, down = (state[f"lora_unet_joint_blocks_{key}_qkv.lora_{side}.weight"] for side in ("up", "down"))
+        block = model.transformer_blocks[1].attn
+        for x, rows in zip(names, (up @ down).split(16)):
+            layer = block.get_submodule(f"add_{x}_proj" if "context" in key else f"to_{x}")
+            ((B, A),) = lora_factors({"x": layer}, {"x": {"default": 1.0}}).values()
+            torch.testing.assert_close(rows, B @ A)
     expected = run(model)
     dk.eject(model)
     dk.import_lora(model, tmp_path / "a.safetensors")
@@ -392,7 +454,7 @@ def test_truncation_is_the_best_and_its_error_is_told(tmp_path):
     told = json.loads(metadata_of(tmp_path / "adapter_model.safetensors")["deft_kernels"])
     assert told == {"made_of": {"default": "qr, rank 6, strength 1"}, "relative_error": errors}
     assert set(dk.export_lora(model, tmp_path, "default", "peft", rank=6).values()) == {0.0}
-    (kept, rest), B, A = truncate(torch.randn(9, 4), torch.randn(4, 11), 3), None, None
+    kept, rest = truncate(torch.randn(9, 4), torch.randn(4, 11), 3)
     assert kept[0].shape == (9, 3) and rest[1].shape == (1, 11)
 
 
@@ -440,11 +502,26 @@ def test_what_cannot_be_exported(tmp_path, change, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_files_of_another_kind_than_the_format(tmp_path):
+    unet, _ = sd_like()
+    dk.inject_adapter(unet, dk.DeftConfig(r=2))
+    pipe = pipeline(diffusers.StableDiffusionPipeline, unet=unet)
+    (tmp_path / "plain").write_text("x")
+    with pytest.raises(ValueError, match="x.safetensors: format 'peft' is a folder of two files"):
+        dk.export_lora(unet, tmp_path / "x.safetensors", format="peft")
+    for format in ("peft", "diffusers"):
+        with pytest.raises(ValueError, match="plain is a file: give a folder, or the name of a .safetensors file"):
+            dk.export_lora(unet, tmp_path / "plain", format=format)
+    with pytest.raises(ValueError, match="prefix='transformer' is for a module alone: the parts .* have names, unet"):
+        dk.export_lora(pipe, tmp_path / "x.safetensors", prefix="transformer")
+    assert [f.name for f in tmp_path.iterdir()] == ["plain"] and (tmp_path / "plain").read_text() == "x"
+
+
 def test_values_that_are_not_finite_are_not_exported(tmp_path):
     model = adapted()
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "deft_R" in n)[0, 0] = float("inf")
-    with pytest.raises(ValueError, match="conv_in.deft_R.default has values that are not finite"):
+    with pytest.raises(ValueError, match=r"conv_in.deft_R.default has values that are not finite \(1 such tensors\)$"):
         dk.export_lora(model, tmp_path / "x", format="peft")
     with pytest.raises(TypeError, match="this is the adapted layer itself: .* give the model that holds it"):
         dk.export_lora(model.conv_in, tmp_path / "x", format="peft")
@@ -454,18 +531,18 @@ def test_values_that_are_not_finite_are_not_exported(tmp_path):
         dk.export_lora(seeded_model(), tmp_path / "x", format="peft")
 
 
-def test_a_layer_known_by_its_output_alone(tmp_path):
+@pytest.mark.parametrize("para", [False, True])
+def test_a_layer_known_by_its_output_alone(tmp_path, para):
     """A quantised layer's stand-in: K^T W comes from the layer itself."""
-    from common import Opaque
-
     torch.manual_seed(0)
     base = Opaque(6, 5)
     model = torch.nn.Sequential(base)
-    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=["0"], init_weights=False))
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=["0"], init_weights=False, para=para))
     x = torch.randn(3, 6)
     dk.export_lora(model, tmp_path, format="peft")
     plain = torch.nn.Sequential(torch.nn.Linear(6, 5))
     plain[0].load_state_dict(base.state_dict())
+    assert (plain(x) - model(x)).abs().max() > 0.01
     dk.import_lora(plain, tmp_path)
     torch.testing.assert_close(plain(x), model(x), **CLOSE)
 
@@ -522,6 +599,38 @@ def test_diffusers_own_files(tmp_path, options, with_metadata):
     names = dk.import_lora(pipe, tmp_path)
     assert len(names) == 48 and all(name.startswith("unet.") for name in names)
     torch.testing.assert_close(run(plain), run(unet), **CLOSE)
+
+
+@pytest.mark.parametrize("options", [
+    {"r": 3, "lora_alpha": 9}, {"r": 4, "lora_alpha": 2, "rank_pattern": {"to_q": 2}},
+    {"r": 3, "lora_alpha": 6, "use_rslora": True, "alpha_pattern": {"conv1": 1}},
+])  # fmt: skip
+def test_a_models_own_save_lora_adapter(tmp_path, options):
+    """Bare keys and bare metadata, which alone tells alphas: as diffusers loads it again itself."""
+    unet, plain, run = lora_on_unet(**options)
+    unet.save_lora_adapter(tmp_path)
+    again = lora_on_unet()[1]
+    again.load_lora_adapter(tmp_path, prefix=None, weight_name="pytorch_lora_weights.safetensors", use_safetensors=True)
+    torch.testing.assert_close(run(again), run(unet), **CLOSE)
+    before = run(plain)
+    assert (run(again) - before).abs().max() > 0.01
+    pipe = pipeline(diffusers.StableDiffusionPipeline, unet=plain)
+    for target, load in ((plain, dk.import_lora), (pipe, dk.import_lora), (plain, dk.load_adapter)):
+        assert len(load(target, tmp_path)) == 48
+        torch.testing.assert_close(run(plain), run(again), **CLOSE)
+        dk.eject(plain)
+
+
+def test_metadata_of_something_else(tmp_path):
+    unet, file = a_file(tmp_path)
+    dk.eject(unet)
+    for told, message in (
+        ({"text_encoder.r": 2}, "its lora_adapter_metadata describes text_encoder, expected ''"),
+        ({"r": 2, "lora_alpha": 4, "peft_type": "LORA", "use_dora": True}, "do not have: use_dora"),
+    ):
+        save_file(load_file(file), tmp_path / "b.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+        with pytest.raises(ValueError, match=message):
+            dk.import_lora(unet, tmp_path / "b.safetensors")
 
 
 def old_style(state):
@@ -613,6 +722,134 @@ def test_names_that_only_diffusers_knows(tmp_path):
     assert dk.import_lora(pipe, tmp_path / "bfl.safetensors") == ["transformer.transformer_blocks.0.attn.to_out.0"]
 
 
+def entry(key, weight, r=4, alpha=None):
+    """A LoRA in Kohya's naming."""
+    down, up = torch.randn(r, weight.shape[1]) * 0.3, torch.randn(weight.shape[0], r) * 0.3
+    made = {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+    return made | ({} if alpha is None else {f"{key}.alpha": torch.tensor(float(alpha))})
+
+
+def tiny_clip():
+    return CLIPTextModel(CLIPTextConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+                                        num_attention_heads=2, max_position_embeddings=8))  # fmt: skip
+
+
+def tiny_t5():
+    return T5EncoderModel(T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2))
+
+
+def update(adapter, name):
+    roles, config = adapter.tensors[name], adapter.config
+    return roles["P"] @ roles["R"] * config.scale(roles["P"].shape[1])
+
+
+def test_diffusers_converters_get_only_what_is_unknown_here(tmp_path):
+    """One key of FLUX.1 that only diffusers knows, among those of T5 and of blocks that are known here: all come, each with
+    its alpha."""
+    torch.manual_seed(1)
+    flux, _ = flux_like()
+    encoders = {"text_encoder": tiny_clip(), "text_encoder_2": tiny_t5()}
+    pipe = pipeline(diffusers.FluxPipeline, transformer=flux, **encoders)
+    wanted = {
+        ("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q"): "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        ("transformer", "transformer_blocks.0.attn.to_out.0"): "lora_unet_double_blocks_0_img_attn_proj",
+        ("transformer", "proj_out"): "lora_unet_final_layer_linear",
+        ("transformer", "x_embedder"): "lora_unet_img_in",
+    }
+    state, exact = {}, {}
+    for alpha, ((part, name), key) in enumerate(wanted.items(), 1):
+        made = entry(key, pipe.components[part].get_submodule(name).weight, alpha=alpha)
+        exact[part, name] = made[f"{key}.lora_up.weight"] @ made[f"{key}.lora_down.weight"] * (alpha / 4)
+        state |= made
+    save_file(state, tmp_path / "a.safetensors")
+    read = read_lora(pipe, tmp_path / "a.safetensors")
+    assert {(part, name) for part, adapter in read.items() for name in adapter.tensors} == set(wanted)
+    for (part, name), expected in exact.items():
+        torch.testing.assert_close(update(read[part], name), expected)
+    junk = entry("lora_unet_double_blocks_7_img_mlp_9", flux.x_embedder.weight, alpha=1)
+    save_file(state | junk, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match="3 of 15 keys fit no .*: lora_unet_double_blocks_7_img_mlp_9.alpha"):
+        dk.import_lora(pipe, tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("more", ["transformer_blocks.0.attn.to_k.lora_A.weight.alpha", "single_blocks.9.x.alpha"])
+def test_an_alpha_without_its_pair(tmp_path, more):
+    torch.manual_seed(1)
+    flux, _ = flux_like()
+    state = {}
+    for name, weight in ((n, flux.get_submodule(n).weight) for n in ("transformer_blocks.0.attn.to_q", "proj_out")):
+        state |= {f"transformer.{name}.lora_A.weight": torch.randn(4, weight.shape[1])}
+        state |= {f"transformer.{name}.lora_B.weight": torch.randn(weight.shape[0], 4)}
+        state |= {f"transformer.{name}.alpha": torch.tensor(1.0)}
+    pipe = pipeline(diffusers.FluxPipeline, transformer=flux)
+    save_file(state, tmp_path / "a.safetensors")
+    adapter = read_lora(pipe, tmp_path / "a.safetensors")["transformer"]
+    B, A = (state[f"transformer.proj_out.lora_{side}.weight"] for side in "BA")
+    torch.testing.assert_close(update(adapter, "proj_out"), B @ A / 4)
+    save_file(state | {f"transformer.{more}": torch.tensor(1.0)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError, match=f"1 of 7 keys fit no adaptable layer of FluxTransformer2D.*: transformer.{more}"):
+        dk.import_lora(pipe, tmp_path / "b.safetensors")
+
+
+def test_t5_in_kohyas_format(tmp_path):
+    """Prefix, names and alpha as sd-scripts has them, and back."""
+    t5 = tiny_t5().eval()
+    dk.inject_adapter(t5, dk.LoraConfig(r=2, target_modules=["q", "wo"], init_weights=False))
+    dk.export_lora(t5, tmp_path / "a.safetensors", format="kohya")
+    shapes = {key: tuple(t.shape) for key, t in load_file(tmp_path / "a.safetensors").items()}
+    block = "lora_te3_encoder_block_0_layer"
+    ends = {f"{block}_0_SelfAttention_q": (16, 16), f"{block}_1_DenseReluDense_wo": (16, 24)}
+    assert shapes == {k: v for stem, (m, n) in ends.items() for k, v in (
+        (f"{stem}.lora_down.weight", (2, n)), (f"{stem}.lora_up.weight", (m, 2)), (f"{stem}.alpha", ()))}  # fmt: skip
+    tokens = torch.randint(30, (2, 5))
+    expected = t5(tokens).last_hidden_state
+    dk.eject(t5)
+    assert (t5(tokens).last_hidden_state - expected).abs().max() > 1e-3
+    assert len(dk.import_lora(t5, tmp_path / "a.safetensors")) == 2
+    torch.testing.assert_close(t5(tokens).last_hidden_state, expected, **CLOSE)
+
+
+def test_a_fused_layer_at_its_start_comes_back(tmp_path):
+    """B is zero, which tells nothing of which of the layers it is: all of them have it."""
+    flux, _ = flux_like()
+    dk.inject_adapter(flux, dk.LoraConfig(r=2, target_modules=["transformer_blocks.0.attn.to_q"]))
+    dk.export_lora(flux, tmp_path / "a.safetensors", format="kohya")
+    dk.eject(flux)
+    names = dk.import_lora(flux, tmp_path / "a.safetensors")
+    assert names == [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"]
+    assert not any(flux.get_submodule(name).adapter_tensors("default")["P"].any() for name in names)
+
+
+def test_where_latent_diffusion_has_its_upsamplers():
+    """After the attentions of an output block, where it has some (SDXL), or else after its one residual block."""
+    names = {"up_blocks.0.attentions.0.proj_in", "up_blocks.0.upsamplers.0.conv", "up_blocks.1.upsamplers.0.conv"}
+    assert _latent_diffusion("up_blocks.0.upsamplers.0.conv", 2, names) == "output_blocks.2.2.conv"
+    assert _latent_diffusion("up_blocks.1.upsamplers.0.conv", 2, names) == "output_blocks.5.1.conv"
+
+
+def test_what_peft_wrote_for_a_text_encoder_goes_there(tmp_path):
+    unet, encoder = sd_like()[0], tiny_clip()
+    dk.inject_adapter(encoder, dk.LoraConfig(r=2, target_modules=["q_proj"], init_weights=False))
+    pipe = pipeline(diffusers.StableDiffusionPipeline, unet=unet, text_encoder=encoder)
+    dk.export_lora(pipe, tmp_path / "pipe", format="peft")
+    dk.export_lora(encoder, tmp_path / "module", format="peft")
+    assert [f.name for f in (tmp_path / "pipe").iterdir()] == ["text_encoder"]
+    dk.eject(encoder)
+    for source in ("pipe", "module", "module/adapter_model.safetensors"):
+        (name,) = dk.import_lora(pipe, tmp_path / source)
+        assert name.startswith("text_encoder.") and name.endswith("layers.0.self_attn.q_proj")
+        dk.eject(encoder)
+
+
+def test_parts_and_their_adapters_are_told_apart(tmp_path):
+    unet, encoder = sd_like()[0], tiny_clip()
+    dk.inject_adapter(unet, dk.DeftConfig(r=2))
+    dk.inject_adapter(encoder, dk.LoraConfig(r=3, target_modules=["out_proj"]))
+    dk.export_lora(pipeline(diffusers.StableDiffusionPipeline, unet=unet, text_encoder=encoder), tmp_path / "a.safetensors")
+    assert json.loads(metadata_of(tmp_path / "a.safetensors")["deft_kernels"])["made_of"] == {
+        "unet.default": "qr, rank 2, strength 1", "text_encoder.default": "lora, rank 3, strength 1"}  # fmt: skip
+
+
 # In: what is refused --------------------------------------------------------------------------------------------------
 
 STEM = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -630,6 +867,15 @@ def a_file(tmp_path):
     (lambda s: s.update({f"{STEM}.dora_scale": torch.ones(16)}), "1 of 65 keys belong to DoRA, which these layers"),
     (lambda s: s.update({f"{STEM}.lora_B.bias": torch.ones(16)}), "1 of 65 keys belong to a bias"),
     (lambda s: s.update({f"{STEM}.hada_w1_a": torch.ones(16, 2), f"{STEM}.lokr_w1": torch.ones(2)}), "LoHa, LoKr"),
+    (lambda s: s.update({f"{STEM}.oft_diag": torch.ones(2)}), "1 of 65 keys belong to OFT or BOFT"),
+    (lambda s: s.update({f"{STEM}.a1.weight": torch.ones(2)}), "1 of 65 keys belong to GLoRA"),
+    (lambda s: s.update({f"{STEM}.on_input": torch.ones(2)}), "1 of 65 keys belong to IA3"),
+    (lambda s: s.update({f"{STEM}.diff": torch.ones(2)}), "1 of 65 keys belong to a full difference"),
+    (lambda s: s.update({"x.diffusion_model.to_q.lora_A.weight": torch.ones(2)}), "1 of 65 keys fit no .*: x.diff"),
+    (lambda s: s.update({f"{STEM}.lora_A.weight": torch.ones(0, 16), f"{STEM}.lora_B.weight": torch.ones(16, 0)}),
+     r"wrong shapes: mid_block\S*to_q \(P: of rank 0, expected at least 1\)"),
+    (lambda s: s.update({f"{STEM}.alpha": torch.tensor(1e38), f"{STEM}.lora_B.weight": torch.full((16, 2), 1e5)}),
+     r"P of mid_block\S*to_q has values of up to 5e\+42 \(alpha / r is 5e\+37\), expected below 1.15e\+18"),
     (lambda s: s.update({"unet.tail.lora_A.weight": torch.ones(2)}), "1 of 65 keys fit no .*: unet.tail"),
     (lambda s: s.pop(f"{STEM}.lora_A.weight"), r"1 tensors are missing: mid_block.*to_q \(R\)"),
     (lambda s: s.pop(f"{STEM}.lora_B.weight"), r"1 tensors are missing: mid_block.*to_q \(P\)"),
@@ -703,6 +949,94 @@ def test_one_part_that_fails_leaves_all_as_they_were(tmp_path):
     assert unet.conv_in.active == ["first"] and unet.conv_in.deft_P["first"].requires_grad
     dk.eject(unet)
     assert_untouched(unet, before)
+
+
+def test_what_was_together_is_so_again_where_loading_fails(tmp_path):
+    unet, file = a_file(tmp_path)
+    dk.eject(unet)
+    encoder, state = tiny_clip(), load_file(file)
+    for name, shape in (("A", (2, 16)), ("B", (16, 2))):
+        state[f"text_encoder.encoder.layers.0.self_attn.q_proj.lora_{name}.weight"] = torch.ones(shape)
+    save_file(state, file)
+    dk.inject_adapter(encoder, dk.LoraConfig(r=1, target_modules=["k_proj"]), "taken")
+    for name in "pq":
+        dk.inject_adapter(unet, dk.DeftConfig(r=2, para=True, init_weights=False), name)
+    pipe = pipeline(diffusers.StableDiffusionPipeline, unet=unet, text_encoder=encoder)
+    layer = unet.get_submodule(STEM.removeprefix("unet."))
+    dk.set_adapters(unet, ["p", "q"], combine="joint")
+    with pytest.raises(ValueError, match="has an adapter named 'taken' already"):
+        dk.import_lora(pipe, file, "taken")
+    assert layer.combination == "joint" and layer.strengths == {"p": 1.0, "q": 1.0}
+    dk.route_adapters(unet, ["p", "base"])
+    with pytest.raises(ValueError, match="has an adapter named 'taken' already"):
+        dk.import_lora(pipe, file, "taken")
+    assert layer.routes.samples == [("p", 1.0), (None, 1.0)]
+
+
+def test_two_adapters_in_one_folder(tmp_path):
+    unet, _ = a_file(tmp_path)
+    dk.export_lora(unet, tmp_path / "two", format="peft")
+    dk.export_lora(unet, tmp_path / "two")
+    dk.eject(unet)
+    with pytest.raises(ValueError, match="two holds two adapters, adapter_model.safetensors and pytorch_lora_weights"):
+        dk.import_lora(unet, tmp_path / "two")
+    for name in ("adapter_model", "pytorch_lora_weights"):
+        assert len(dk.import_lora(unet, tmp_path / "two" / f"{name}.safetensors", name)) == 32
+
+
+def test_several_files_without_a_name(tmp_path):
+    unet, file = a_file(tmp_path)
+    dk.eject(unet)
+    assert len(dk.import_lora(unet, tmp_path)) == 32  # the only one there
+    file.rename(tmp_path / "b.safetensors")
+    save_file(load_file(tmp_path / "b.safetensors"), tmp_path / "c.safetensors")
+    with pytest.raises(ValueError, match="holds 2 safetensors files, and none is pytorch_lora_weights.safetensors: name"):
+        dk.import_lora(unet, tmp_path, "again")
+    assert len(dk.import_lora(unet, tmp_path, "again", weight_name="c.safetensors")) == 32
+
+
+def test_a_hub_id_that_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="(?s)hf download someone/lora-cat .*pass its path"):
+        dk.import_lora(seeded_model(), "someone/lora-cat")
+
+
+def test_trainable_and_active_as_asked(tmp_path):
+    unet, file = a_file(tmp_path)
+    dk.eject(unet)
+    dk.import_lora(unet, file, "trained", trainable=True)
+    dk.import_lora(unet, file, "waiting", activate=False)
+    layer = unet.get_submodule(STEM.removeprefix("unet."))
+    assert layer.active == ["trained"] and sorted(layer.configs) == ["trained", "waiting"]
+    assert all(p.requires_grad for p in layer.adapter_tensors("trained").values())
+    dk.set_adapters(unet, "waiting")
+    assert not any(p.requires_grad for p in layer.adapter_tensors("waiting").values())
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya"])
+@pytest.mark.parametrize("part", ["unet", "text_encoder", "text_encoder_2"])
+def test_the_base_of_every_part_is_known_in_every_format(tmp_path, format, part):
+    torch.manual_seed(3)
+    config = CLIPTextConfig(vocab_size=30, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                            max_position_embeddings=8, projection_dim=10)  # fmt: skip
+    parts = {"unet": sdxl_like()[0], "text_encoder": CLIPTextModel(config),
+             "text_encoder_2": CLIPTextModelWithProjection(config)}  # fmt: skip
+    pipe = pipeline(diffusers.StableDiffusionXLPipeline, **parts)
+    for module in parts.values():
+        dk.inject_adapter(module, dk.LoraConfig(r=2))
+    dk.export_lora(pipe, tmp_path / "a.safetensors", format=format)
+    for module in parts.values():
+        dk.eject(module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        dk.import_lora(pipe, tmp_path / "a.safetensors", "same")
+    with torch.no_grad():
+        for p in parts[part].parameters():
+            p.mul_(1.5)
+    with pytest.warns(UserWarning, match="made for another base model") as told:
+        dk.import_lora(pipe, tmp_path / "a.safetensors", "other")
+    assert [w.filename for w in told if "another base" in str(w.message)] == [__file__]
 
 
 def test_a_deft_folder_is_no_lora(tmp_path):
