@@ -141,6 +141,15 @@ def test_eject_puts_back_what_required_grad_and_keeps_what_is_merged_if_asked():
     assert all(p.requires_grad for p in whole(pipe).parameters())
 
 
+def test_an_adapter_from_before_the_bank_still_trains():
+    pipe = pipeline()
+    block = pipe.components["unet"].blocks[0]
+    block.to_q = dk.DeftLinear(block.to_q, dk.DeftConfig(r=2), "mine")
+    dk.inject_adapter(pipe, dk.DeftConfig(r=2, target_modules=["to_v"]), "b")
+    dk.set_adapters(pipe, "mine")
+    assert all(p.requires_grad for role in "PR" for p in dk.adapter_parameters(pipe, "mine")[role])
+
+
 def test_adapters_that_only_some_layers_have_are_listed():
     pipe = pipeline()
     dk.inject_adapter(pipe, dk.DeftConfig(r=2, target_modules=["to_q"]), "a")
