@@ -121,7 +121,8 @@ class DeftVerbs:
         dk.save_adapter(self, save_directory, adapter_name)
 
     def set_adapters(self, adapter_names, adapter_weights=None):
-        """Make exactly these active. A weight may be a dict, {part: weight}, with 1 for a part that it does not name."""
+        """Make exactly these active. A weight may be a dict, {part: weight}, with 1 for a part that it does not name;
+        ValueError for one that the adapter is not in."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         weights = list(adapter_weights) if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
         if len(names) != len(weights):
