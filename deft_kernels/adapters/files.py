@@ -128,17 +128,12 @@ def attach_adapter(model, loaded: Adapter, adapter_name: str, trainable: bool = 
     return attach(model, loaded.config, adapter_name, list(loaded.tensors), loaded.tensors, trainable, activate)
 
 
-def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False, part: str = "") -> Adapter:
-    """Read an adapter and check everything about it against the model, which is not touched; `part` is the prefix of its
-    keys in a pipeline's file."""
-    path = Path(path)
+def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = False, part: str = "", held=None) -> Adapter:
+    """Read an adapter and check everything about it against the model, which is not touched; `part` is what a pipeline, and
+    errors, call the model; `held` the model's share of what `read_safetensors` has read already."""
+    path, prefix = Path(path), f"{part}." if part else ""
     file = path / WEIGHTS_NAME if path.is_dir() else path
-    state, metadata = read_safetensors(file)
-    if part:
-        state, metadata = (
-            {key.removeprefix(f"{part}."): value for key, value in held.items() if key.startswith(f"{part}.")}
-            for held in (state, metadata)
-        )
+    state, metadata = held or read_safetensors(file)
     raw, source = _read_config(file, metadata)
     config = from_peft(raw, source)
 
@@ -147,31 +142,34 @@ def read_adapter(model: nn.Module, path: str | os.PathLike, any_base: bool = Fal
     tensors, unknown = _by_layer(file, state, modules, LORA_ROLES if lora else DEFT_ROLES)
     if unknown:
         where = f"fit no adaptable layer of {type(model).__name__}, or are none of a {raw['peft_type']} adapter"
-        raise ValueError(f"{file}: {len(unknown)} of {len(state)} keys {where}: {some(unknown)}")
+        raise ValueError(f"{file}: {len(unknown)} of {len(state)} keys {where}: {some([prefix + key for key in unknown])}")
     if config.target_modules and not raw.get("layers_to_transform"):
         try:
-            absent = [name for name in match_targets(model, config) if name not in tensors]
+            absent = [prefix + name for name in match_targets(model, config) if name not in tensors]
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}") from None
         if tensors and absent:
             raise ValueError(f"{file}: {len(absent)} layers are targeted but missing: {some(absent)}")
     ranks, alphas = peft_ranks(raw, tensors) if lora else (dict.fromkeys(tensors, config.r), {})
-    return checked(file, config, tensors, ranks, alphas, modules, metadata.get("base_fingerprint"), any_base)
+    return checked(file, config, tensors, ranks, alphas, modules, metadata.get("base_fingerprint"), any_base, prefix)
 
 
-def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: str | None, any_base: bool) -> Adapter:
+def checked(
+    file: Path, config, tensors, ranks, alphas, modules, fingerprint: str | None, any_base: bool, prefix: str = ""
+) -> Adapter:
     """The adapter, once its shapes, its values and its base are found to be right for the model's modules.
 
     `tensors` is {layer: {role: tensor}}, `ranks` {layer: r}; `alphas` {layer: alpha} of a LoRA, whose layers may differ in
     both. Its config has one alpha: where that of the file is another in some layer, alpha / r is folded into B instead.
+    Errors name the layers with `prefix`, a part's name and a dot.
     """
-    _check_shapes(file, tensors, modules, config, ranks)
+    _check_shapes(file, tensors, modules, config, ranks, prefix)
     for name, roles in tensors.items():
         for role, t in roles.items():
             if t.dtype not in FLOATS:
-                raise ValueError(f"{file}: {role} of {name} has values that are {t.dtype}, expected a floating dtype")
+                raise ValueError(f"{file}: {role} of {prefix}{name} has values that are {t.dtype}, expected floating dtype")
             if not torch.isfinite(t.float()).all():
-                raise ValueError(f"{file}: {role} of {name} has values that are not finite")
+                raise ValueError(f"{file}: {role} of {prefix}{name} has values that are not finite")
     lora = isinstance(config, LoraConfig)
     for name, roles in tensors.items():
         r = roles["P"].shape[1]
@@ -180,10 +178,10 @@ def checked(file: Path, config, tensors, ranks, alphas, modules, fingerprint: st
             largest = float(t.float().abs().max()) * (abs(scale) if role == ("P" if lora else "R") else 1.0)
             if not largest < LARGEST:
                 raise ValueError(
-                    f"{file}: {role} of {name} has values of up to {largest:.3g} (alpha / r is {scale:.3g}), expected below "
-                    f"{LARGEST:.3g}: their products overflow"
+                    f"{file}: {role} of {prefix}{name} has values of up to {largest:.3g} (alpha / r is {scale:.3g}), "
+                    f"expected below {LARGEST:.3g}: their products overflow"
                 )
-    _check_base(file, fingerprint, {k: modules[k] for k in tensors}, any_base or lora)
+    _check_base(file, fingerprint, {k: modules[k] for k in tensors}, any_base or lora, prefix)
     if lora:
         one = next(iter(alphas.values()))
         if one > 0 and all(alpha == one for alpha in alphas.values()):
@@ -217,7 +215,7 @@ def _read_config(file: Path, metadata: dict[str, str]) -> tuple[dict, Path]:
     carried = metadata.get("adapter_config", metadata.get("lora_adapter_metadata"))
     if carried is not None:
         carried = read_json(carried, f"{file}: the configuration that it carries")
-    if beside.is_file():
+    if beside.is_file() and file.name != PIPELINE_WEIGHTS:  # which is never of one adapter with what lies beside it
         raw = read_json(beside.read_bytes(), beside)
         if carried is not None:
             differ = [key for key in carried if key in raw and raw[key] != carried[key]]
@@ -269,19 +267,19 @@ def _by_layer(file: Path, state: dict[str, Tensor], modules: dict[str, nn.Module
     return tensors, unknown
 
 
-def _check_shapes(file: Path, tensors, modules, config: DeftConfig, ranks: dict[str, int]) -> None:
+def _check_shapes(file: Path, tensors, modules, config: DeftConfig, ranks: dict[str, int], prefix: str) -> None:
     roles = {"P"} | ({"R"} if not config.para else set()) | ({"gate"} if config.gate else set())
     missing, extra, wrong = [], [], []
     for name, found in tensors.items():
-        missing += [f"{name} ({role})" for role in sorted(roles - set(found))]
-        extra += [f"{name} ({role})" for role in sorted(set(found) - roles)]
+        missing += [f"{prefix}{name} ({role})" for role in sorted(roles - set(found))]
+        extra += [f"{prefix}{name} ({role})" for role in sorted(set(found) - roles)]
         m, n = wrap(name, modules[name]).shape
         r = ranks[name] if isinstance(config, LoraConfig) else min(ranks[name], m)
         for role, expected in (("P", (m, r)), ("R", (r, n)), ("gate", ())):
             if role != "gate" and r < 1:
-                wrong.append(f"{name} ({role}: of rank {r}, expected at least 1)")
+                wrong.append(f"{prefix}{name} ({role}: of rank {r}, expected at least 1)")
             elif role in found and tuple(found[role].shape) != expected:
-                wrong.append(f"{name} ({role}: {tuple(found[role].shape)}, expected {expected})")
+                wrong.append(f"{prefix}{name} ({role}: {tuple(found[role].shape)}, expected {expected})")
     for what, names in (("are missing", missing), ("are extra", extra), ("have wrong shapes", wrong)):
         if names:
             raise ValueError(f"{file}: {len(names)} tensors {what}: {some(names)}")
@@ -456,7 +454,7 @@ def _unfold(sketch) -> tuple[str, Tensor]:
     return kind, torch.tensor(values, dtype=torch.float32)
 
 
-def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], any_base: bool) -> None:
+def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], any_base: bool, prefix: str) -> None:
     if recorded is None:
         return
     try:
@@ -483,8 +481,8 @@ def _check_base(file: Path, recorded: str | None, layers: dict[str, nn.Module], 
     name, *both = max(pairs, key=lambda pair: float((pair[1][1] - pair[2][1]).norm()))
     first = ["[" + ", ".join(f"{v:.4g}" for v in values[:3].tolist()) + ", …]" for _, values in both]
     message = (
-        f"{file}: this adapter was made for another base model (weights differ by {distance:.1%}: {name} begins with "
-        f"{first[0]} in the file's fingerprint and with {first[1]} here)"
+        f"{file}: this adapter was made for another base model (weights differ by {distance:.1%}: {prefix}{name} begins "
+        f"with {first[0]} in the file's fingerprint and with {first[1]} here)"
     )
     if not any_base:  # a distance that is not a number comes here too
         raise ValueError(

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from .files import CONFIG_NAME, FOUND, WEIGHTS_NAME
+from .inject import DENOISERS, TEXT_ENCODERS
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # files that are not read, and so never names on the hub
 
 
 def locate(
@@ -28,12 +30,12 @@ def locate(
     where to put it.
     """
     path = Path(source).expanduser()
-    if not path.exists() and HUB_ID.fullmatch(str(source)) and not str(source).endswith(".safetensors"):
-        names = [CONFIG_NAME, *((weight_name,) if weight_name else FOUND)]
+    if not path.exists() and HUB_ID.fullmatch(str(source)) and path.suffix not in (".safetensors", *PICKLES):
+        names = [CONFIG_NAME, weight_name] if weight_name else [CONFIG_NAME, *FOUND]
+        if not weight_name:
+            names += [f"{part}/{name}" for part in (*DENOISERS, *TEXT_ENCODERS) for name in (CONFIG_NAME, WEIGHTS_NAME)]
         if subfolder:
             names = [f"{subfolder}/{name}" for name in names]
-        elif not weight_name:
-            names += [f"*/{CONFIG_NAME}", f"*/{WEIGHTS_NAME}"]  # a folder for each part of a pipeline
         path = _download(str(source), names, revision, token, cache_dir, local_files_only)
     if subfolder:
         path = path / subfolder
@@ -48,23 +50,24 @@ def locate(
 
 def _download(repo: str, names: list[str], revision, token, cache_dir, local_files_only: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # of its HTTP client, whichever that is
 
-    found, reason = None, "it has none of them, or their copy in the cache here is incomplete"
+    found, cause, reason = None, None, "it has none of them, or their copy in the cache here is incomplete"
     try:
         found = Path(snapshot_download(
             repo, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only,
             allow_patterns=names,
         ))  # fmt: skip
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    # ValueError: an id that the hub could not have, or an answer that is no JSON, as where a network wants a login first
+    except (OSError, ValueError, HTTPError) as error:
+        cause, reason = error, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     weights = [name for name in names if not name.endswith(CONFIG_NAME)]
-    if found is None or not any(next(found.glob(name), None) for name in weights):
+    if found is None or not any((found / name).is_file() for name in weights):
         command = " ".join(["hf download", repo, *(f'--include "{name}"' for name in names)])
         command += f" --revision {revision}" if revision else ""
         raise FileNotFoundError(
             f"there is no folder {repo} here, and the hub gave none of the files {', '.join(weights)} of {repo} ({reason}). "
             f"Where there is a network, run\n    {command} --local-dir {repo.partition('/')[2]}\n"
             "copy that folder to this machine, and pass its path. A file of another name is asked for by weight_name="
-        )
+        ) from cause
     return found

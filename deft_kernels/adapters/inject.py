@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import numbers
 import re
 import warnings
 
@@ -20,32 +21,25 @@ BASE = ("base", "__base__")  # a sample without adapter; the second is PEFT's na
 INEXACT = 0.005  # start_deviation that is told: an output rounded to bfloat16 is 0.002 away, one of 8-bit inputs 0.006
 
 
+# The parts of pipelines that adapters go into, by diffusers' names.
+DENOISERS = ("unet", "transformer", "transformer_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+
+
 class Parts(nn.ModuleDict):
-    """Several models adapted as one, a pipeline's: layers are named `<part>.<layer>`. Each part is called by itself, and so
-    has a bank of its own."""
+    """Several models adapted as one, those of the pipeline that `name` says: layers are named `<part>.<layer>`. Each part is
+    called by itself, and so has a bank of its own."""
+
+    def __init__(self, parts: dict[str, nn.Module], name: str):
+        super().__init__(parts)
+        self._name = name
+
+    def _get_name(self) -> str:
+        return self._name
 
 
 def inject_adapter(model: nn.Module, config: DeftConfig, adapter_name: str = "default") -> list[str]:
-    """Put a new adapter on the model's target layers, in place.
-
-    The model's own parameters are frozen; the new adapter becomes the active and the only trainable one. The first
-    adapter turns each target layer into a `DeftLinear` or `DeftConv2d`; further ones join it there. All layers are
-    prepared together at the start of every forward of `model` (see `nn.Bank`), so inject into the module that you call.
-
-    Args:
-        model: a diffusers UNet or transformer, a text encoder, any module with linear layers or 2-D convolutions.
-        config: `DeftConfig` (DEFT, PaRa) or `LoraConfig`.
-        adapter_name: without dots.
-
-    Returns the names of the adapted layers.
-
-    Raises:
-        ValueError: a target that matches nothing (the nearest names are told), no layer matched, a name in use, NaN in a
-            base weight, a quantised one that cannot be read. TypeError: a target that is no linear layer and no plain
-            convolution. The model is then as it was.
-
-    Warns where quantised layers round their inputs too, so that the start is not quite the identity.
-    """
+    """`deft_kernels.inject_adapter` of one model."""
     return attach(model, config, adapter_name, match_targets(model, config))
 
 
@@ -247,7 +241,7 @@ def require_layers(model: nn.Module, adapter_names=()) -> dict[str, DeftLayer]:
     """The adapted layers; ValueError where there are none, or where no layer has one of the named adapters."""
     layers = adapted_layers(model)
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no adapter: call deft_kernels.inject_adapter(model, config) first")
+        raise ValueError(f"{model._get_name()} has no adapter: call deft_kernels.inject_adapter(model, config) first")
     known = sorted({name for layer in layers.values() for name in layer.configs})
     for name in adapter_names:
         if name not in known:
@@ -262,7 +256,7 @@ def named_weights(names, weights) -> dict[str, float]:
     names = [names] if isinstance(names, str) else list(names)
     if weights is None:
         weights = [1.0] * len(names)
-    elif isinstance(weights, (int, float)):
+    elif isinstance(weights, numbers.Real):
         weights = [weights] * len(names)
     weights = [float(w) for w in weights]
     if len(names) != len(weights):
@@ -361,20 +355,22 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             layer.delete_adapter(name)
 
 
-def eject(model: nn.Module) -> None:
-    """Take all adapters out: the very original modules are back, unmerged to the bit, trainable where they were."""
+def eject(model: nn.Module, keep_merged: bool = False) -> None:
+    """Take all adapters out: the very original modules are back, trainable where they were, and unmerged to the bit, or,
+    with `keep_merged`, with what is merged in their weights for good."""
     from .merge import unmerge
 
     layers = require_layers(model)
     if "" in layers:
         raise TypeError(f"this is the adapted layer itself: its original is {type(model).__name__}.base_layer")
-    if any(layer.is_merged for layer in layers.values()):
+    if not keep_merged and any(layer.is_merged for layer in layers.values()):
         unmerge(model)
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, DeftLayer):
             _replace(model, name, module.base_layer)
     for layer in layers.values():  # a bank further out may still list it
         layer.set_adapters({})
+        layer.is_merged, layer.merged, layer._pristine, layer._merged_version = False, {}, None, None
     for module in model.modules():
         release(module)
         bank = module.__dict__.pop("_deft_bank", None)

@@ -71,14 +71,15 @@ def merge(
 def unmerge(model: nn.Module, force: bool = False) -> None:
     """Put the pristine weights back, bit for bit.
 
-    Raises RuntimeError when nothing is merged, or when a weight was written to while an adapter was merged into it: what
-    was written would be lost. `force` puts the snapshot back all the same. (Writes through `.data` are not seen: torch does
-    not count them.)
+    Raises RuntimeError when nothing is merged, when a weight is offloaded, so that its pristine values cannot be put back,
+    or when a weight was written to while an adapter was merged into it: what was written would be lost. In this last case
+    `force` puts the snapshot back all the same. (Writes through `.data` are not seen: torch does not count them.)
     """
     layers = require_layers(model)
     if not any(layer.is_merged for layer in layers.values()):
         raise RuntimeError("nothing is merged: call deft_kernels.merge(model) first")
     _check_unfused(model, layers)
+    _check_reachable(model, layers)
     if not force:
         _check_untouched(layers)
     for layer in layers.values():
@@ -100,6 +101,7 @@ def hotswap(
     Raises as `merge` and `load_adapter` do.
     """
     layers = require_layers(model)
+    _check_reachable(model, layers)
     _check_untouched(layers)
     on_host = any(layer.merged and _kept(layer)[0].device != layer.weight.device for layer in layers.values())
     name = None if isinstance(path_or_name, Adapter) else str(path_or_name)
@@ -138,6 +140,24 @@ def _check_unfused(model: nn.Module, layers: dict[str, DeftLayer]) -> None:
         refuse_fused(name, model.get_submodule(name))
 
 
+def _check_reachable(model: nn.Module, layers: dict[str, DeftLayer]) -> None:
+    """What is written to an offloaded weight is lost: when the layer is called, its values come from elsewhere."""
+    for name, layer in layers.items():
+        if layer.merged and (is_hooked(layer.base_layer) or _on_disk(model, name)):
+            raise RuntimeError(
+                f"{name}: its weight was offloaded while an adapter was merged into it, where the pristine one cannot be "
+                "put back: unmerge before offloading, or take the hooks off first"
+            )
+
+
+def _on_disk(model: nn.Module, name: str) -> bool:
+    """Whether diffusers' group offloading keeps the layer's weight on disk: it hooks the block, not the layer."""
+    path = name.split(".")
+    hooks = [getattr(model.get_submodule(".".join(path[:i])), "_diffusers_hook", None) for i in range(len(path))]
+    groups = [hook.get_hook("group_offloading") for hook in hooks if hook is not None]
+    return any(group is not None and group.group.offload_to_disk_path is not None for group in groups)
+
+
 def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer], requantize: bool) -> None:
     _check_unfused(model, targets)
     owners: dict[int, int] = {}
@@ -145,6 +165,8 @@ def _check_mergeable(model: nn.Module, targets: dict[str, DeftLayer], requantize
         for p in module._parameters.values():
             owners[id(p)] = owners.get(id(p), 0) + 1
     for name, layer in targets.items():
+        if _on_disk(model, name):
+            raise ValueError(f"{name}: its weight is offloaded to disk, what is written to it would be lost: merge first")
         if layer.pristine_weight() is None:
             try:
                 held = quantised(layer.base_layer)

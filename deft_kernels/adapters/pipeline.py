@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from ..config import DeftConfig
 from . import files, inject
 from . import merge as merging
-from .files import FOUND, PIPELINE_WEIGHTS, PREFIX, Adapter, attach_adapter, read_adapter, read_safetensors
-from .hub import locate
-from .inject import Parts, adapted_layers
-
-DENOISERS = ("unet", "transformer", "transformer_2")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+from .files import FOUND, PIPELINE_WEIGHTS, PREFIX, WEIGHTS_NAME, Adapter, attach_adapter, read_adapter, read_safetensors
+from .hub import PICKLES, locate
+from .inject import DENOISERS, TEXT_ENCODERS, Parts, adapted_layers
 
 
 def components(target) -> dict[str, nn.Module]:
@@ -50,8 +47,10 @@ def _original(module: nn.Module) -> nn.Module:
 
 def as_model(target) -> nn.Module:
     """A module, or the parts of a pipeline as one; named in messages as what it stands for."""
+    if isinstance(target, Parts):
+        return target
     found = components(target)
-    return found[""] if "" in found else type(type(target).__name__, (Parts,), {})(found)
+    return found[""] if "" in found else Parts(found, type(target).__name__)
 
 
 def takes_pipelines(verb):
@@ -73,24 +72,42 @@ merge = takes_pipelines(merging.merge)
 unmerge = takes_pipelines(merging.unmerge)
 
 
-@functools.wraps(inject.inject_adapter)
 def inject_adapter(model, config: DeftConfig | dict[str, DeftConfig], adapter_name: str = "default") -> list[str]:
+    """Put a new adapter on the target layers of a model or pipeline, in place.
+
+    The model's own parameters are frozen; the new adapter becomes the active and the only trainable one. The first
+    adapter turns each target layer into a `DeftLinear` or `DeftConv2d`; further ones join it there. All layers are
+    prepared together at the start of every forward of `model` (see `nn.Bank`), so inject into the module that you call.
+
+    Args:
+        model: a diffusers pipeline, a UNet or transformer, a text encoder, any module with linear layers or 2-D
+            convolutions.
+        config: `DeftConfig` (DEFT, PaRa) or `LoraConfig`. Of a pipeline it goes into the denoiser;
+            {"unet": config, "text_encoder": config} into the parts that it names, each with its own.
+        adapter_name: without dots.
+
+    Returns the names of the adapted layers, a pipeline's as `<part>.<layer>`.
+
+    Raises:
+        ValueError: a target that matches nothing (the nearest names are told), no layer matched, a name in use, NaN in a
+            base weight, a quantised one that cannot be read, a part that there is not. TypeError: a target that is no linear
+            layer and no plain convolution, configs by part for what has no parts. The model is then as it was.
+
+    Warns where quantised layers round their inputs too, so that the start is not quite the identity.
+    """
     model = as_model(model)
     if not isinstance(model, Parts):
+        if isinstance(config, dict):
+            named = f"configs for {', '.join(config)} want a pipeline"
+            raise TypeError(f"{named}, but {type(model).__name__} is one model: pass its config itself, or the pipeline")
         return inject.inject_adapter(model, config, adapter_name)
     configs = config if isinstance(config, dict) else {name: config for name in DENOISERS if name in model}
     unknown = [name for name in configs if name not in model]
     if unknown or not configs:
         asked = ", ".join(unknown) or "a denoiser"
-        raise ValueError(f"{type(model).__name__} has no {asked}; adapters can go into its {', '.join(model)}")
+        raise ValueError(f"{model._get_name()} has no {asked}; adapters can go into its {', '.join(model)}")
     by_layer = {f"{part}.{name}": c for part, c in configs.items() for name in inject.match_targets(model[part], c)}
     return inject.attach(model, by_layer, adapter_name, list(by_layer))
-
-
-inject_adapter.__doc__ += """
-    Of a pipeline, `config` goes into the denoiser; {"unet": config, "text_encoder": config} into the parts that it names,
-    each with its own. Layers are then named `<part>.<layer>`.
-    """
 
 
 def list_adapters(target) -> dict[str, dict[str, float | None]]:
@@ -112,8 +129,14 @@ def adapter_state_dict(model, adapter_name: str = "default") -> dict[str, Tensor
     return {key.removeprefix(PREFIX): t for key, t in state.items()} if isinstance(model, Parts) else state
 
 
-@functools.wraps(files.save_adapter)
 def save_adapter(model, folder: str | os.PathLike, adapter_name: str = "default") -> None:
+    """Write an adapter into `folder`: a module's as PEFT does, `adapter_config.json` and `adapter_model.safetensors`; a
+    pipeline's as one file, `pytorch_deft_weights.safetensors`, with keys `<part>.<module>.deft_P` and the configuration and
+    fingerprint of each part in its metadata.
+
+    Each file is replaced atomically. PEFT reads its layout back for the methods that it has (qr, relu, PaRa on linear
+    layers; LoRA). ValueError for an unknown adapter, or one with NaN or infinity.
+    """
     model = as_model(model)
     if not isinstance(model, Parts):
         files.save_adapter(model, folder, adapter_name)
@@ -127,12 +150,6 @@ def save_adapter(model, folder: str | os.PathLike, adapter_name: str = "default"
             metadata |= {f"{part}.{key}": value for key, value in described.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     files.replace_file(Path(folder) / PIPELINE_WEIGHTS, save(state, metadata))
-
-
-save_adapter.__doc__ += """
-    A pipeline's adapter is one file, `pytorch_deft_weights.safetensors`, with keys `<part>.<module>.deft_P` and the
-    configuration and fingerprint of each part in its metadata.
-    """
 
 
 def load_adapter(
@@ -179,28 +196,41 @@ def load_adapter(
 
 @functools.wraps(merging.hotswap)
 def hotswap(model, path_or_name, *args, **kwargs) -> None:
-    known = any(path_or_name in names for names in list_adapters(model).values())
-    merging.hotswap(as_model(model), path_or_name if known else read(model, locate(path_or_name)), *args, **kwargs)
+    source = path_or_name
+    if not isinstance(source, Adapter) and not any(source in names for names in list_adapters(model).values()):
+        source = read(model, locate(source))
+    merging.hotswap(as_model(model), source, *args, **kwargs)
 
 
 def _weights_file(path: Path) -> Path | None:
     """The adapter's tensors at a path; None for a folder that has none itself."""
+    if path.suffix in PICKLES and path.is_file():
+        raise ValueError(
+            f"{path}: a {path.suffix} file is a pickle, and only safetensors are read here; deft_kernels.import_reference "
+            "reads what the authors' code of DEFT and PaRa wrote"
+        )
     if not path.is_dir():
         return path
-    return next((path / name for name in FOUND if (path / name).is_file()), None)
+    found = [name for name in FOUND if (path / name).is_file()]
+    if len(found) > 1:
+        raise ValueError(f"{path} holds {' and '.join(found)}: say which by weight_name=, or pass the file itself")
+    return path / found[0] if found else None
 
 
 def read(target, path: Path, any_base: bool = False) -> Adapter:
     """Read an adapter for a model or a pipeline, and check everything about it; nothing is touched."""
     model, parts, file = as_model(target), components(target), _weights_file(path)
-    if file is not None and _is_lora(file):
-        from .lora import read_lora
-
-        found = read_lora(target, file)
-    elif file is not None:
-        found = _read_file(model, parts, file, any_base)
+    if file is None:
+        named = [n for n in dict.fromkeys((*parts, *DENOISERS, *TEXT_ENCODERS)) if n and (path / n / WEIGHTS_NAME).is_file()]
+        found = {n: read_adapter(part, path / n, any_base, n) for n, part in _by_part(model, parts, named, path).items()}
     else:
-        found = {n: read_adapter(part, path / n, any_base) for n, part in parts.items() if n and (path / n).is_dir()}
+        held = read_safetensors(file)
+        if _is_lora(file, *held):
+            from .lora import read_lora
+
+            found = read_lora(target, file)
+        else:
+            found = _read_file(model, parts, file, any_base, held)
     if not found:
         folders = f", or a folder for a part ({', '.join(parts)})" if isinstance(model, Parts) else ""
         raise FileNotFoundError(f"{path} has none of {', '.join(FOUND)}{folders}; weight_name= tells another file's name")
@@ -217,26 +247,36 @@ def together(model: nn.Module, found: dict[str, Adapter]) -> Adapter:
     )
 
 
-def _is_lora(file: Path) -> bool:
+def _is_lora(file: Path, state: dict[str, Tensor], metadata: dict[str, str]) -> bool:
     """Whether this is a LoRA as other tools write it, without PEFT's configuration."""
-    state, metadata = read_safetensors(file)
     configured = (file.parent / files.CONFIG_NAME).is_file() or any(key.endswith("adapter_config") for key in metadata)
     return not configured and any("lora" in key for key in state)
 
 
-def _read_file(model: nn.Module, parts: dict[str, nn.Module], file: Path, any_base: bool) -> dict[str, Adapter]:
-    """The adapters of a file by part: a pipeline's file says by its keys which parts it has, any other is one adapter."""
-    state, _ = read_safetensors(file)
-    heads = {key.partition(".")[0] for key in state}
+def _read_file(model: nn.Module, parts: dict[str, nn.Module], file: Path, any_base: bool, held) -> dict[str, Adapter]:
+    """The adapters of a file by part: a pipeline's file says by its keys which parts it has, any other is one adapter.
+    `held` is what `read_safetensors` has read of it."""
+    heads = {key.partition(".")[0] for key in held[0]}
     named = sorted(heads & {*DENOISERS, *TEXT_ENCODERS, *parts})
     if not named:
         main = next((name for name in DENOISERS if name in parts), next(iter(parts)))
-        return {main: read_adapter(parts[main], file, any_base)}
-    if "" in parts and len(named) == 1:  # a pipeline's file with one part, for that part
+        return {main: read_adapter(parts[main], file, any_base, main, held=held)}
+    parts = _by_part(model, parts, named, file)
+    if heads != set(named):
+        raise ValueError(f"{file}: keys that belong to no part begin with {', '.join(sorted(heads - set(named))[:8])}")
+    return {n: read_adapter(part, file, any_base, n, held=_of_part(n, *held)) for n, part in parts.items()}
+
+
+def _by_part(model: nn.Module, parts: dict[str, nn.Module], named: list[str], source: Path) -> dict[str, nn.Module]:
+    """The modules that the parts named in a file or folder stand for; one part alone may be for a module itself."""
+    if "" in parts and len(named) == 1:
         parts = {named[0]: model}
     if strangers := [name for name in named if name not in parts]:
         has = f"has {', '.join(parts)}" if isinstance(model, Parts) else "is one model: pass the pipeline"
-        raise ValueError(f"{file}: holds an adapter for {', '.join(strangers)}, but {type(model).__name__} {has}")
-    if heads != set(named):
-        raise ValueError(f"{file}: keys that belong to no part begin with {', '.join(sorted(heads - set(named))[:8])}")
-    return {part: read_adapter(parts[part], file, any_base, part) for part in named}
+        raise ValueError(f"{source}: holds an adapter for {', '.join(strangers)}, but {model._get_name()} {has}")
+    return {name: parts[name] for name in named}
+
+
+def _of_part(part: str, *held: dict) -> tuple[dict, ...]:
+    """What of a pipeline's file is one part's, without the part's name."""
+    return tuple({k.removeprefix(f"{part}."): v for k, v in d.items() if k.startswith(f"{part}.")} for d in held)

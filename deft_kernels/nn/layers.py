@@ -4,7 +4,6 @@ The path of one tensor: `forward` takes the factors (the bank's, or its own by `
 through `LowRankLinear` (factor form), `ActivationLinear` (activation form) or `LowRankConv2d`.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -62,6 +61,7 @@ class DeftLayer(nn.Module):
     def __init__(self, base_layer: nn.Module, config: DeftConfig | None = None, adapter_name: str = "default"):
         super().__init__()
         self.base_layer = base_layer
+        self.shape = self._shape()  # (m, n) of W
         self.deft_P, self.deft_R, self.deft_gate = MasterDict(), MasterDict(), MasterDict()
         self.configs: dict[str, DeftConfig] = {}
         self.active: list[str] = []  # adapters in the order in which factors are concatenated
@@ -113,9 +113,7 @@ class DeftLayer(nn.Module):
         """A tensor laid out as the base weight is stored, as W (m, n), out x in; a view wherever strides allow."""
         raise NotImplementedError
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(m, n) of W."""
+    def _shape(self) -> tuple[int, int]:
         raise NotImplementedError
 
     @property
@@ -551,8 +549,7 @@ class DeftLinear(DeftLayer):
     def out_features(self) -> int:
         return self.shape[0]
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, int]:
+    def _shape(self) -> tuple[int, int]:
         if is_conv1d(self.base_layer):  # stored (in, out)
             return self.base_layer.weight.shape[1], self.base_layer.weight.shape[0]
         return self.base_layer.out_features, self.base_layer.in_features
@@ -662,8 +659,7 @@ class DeftConv2d(DeftLayer):
             raise TypeError(f"DeftConv2d does not adapt grouped convolutions (groups={base_layer.groups})")
         super().__init__(base_layer, config, adapter_name)
 
-    @functools.cached_property
-    def shape(self) -> tuple[int, int]:
+    def _shape(self) -> tuple[int, int]:
         return self.base_layer.weight.shape[0], self.base_layer.weight[0].numel()
 
     def matrix(self, stored: Tensor) -> Tensor:

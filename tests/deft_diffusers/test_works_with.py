@@ -7,7 +7,7 @@ and brought back to the CPU: what is read while it is away shows.
 import accelerate
 import pytest
 import torch
-from tiny_pipelines import PROMPT, build, denoiser, draw
+from tiny_pipelines import PROMPT, build, denoiser, difference, draw
 
 import deft_kernels as dk
 
@@ -42,10 +42,6 @@ def pictures():
             found[family][strength] = draw(pipe, family)
         assert difference(found[family][1.0], found[family][0.4]) > 100 * ROUNDING
     return found
-
-
-def difference(a, b):
-    return (a - b).abs().max().item()
 
 
 def group_offload(pipe, kind, folder=None):

@@ -177,3 +177,23 @@ def draw(pipe, family, prompt=PROMPT, **more):
     generator = torch.Generator().manual_seed(3)
     image = pipe(prompt=prompt, generator=generator, output_type="np", **options, **more).images[0]
     return torch.from_numpy(image)
+
+
+def difference(a, b):
+    """Largest difference of two pictures."""
+    return (a - b).abs().max().item()
+
+
+def state_of(pipe):
+    """Every tensor of the pipeline's modules that belongs to no adapter, as bytes."""
+    state = {}
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            for name, t in module.state_dict().items():
+                if "deft_" not in name:
+                    state[f"{part}.{name.replace('.base_layer', '')}"] = t.reshape(-1).clone().view(torch.uint8)
+    return state
+
+
+def same_state(a, b):
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())

@@ -406,7 +406,7 @@ def test_what_is_not_there(tmp_path):
     ({"method": "additive_update"}, lambda t: t.update(lora_B=torch.ones(4, 8)),
      r"lora_B of blocks.0.to_q is \(4, 8\), expected \(3, n\), as lora_A is \(8, 3\)"),
     ({"fixed": True}, lambda t: t.update(Q_P_cached=torch.ones(8, 2)), r"Q_P_cached of blocks.0.to_q is \(8, 2\), expected"),
-], ids=str)  # fmt: skip
+])  # fmt: skip
 def test_layers_that_lack_what_their_method_has(tmp_path, options, change, message):
     model = seeded_model()
     layers = {name: injected(model.get_submodule(name).weight, **options) for name in targets(model)}

@@ -3,6 +3,9 @@
 import inspect
 import json
 import os
+import pickle
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +18,8 @@ from test_inject import assert_untouched, fingerprint
 
 import deft_kernels as dk
 from deft_kernels.adapters import files, inject, merge
-from deft_kernels.adapters.pipeline import components
+from deft_kernels.adapters import pipeline as pipelines
+from deft_kernels.adapters.pipeline import components, read
 
 BOTH = {"unet": dk.DeftConfig(r=2, init_weights=False), "text_encoder": dk.LoraConfig(r=3, init_weights=False)}
 FILE = "pytorch_deft_weights.safetensors"
@@ -116,6 +120,64 @@ def test_merge_unmerge_and_hotswap(tmp_path):
     assert all(torch.equal(t, pristine[k]) for k, t in whole(pipe).state_dict().items())
 
 
+def test_hotswap_takes_an_adapter_that_was_read(tmp_path):
+    pipe, other = adapted(), pipeline()
+    dk.save_adapter(pipe, tmp_path, "a")
+    dk.inject_adapter(other, dk.DeftConfig(r=2), "b")
+    whole(other).eval()
+    dk.hotswap(other, read(other, tmp_path))
+    torch.testing.assert_close(outputs(other), outputs(pipe), rtol=1e-4, atol=1e-5)
+
+
+def test_eject_puts_back_what_required_grad_and_keeps_what_is_merged_if_asked():
+    pipe = adapted()
+    dk.inject_adapter(pipe, BOTH, "b")  # onto layers that are adapted already
+    whole(pipe).eval()
+    dk.merge(pipe, ["a", "b"])
+    y = outputs(pipe)
+    dk.eject(pipe, keep_merged=True)
+    assert not inject.adapted_layers(whole(pipe))
+    torch.testing.assert_close(outputs(pipe), y)
+    assert all(p.requires_grad for p in whole(pipe).parameters())
+
+
+def test_an_adapter_from_before_the_bank_still_trains():
+    pipe = pipeline()
+    block = pipe.components["unet"].blocks[0]
+    block.to_q = dk.DeftLinear(block.to_q, dk.DeftConfig(r=2), "mine")
+    dk.inject_adapter(pipe, dk.DeftConfig(r=2, target_modules=["to_v"]), "b")
+    dk.set_adapters(pipe, "mine")
+    assert all(p.requires_grad for role in "PR" for p in dk.adapter_parameters(pipe, "mine")[role])
+
+
+def test_adapters_that_only_some_layers_have_are_listed():
+    pipe = pipeline()
+    dk.inject_adapter(pipe, dk.DeftConfig(r=2, target_modules=["to_q"]), "a")
+    dk.inject_adapter(pipe, dk.DeftConfig(r=2, target_modules=["to_q", "to_v"]), "b")
+    dk.set_adapters(pipe, ["a", "b"], [0.5, 2.0])
+    assert dk.list_adapters(pipe)["unet"] == {"a": 0.5, "b": 2.0}
+    dk.set_adapters(pipe.components["unet"].blocks[1], [])  # the last layers at rest
+    assert dk.list_adapters(pipe)["unet"] == {"a": 0.5, "b": 2.0}
+
+
+def test_configs_by_part_want_a_pipeline():
+    with pytest.raises(TypeError, match="configs for unet want a pipeline, but Model is one model: pass its config itself"):
+        dk.inject_adapter(small_model(), {"unet": dk.DeftConfig(r=2)})
+
+
+def test_all_encoders_are_parts():
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "text_encoder_4")
+    pipe = SimpleNamespace(components={name: small_model() for name in ("transformer", *names, "image_encoder")})
+    assert tuple(components(pipe)) == ("transformer", *names)
+
+
+def test_import_without_docstrings():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    code = "import deft_kernels as dk; assert dk.inject_adapter.__doc__ is None; print(len(dk.__all__))"
+    run = subprocess.run([sys.executable, "-OO", "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0 and int(run.stdout) == len(dk.__all__), run.stderr[-2000:]
+
+
 def test_an_error_in_one_part_leaves_all_as_they_were(tmp_path):
     pipe = pipeline()
     with torch.no_grad():
@@ -142,7 +204,7 @@ def test_an_error_in_one_part_leaves_all_as_they_were(tmp_path):
     edit(tmp_path / FILE, lambda state, metadata: state["text_encoder.blocks.0.to_k.lora_A.weight"].fill_(float("nan")))
     pipe = pipeline()
     before = fingerprint(whole(pipe))
-    with pytest.raises(ValueError, match=r"R of blocks.0.to_k has values that are not finite"):
+    with pytest.raises(ValueError, match=r"R of text_encoder.blocks.0.to_k has values that are not finite"):
         dk.load_adapter(pipe, tmp_path)
     assert_untouched(whole(pipe), before)
 
@@ -197,6 +259,87 @@ def test_one_file_for_all_parts(tmp_path):
     assert dk.list_adapters(module) == {"": {"default": 1.0}}
 
 
+def test_a_file_has_the_parts_that_have_the_adapter(tmp_path):
+    pipe = adapted({"unet": BOTH["unet"]})
+    dk.inject_adapter(pipe, {"text_encoder": BOTH["text_encoder"]}, "b")
+    dk.save_adapter(pipe, tmp_path, "a")
+    with safe_open(tmp_path / FILE, "pt") as opened:
+        assert {key.partition(".")[0] for key in (*opened.keys(), *opened.metadata())} == {"unet", "format"}
+    assert dk.list_adapters(pipe)["text_encoder"] == {"b": 1.0}
+
+
+def test_a_folder_with_two_adapters_wants_a_name(tmp_path):
+    """An older pipeline's file beside a newer adapter in PEFT's layout: neither wins in silence."""
+    pipe = adapted()
+    dk.inject_adapter(pipe, dk.DeftConfig(r=3, init_weights=False), "new")
+    dk.save_adapter(pipe, tmp_path, "a")
+    dk.save_adapter(pipe.components["unet"], tmp_path, "new")
+    for model in (pipeline(), small_model()):
+        with pytest.raises(ValueError, match=r"holds pytorch_deft_weights.* and adapter_model.*: say which by weight_name="):
+            dk.load_adapter(model, tmp_path)
+    for file, name in ((FILE, "a"), ("adapter_model.safetensors", "new")):
+        other = pipeline()
+        dk.load_adapter(other, tmp_path, weight_name=file)
+        ours, theirs = dk.adapter_parameters(other)["P"], dk.adapter_parameters(pipe, name)["P"]
+        assert len(ours) == len(theirs) and all(map(torch.equal, ours, theirs))
+
+
+def test_folders_of_parts_that_are_not_there_are_refused(tmp_path):
+    pipe = adapted()
+    dk.save_adapter(pipe.components["unet"], tmp_path / "unet", "a")
+    module = pipeline().components["unet"]
+    assert len(dk.load_adapter(module, tmp_path)) == 8  # one part alone, into that part
+    dk.save_adapter(pipe.components["text_encoder"], tmp_path / "text_encoder_2", "a")
+    (tmp_path / "vae").mkdir()
+    other = pipeline()
+    before = fingerprint(whole(other))
+    message = "holds an adapter for text_encoder_2, but SimpleNamespace has unet, text_encoder"
+    with pytest.raises(ValueError, match=message):
+        dk.load_adapter(other, tmp_path)
+    assert_untouched(whole(other), before)
+    with pytest.raises(ValueError, match="Model is one model: pass the pipeline"):
+        dk.load_adapter(small_model(), tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["pipeline", "folders", "peft"])
+def test_another_base_of_every_layout(tmp_path, layout):
+    pipe = adapted({"unet": BOTH["unet"]})
+    folder = tmp_path / "unet" if layout == "folders" else tmp_path
+    dk.save_adapter(pipe if layout == "pipeline" else pipe.components["unet"], folder, "a")
+    other = pipeline()
+    with torch.no_grad():
+        other.components["unet"].blocks[0].to_q.weight.mul_(2)
+    with pytest.raises(ValueError, match="made for another base model .*: unet.blocks.0.to_q begins"):
+        dk.load_adapter(other, tmp_path)
+    with pytest.warns(UserWarning, match="made for another base model"):
+        assert len(dk.load_adapter(other, tmp_path, any_base=True)) == 8
+
+
+def test_a_file_is_read_once(tmp_path, monkeypatch):
+    reads, original = [], files.read_safetensors
+
+    def counted(file, tensors=True):
+        reads.append(file)
+        return original(file, tensors)
+
+    pipe = adapted()
+    dk.save_adapter(pipe, tmp_path / "pipeline", "a")
+    dk.save_adapter(pipe.components["unet"], tmp_path / "peft", "a")
+    for module in (files, pipelines):
+        monkeypatch.setattr(module, "read_safetensors", counted)
+    for layout in ("pipeline", "peft"):
+        dk.load_adapter(pipeline(), tmp_path / layout)
+    assert len(reads) == 2
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.bin", "checkpoint.pt"])
+def test_pickles_are_not_read(tmp_path, name):
+    (tmp_path / name).write_bytes(pickle.dumps({}))
+    for options in ({"source": tmp_path / name}, {"source": tmp_path, "weight_name": name}):
+        with pytest.raises(ValueError, match="is a pickle, and only safetensors are read here"):
+            dk.load_adapter(small_model(), **options)
+
+
 def same_denoiser(pipe, other):
     x = torch.randn(2, 3, 4, 4)
     return torch.equal(pipe.components["unet"](x), other.components["unet"](x))
@@ -210,6 +353,8 @@ def test_pefts_layout_goes_to_the_denoiser_or_to_each_part(tmp_path):
         other = pipeline()
         assert all(name.startswith("unet.") for name in dk.load_adapter(other, **source))
         assert same_denoiser(pipe, other)
+    other = SimpleNamespace(components={"text_encoder": small_model(), "unet": pipeline().components["unet"]})
+    assert all(name.startswith("unet.") for name in dk.load_adapter({**other.components}, tmp_path / "one/sub"))
     for part, module in components(pipe).items():
         dk.save_adapter(module, tmp_path / "each" / part, "a")
     other = pipeline()
@@ -238,8 +383,10 @@ def test_what_diffusers_writes_of_pefts_deft(tmp_path):
     (lambda s, m: m.pop("unet.adapter_config"), "carries no configuration of its own"),
     (lambda s, m: s.update({"image_encoder.to_q.deft_P": torch.ones(1)}), "keys that belong to no part begin with image"),
     (lambda s, m: s.update({"unet.blocks.9.to_q.deft_P": torch.ones(1)}), r"1 of 17 keys fit no adaptable layer of Model"),
-    (lambda s, m: s.update({"unet.blocks.0.to_q.deft_P": torch.ones(9, 2)}), r"blocks.0.to_q \(P: \(9, 2\), expected \(8"),
-    (lambda s, m: m.update({"unet.base_fingerprint": json.dumps({"blocks.0.to_q": [9.0] * 16})}), "made for another base"),
+    (lambda s, m: s.update({"unet.blocks.0.to_q.deft_P": torch.ones(9, 2)}),
+     r"unet.blocks.0.to_q \(P: \(9, 2\), expected \(8"),
+    (lambda s, m: m.update({"unet.base_fingerprint": json.dumps({"blocks.0.to_q": [9.0] * 16})}),
+     r"made for another base model .*: unet.blocks.0.to_q begins"),
 ])  # fmt: skip
 def test_wrong_files(tmp_path, change, message):
     dk.save_adapter(adapted(), tmp_path, "a")
@@ -271,16 +418,21 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path, monkeypatch, options, command
     with pytest.raises(FileNotFoundError) as error:
         dk.load_adapter(pipe, "owner/my-dog", cache_dir=tmp_path, local_files_only=cached_only, **options)
     message = str(error.value)
-    assert "hf download owner/my-dog " in message and command in message
+    assert "hf download owner/my-dog " in message and command in message and error.value.__cause__ is not None
     assert "--local-dir my-dog\n" in message and "pass its path" in message
     assert_untouched(whole(pipe), before)
 
 
+def in_the_cache(cache, commit="1" * 40):
+    """Where huggingface_hub keeps the files of owner/my-dog."""
+    (cache / "models--owner--my-dog/refs").mkdir(parents=True)
+    (cache / "models--owner--my-dog/refs/main").write_text(commit)
+    return cache / "models--owner--my-dog/snapshots" / commit
+
+
 def test_a_hub_id_from_the_cache(tmp_path):
-    pipe, commit = adapted(), "1" * 40
-    dk.save_adapter(pipe, tmp_path / "models--owner--my-dog/snapshots" / commit, "a")
-    (tmp_path / "models--owner--my-dog/refs").mkdir()
-    (tmp_path / "models--owner--my-dog/refs/main").write_text(commit)
+    pipe = adapted()
+    dk.save_adapter(pipe, in_the_cache(tmp_path), "a")
     other = pipeline()
     assert len(dk.load_adapter(other, "owner/my-dog", cache_dir=tmp_path, local_files_only=True)) == 16
     assert torch.equal(outputs(other), outputs(pipe))
@@ -290,7 +442,70 @@ def test_a_hub_id_from_the_cache(tmp_path):
         )
 
 
-@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "./owner/name", "owner/name.safetensors"])
+@pytest.mark.parametrize("subfolder", [None, "v1"])
+def test_folders_of_parts_from_the_hub(tmp_path, subfolder):
+    pipe = adapted()
+    folder = in_the_cache(tmp_path) / (subfolder or "")
+    for part, module in components(pipe).items():
+        dk.save_adapter(module, folder / part, "a")
+    other = pipeline()
+    options = {"cache_dir": tmp_path, "local_files_only": True, "subfolder": subfolder}
+    assert len(dk.load_adapter(other, "owner/my-dog", **options)) == 16
+    assert torch.equal(outputs(other), outputs(pipe))
+
+
+def test_what_is_asked_of_the_hub(tmp_path, monkeypatch):
+    """Its options as they were given; by exact names only what is read, not checkpoints that lie below."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    pipe, asked = adapted(), {}
+    dk.save_adapter(pipe, tmp_path, "a")
+
+    def snapshot_download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    options = {"revision": "v2", "token": "secret", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    dk.load_adapter(pipeline(), "owner/my-dog", **options)
+    patterns = asked.pop("allow_patterns")
+    assert asked == options | {"repo": "owner/my-dog"}
+    there = [FILE, "unet/adapter_model.safetensors", "checkpoint-5/adapter_model.safetensors", "vae/adapter_config.json",
+             "checkpoint-5/unet/adapter_model.safetensors", "text_encoder_2/adapter_config.json"]  # fmt: skip
+    assert list(filter_repo_objects(there, allow_patterns=patterns)) == [there[0], there[1], there[-1]]
+
+
+def hub_failures():
+    from huggingface_hub import errors
+
+    answer = SimpleNamespace(headers={}, request=None)
+    yield errors.HTTPError("Server disconnected")  # a connection that is cut
+    yield errors.HfHubHTTPError("502 Bad Gateway", response=answer)
+    yield json.JSONDecodeError("Expecting value", "<html>Welcome to our hotel", 0)  # a network that wants a login
+    yield errors.HFValidationError("Repo id must use alphanumeric chars")
+
+
+@pytest.mark.parametrize("failure", hub_failures(), ids=lambda failure: type(failure).__name__)
+def test_whatever_fails_at_the_hub_tells_what_to_do(monkeypatch, failure):
+    import huggingface_hub
+
+    def fails(repo, **options):
+        raise failure
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(FileNotFoundError, match=rf"\({type(failure).__name__}: .*(?s:.*)hf download owner/my-dog") as error:
+        dk.load_adapter(small_model(), "owner/my-dog")
+    assert error.value.__cause__ is failure
+
+
+def test_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    dk.save_adapter(adapted(), tmp_path / "my-dog", "a")
+    assert len(dk.load_adapter(pipeline(), "~/my-dog")) == 16
+
+
+@pytest.mark.parametrize("source", ["no/such/folder", "nothing", "./owner/name", "owner/name.safetensors", "runs/step.bin"])
 def test_a_path_is_never_taken_for_a_hub_id(source):
     with pytest.raises(FileNotFoundError, match="does not exist: expected a folder with adapter_model.safetensors"):
         dk.load_adapter(small_model(), source)
