@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import deft_kernels as dk
+from deft_kernels.adapters.files import FOUND
 
 from . import UserError
 
@@ -367,6 +368,8 @@ METHODS = {
 def method_of(folder, family):
     """The class of the method whose results a folder holds. UserError if it holds none."""
     found = [kind for kind in (Adapter, SVDiff, TextualInversion) if (Path(folder) / kind.files[0]).is_file()]
+    if not found and any((Path(folder) / name).is_file() for name in FOUND):  # LoRA files, adapters of several parts
+        found = [Adapter]
     if not found and (Path(folder) / family.model_name).is_dir():
         found = [DreamBooth]
     if not found:

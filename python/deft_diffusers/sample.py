@@ -49,12 +49,12 @@ def load_adapters(family, folders, weights=(), merge=True):
     for k, (folder, weight) in enumerate(zip(folders, weights or [1.0] * len(folders))):
         kind = method_of(folder, family) if Path(folder).is_dir() else Adapter
         if kind is Adapter:
-            dk.load_adapter(family.model, folder, adapter_name=f"adapter{k}")
+            dk.load_adapter(family.pipe, folder, adapter_name=f"adapter{k}")
             adapters[f"adapter{k}"] = weight
         else:
             kind.apply(family, folder, weight)
     if adapters:
-        (dk.merge if merge else dk.set_adapters)(family.model, list(adapters), list(adapters.values()))
+        (dk.merge if merge else dk.set_adapters)(family.pipe, list(adapters), list(adapters.values()))
 
 
 def generate(family, jobs, batch_size=4, progress=True, **settings):

@@ -268,3 +268,20 @@ def test_help_teaches(capsys):
     assert "SOURCE an adapter's folder of this library or of PEFT" in text and "example: deft convert outputs/cat" in text
     assert max(map(len, out.splitlines())) <= 115
     assert run([], capsys)[2].startswith("deft convert: error: the following arguments are required: SOURCE, --output_dir")
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "deft"])
+def test_what_was_converted_is_drawn_with(format, pipe, tiny, tmp_path, capsys):
+    """`deft sample --adapter` takes every folder that `deft convert` writes for it."""
+    from deft_diffusers.families import load_family
+    from deft_diffusers.sample import load_adapters
+
+    stirred(pipe.unet, dk.DeftConfig(r=2, init_weights=False))
+    dk.save_adapter(pipe.unet, tmp_path / "deft")
+    if format != "deft":
+        words = [tmp_path / "deft", "--output_dir", tmp_path / format, "--format", format]
+        assert run([*words, "--pretrained_model_name_or_path", tiny], capsys)[0] == 0
+    for merge in (True, False):
+        family = load_family(str(tiny), torch.float32)
+        load_adapters(family, [tmp_path / format], [1.0], merge)
+        torch.testing.assert_close(output(family.model), output(pipe.unet), **CLOSE)
