@@ -72,7 +72,7 @@ def combined(factors: list[Factors], K: list[Tensor | None], how: str) -> list[F
         sequential  W_i = W_(i-1) + B_i (s_i R_i - K_i^T W_(i-1)): each removes from what those before it injected, so that
                     B_j becomes (I - B_k K_k^T) ... (I - B_(j+1) K_(j+1)^T) B_j, and nothing else changes
         joint       PaRa: W' = W - w Q Q^T W with [B_1, B_2, ...] = Q T: B becomes Q, A becomes T^-T A. A direction that
-                    several share is removed once: as T_ii = 0 tells, it brings no column of its own.
+                    several share is removed once: as T_ii = 0 tells, it has no row of A of its own.
 
     K: (m, r_i) with strengths folded in, None where nothing is removed. All in float32 or float64. Differentiable.
     """
@@ -91,7 +91,7 @@ def combined(factors: list[Factors], K: list[Tensor | None], how: str) -> list[F
         T = torch.triu(Q.mT @ together)
         own = T.diagonal().abs() > 32 * torch.finfo(T.dtype).eps  # columns have length 1
         T = T + torch.diag(torch.where(own, 0, 1 - T.diagonal()))
-        parts = [list((Q * own).split(ranks, 1))]
+        parts = [list(Q.split(ranks, 1))]
         for role, left in (("A", True), ("K", False)):
             whole = [getattr(f, role) for f in factors]
             if whole[0] is not None:
