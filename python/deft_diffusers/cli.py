@@ -96,8 +96,8 @@ def _add_option(group, field):
         text += " (required)"
     elif not any(field.default is no for no in (None, False, dataclasses.MISSING)):
         text += f" (default: {'on' if field.default is True else field.default})"
-    if kind is bool:
-        action = argparse.BooleanOptionalAction if field.default else "store_true"
+    if kind in (bool, bool | None):
+        action = "store_true" if field.default is False else argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=field.default, help=text)
         return
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is list:  # `int | None`, `list[str]`

@@ -36,6 +36,7 @@ class Method:
     learning_rate: float  # default; of R where there is one
     max_train_steps: int  # default
     encodes_text = False  # whether the loss must encode texts itself, for their encoders to learn
+    changes_weights = ""  # how, where that needs dense ones
 
     def __init__(self, family, options):
         self.family, self.options = family, options
@@ -152,6 +153,7 @@ class SVDiff(Method):
     files = ("spectral_shifts.safetensors",)
     learning_rate, max_train_steps = 1e-3, 500
     VECTOR_RATE = 1e-3  # of the others', for 1-D weights: the paper's 1e-6 to 1e-3
+    changes_weights = "svdiff shifts the singular values of exact weights"
 
     def start(self):
         self.family.model.requires_grad_(False)
@@ -211,6 +213,7 @@ class DreamBooth(Method):
     """The whole denoiser; with `--train_text_encoder` the text encoders too."""
 
     learning_rate, max_train_steps = 5e-6, 400
+    changes_weights = "dreambooth trains the weights themselves"
 
     @property
     def parts(self):
@@ -363,6 +366,15 @@ METHODS = {
     "deft": Adapter, "para": Adapter, "lora": Adapter,
     "svdiff": SVDiff, "dreambooth": DreamBooth, "textual_inversion": TextualInversion,
 }  # fmt: skip
+
+
+def check_base(method, family):
+    """UserError if a method needs dense weights and the family's are quantised."""
+    if method.changes_weights and family.quantisation:
+        raise UserError(
+            f"{method.changes_weights}, and this base's are quantised ({family.quantisation}): use a dense base, or deft, "
+            "para, lora or textual_inversion"
+        )
 
 
 def method_of(folder, family):

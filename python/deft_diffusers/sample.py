@@ -16,7 +16,7 @@ from . import UserError, read_json, read_text
 from .data import read_image
 from .families import load_family
 from .grid import grid
-from .methods import Adapter, method_of
+from .methods import Adapter, check_base, method_of
 
 RECORD, GRID = "samples.json", "grid.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,11 +40,14 @@ def check_size(name, value, family):
         raise UserError(f"--{name} must be at most {family.max_size}, all that the model has positions for, got {value}")
 
 
-def load_adapters(family, folders, weights=(), merge=True):
+def load_adapters(family, folders, weights=(), merge=None):
     """Loads what `deft train` has written, of any method, in the order given; `weights` empty means 1 for each.
 
     Adapters are switched on together: merged into the base weights (undo with `deft_kernels.unmerge`), else as factors.
+    `merge` None: merged unless the base is quantised, where the merged weights would have to be rounded again.
     """
+    if merge is None:
+        merge = not family.quantisation
     adapters = {}
     for k, (folder, weight) in enumerate(zip(folders, weights or [1.0] * len(folders))):
         kind = method_of(folder, family) if Path(folder).is_dir() else Adapter
@@ -52,6 +55,7 @@ def load_adapters(family, folders, weights=(), merge=True):
             dk.load_adapter(family.pipe, folder, adapter_name=f"adapter{k}")
             adapters[f"adapter{k}"] = weight
         else:
+            check_base(kind, family)
             kind.apply(family, folder, weight)
     if adapters:
         (dk.merge if merge else dk.set_adapters)(family.pipe, list(adapters), list(adapters.values()))
@@ -139,7 +143,8 @@ def sample(options):
     if not options.overwrite_output_dir:
         _clear(folder, False)
 
-    family = load_family(options.pretrained_model_name_or_path, dtype).to(device)
+    model = options.pretrained_model_name_or_path
+    family = load_family(model, dtype, options.quantize, options.quantize_text_encoders).to(device)
     if options.negative_prompt is not None and not family.takes_negative_prompt:
         raise UserError(f"--negative_prompt does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
     if options.num_inference_steps > family.max_inference_steps:
@@ -148,6 +153,8 @@ def sample(options):
         )
     check_size("height", options.height, family)
     check_size("width", options.width, family)
+    if options.adapter and options.merge is None and family.quantisation:
+        print(f"the base is quantised ({family.quantisation}): adapters stay apart from it, as factors", file=sys.stderr)
     if options.adapter:
         load_adapters(family, [Path(f).expanduser() for f in options.adapter], options.adapter_weight, options.merge)
     for prompt in prompts:

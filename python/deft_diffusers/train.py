@@ -35,7 +35,7 @@ from . import UserError, data, read_json
 from .cache import Cache
 from .families import load_family
 from .grid import grid
-from .methods import METHODS, Adapter, DreamBooth, TextualInversion
+from .methods import METHODS, Adapter, DreamBooth, TextualInversion, check_base
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
@@ -695,8 +695,12 @@ def train(options, family=None):
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; use no on a CPU")
     if family is None:
-        family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
+        family = load_family(
+            options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32), options.quantize,
+            options.quantize_text_encoders,
+        )  # fmt: skip
     family.to(accelerator.device)
+    check_base(METHODS[options.method], family)
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
     for source in sources:

@@ -8,8 +8,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 
 from deft_kernels.config import TARGETS
+from deft_kernels.nn.quantised import hold, quantised
 
 from .. import UserError
+from .quantise import quantise
 
 
 class Family:
@@ -36,9 +38,29 @@ class Family:
         overflow to black pictures."""
         return cls(cls.pipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32}, **missing))
 
+    def quantise(self, kind, text_encoders=False):
+        """Puts the denoiser, or also T5 and Qwen3, into 4 or 8 bits; see `quantise`. Call it before `to`."""
+        large = [part for part in self.text_encoders.values() if not type(part).__name__.startswith("CLIP")]
+        if text_encoders and not large:
+            raise UserError(f"--quantize_text_encoders does not apply to {self.kind}: it has none of T5 and Qwen3")
+        for part in (self.model, *(large if text_encoders else ())):
+            quantise(part, kind, self.dtype)
+
     def to(self, device):
         self.pipe.to(device)
+        for part in (self.model, *self.text_encoders.values()):
+            for module in part.modules():
+                hold(module)  # layers without an adapter too: gradients pass through them
         return self
+
+    @property
+    def quantisation(self):
+        """What the denoiser's or a text encoder's weights are quantised as, by its name; None where all are dense."""
+        for part in (self.model, *self.text_encoders.values()):
+            for module in part.modules():
+                if (held := quantised(module)) is not None:
+                    return held.name
+        return None
 
     @property
     def kind(self):
