@@ -35,6 +35,7 @@ class Picture:
     caption: str
     size: tuple[int, int]
     inputs: tuple[Image.Image, ...] = ()  # RGB, of any size; the text speaks of them
+    original: tuple[int, int] | None = None  # size before it was scaled; None: as it is
 
 
 def to_rgb(image):
@@ -75,9 +76,15 @@ def cover(image, size):
     return image if list(image.size) == scaled else image.resize(scaled, Image.LANCZOS)
 
 
+def corner(own, size, u=0.5, v=0.5):
+    """(left, top) of a part of this size in a picture whose own size is `own`; (u, v) in [0, 1] place it, (½, ½) in the
+    middle."""
+    return tuple(round(t * (whole - side)) for t, whole, side in zip((u, v), own, size))
+
+
 def crop(image, size, u=0.5, v=0.5, mirror=False):
-    """A part of this size; (u, v) in [0, 1] place it, (½, ½) in the middle."""
-    left, top = (round(t * (own - side)) for t, own, side in zip((u, v), image.size, size))
+    """The part of this size at `corner`."""
+    left, top = corner(image.size, size, u, v)
     image = image.crop((left, top, left + size[0], top + size[1]))
     return ImageOps.mirror(image) if mirror else image
 
@@ -172,4 +179,5 @@ def load(source, sizes):
     """The picture of a source, scaled to cover the best of `sizes`."""
     image = read_image(source.path)
     size = bucket_of(image.size, sizes)
-    return Picture(cover(image, size), source.caption, size, tuple(read_image(path) for path in source.inputs))
+    inputs = tuple(read_image(path) for path in source.inputs)
+    return Picture(cover(image, size), source.caption, size, inputs, image.size)

@@ -30,8 +30,8 @@ MODEL_HELP = (
 )
 
 QUANTIZE_HELP = (
-    "load the denoiser in 4 bits (nf4 or fp4, of bitsandbytes) or 8 (int8, of torchao); a base that was saved quantised needs "
-    "no flag"
+    "load the denoiser in 4 bits (nf4 or fp4, of bitsandbytes) or 8 (int8, of torchao); a base that was saved quantised "
+    "needs no flag"
 )
 QUANTIZE_TEXT_HELP = "with --quantize: T5 and Qwen3 too"
 
@@ -175,8 +175,13 @@ class TrainOptions:
         "tensorboard's lie in its folder logs", "tensorboard", choices=TRACKERS,
     )  # fmt: skip
     validation_prompt: str | None = option(
-        "Checkpoints and validation", "draw pictures of this text while training and at the end", None, metavar="TEXT"
+        "Checkpoints and validation", "draw pictures of this text while training and at the end, at --resolution", None,
+        metavar="TEXT",
     )
+    validation_image: list[str] = option(  # noqa: RUF009
+        "Checkpoints and validation", "for FLUX.2 klein and OmniGen: picture that goes with this text; repeat for the next "
+        "(default: those of the first training picture that has some)", repeat=True, metavar="FILE",
+    )  # fmt: skip
     validation_steps: int = option("Checkpoints and validation", "steps between two such drawings", 100, metavar="N")
     num_validation_images: int = option("Checkpoints and validation", "pictures in one drawing", 4, metavar="N")
 
@@ -218,7 +223,8 @@ class SampleOptions:
     )
     prompts_file: str | None = option("Pictures", "file with one text per line, instead of --prompt", None, metavar="FILE")
     input_image: list[str] = option(  # noqa: RUF009
-        "Pictures", "for OmniGen: picture that every text speaks of as <img><|image_1|></img>; repeat for the next",
+        "Pictures", "for FLUX.2 klein: picture to draw by; for OmniGen: picture that every text speaks of as "
+        "<img><|image_1|></img>; repeat for the next",
         repeat=True, metavar="FILE",
     )  # fmt: skip
     negative_prompt: str | None = option(

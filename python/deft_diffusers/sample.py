@@ -167,8 +167,8 @@ def sample(options):
     settings = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = family.guidance_scale
-    # The pipeline ignores a height without a width.
-    settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
+    height, width = family.default_size(**inputs)  # the pipeline ignores a height without a width
+    settings.update(height=options.height or height, width=options.width or width)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

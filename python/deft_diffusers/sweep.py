@@ -167,6 +167,8 @@ def _command(job, model, more, folder, resume):
     for name, value in words.items():
         if isinstance(value, bool):
             command.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            command += [f"--{name}={one}" for one in value]
         else:
             command.append(f"--{name}={value}")
     return command

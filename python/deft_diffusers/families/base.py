@@ -23,6 +23,7 @@ class Family:
     model_name: str  # of the part that an adapter goes into, in the pipeline and in its folder
     guidance_scale: float  # to draw with where none is asked for, the pipeline's own default
     takes_negative_prompt = True
+    drops_inputs = True  # whether guidance is away from a picture without the text's input pictures too
     max_inference_steps = math.inf
     max_size = math.inf  # side in pixels
 
@@ -116,9 +117,18 @@ class Family:
         if inputs:
             raise UserError(f"{self.kind} takes no input pictures: {prompt!r} comes with {len(inputs)}")
 
+    def default_inputs(self, prompt, inputs):
+        """Those of `inputs`, a training picture's, that a text to draw goes with where nothing is said."""
+        return inputs
+
     def encode_prompts(self, prompts, inputs=None):
         """Conditions for `loss`: a dict of tensors, first dimension len(prompts). `inputs`: the pictures of each prompt."""
         raise NotImplementedError
+
+    def sizes(self, views):
+        """More conditions, of how much of each training picture is seen: its own size, the corner of the part that is seen in
+        the scaled picture, that part's size, each (width, height)."""
+        return {}
 
     def collate(self, entries):
         """The conditions of several prompts, on the pipeline's device, from those of each."""
@@ -150,6 +160,10 @@ class Family:
     def predict(self, model, noisy, times, conditions):
         """What `model` (this family's, perhaps wrapped) says of noisy latents at its own kind of times."""
         raise NotImplementedError
+
+    def default_size(self, input_images=()):
+        """Height and width to draw where none are asked for."""
+        return self.resolution, self.resolution
 
     def guidance(self, scale, negative_prompts):
         """Guidance in the pipeline's arguments."""
