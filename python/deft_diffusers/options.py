@@ -193,9 +193,9 @@ class SampleOptions:
     pretrained_model_name_or_path: str = option("Model and adapters", MODEL_HELP, metavar="MODEL")
     adapter: list[str] = option(  # noqa: RUF009
         "Model and adapters",
-        "folder of an adapter; repeat for several at once; none: the base model",
+        "folder or hub id of an adapter, or a LoRA file; repeat for several at once; none: the base model",
         repeat=True,
-        metavar="DIR",
+        metavar="ADAPTER",
     )
     adapter_weight: list[float] = option(  # noqa: RUF009
         "Model and adapters",

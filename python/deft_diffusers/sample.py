@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import deft_kernels as dk
+from deft_kernels.adapters.hub import locate
 
 from . import UserError, read_json, read_text
 from .data import read_image
@@ -38,6 +39,14 @@ def check_size(name, value, family):
         raise UserError(f"--{name} must be a positive multiple of {family.size_multiple}, got {value}")
     if value is not None and value > family.max_size:
         raise UserError(f"--{name} must be at most {family.max_size}, all that the model has positions for, got {value}")
+
+
+def find_adapter(name):
+    """Folder or file of an adapter: a path, or a hub id (owner/name), which is downloaded. UserError if there is none."""
+    try:
+        return locate(name)
+    except FileNotFoundError as error:
+        raise UserError(f"no such adapter: {error}") from error
 
 
 def load_adapters(family, folders, weights=(), merge=None):
@@ -132,9 +141,6 @@ def sample(options):
         )
     if not all(map(math.isfinite, options.adapter_weight)):
         raise UserError("every --adapter_weight must be a finite number")
-    for folder in options.adapter:
-        if not Path(folder).expanduser().exists():
-            raise UserError(f"no such adapter: {folder}")
     for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -144,6 +150,7 @@ def sample(options):
         _clear(folder, False)
 
     model = options.pretrained_model_name_or_path
+    adapters = [find_adapter(name) for name in options.adapter]
     family = load_family(model, dtype, options.quantize, options.quantize_text_encoders).to(device)
     if options.negative_prompt is not None and not family.takes_negative_prompt:
         raise UserError(f"--negative_prompt does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
@@ -153,10 +160,10 @@ def sample(options):
         )
     check_size("height", options.height, family)
     check_size("width", options.width, family)
-    if options.adapter and options.merge is None and family.quantisation:
+    if adapters and options.merge is None and family.quantisation:
         print(f"the base is quantised ({family.quantisation}): adapters stay apart from it, as factors", file=sys.stderr)
-    if options.adapter:
-        load_adapters(family, [Path(f).expanduser() for f in options.adapter], options.adapter_weight, options.merge)
+    if adapters:
+        load_adapters(family, adapters, options.adapter_weight, options.merge)
     for prompt in prompts:
         family.check_prompt(prompt, options.input_image)
     inputs = {"input_images": [read_image(path) for path in options.input_image]} if options.input_image else {}

@@ -50,7 +50,8 @@ PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
-    "checkpoints_total_limit", "validation_prompt", "validation_image", "validation_steps", "num_validation_images", "gradient_checkpointing",
+    "checkpoints_total_limit", "validation_prompt", "validation_image", "validation_steps", "num_validation_images",
+    "gradient_checkpointing",
     # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
     "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
@@ -663,7 +664,8 @@ def class_pictures(options, family, accelerator, resolution, folder):
 
 
 def _card(options, settings, log, prompt, inputs):
-    shown = {k: v for k, v in settings.items() if v not in (None, False, []) and k not in ("output_dir", "instance_data_dir")}
+    hidden = ("output_dir", "instance_data_dir")
+    shown = {k: v for k, v in settings.items() if v not in (None, False, []) and k not in hidden}
     table = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
     tail = log[-50:]
     losses = f"Mean loss of the last {len(tail)} steps: {sum(e['loss'] for e in tail) / len(tail):.4f}." if tail else ""
@@ -702,9 +704,7 @@ def train(options, family=None):
         raise UserError(f"--report_to {options.report_to}: pip install {options.report_to}, or --report_to none")
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
     METHODS[options.method].check(options, [source.caption for source in sources])
-    for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
-        for path in (source.path, *source.inputs):
-            data.read_image(path)
+    data.check(sources)  # nothing is kept: photographs are large, and their final size is not known yet
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
@@ -738,7 +738,11 @@ def train(options, family=None):
         warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
     sizes = [size for size in sizes if max(size) <= family.max_size]
-    pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
+    loaded = [data.load(source, sizes) for source in sources]
+    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
+    if accelerator.is_main_process:
+        data.warn_of_fit(sources, loaded, crop_anywhere)
+    pictures = [picture for source, picture in zip(sources, loaded) for _ in range(source.repeats)]
     settings = dataclasses.asdict(options) | {
         "resolution": resolution,
         "mixed_precision": precision,
@@ -748,7 +752,6 @@ def train(options, family=None):
     }
     if resume:
         _check_same_run(resume, settings)
-    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
     for name in ("snr_gamma", "weighting_scheme"):
         if hasattr(family, name):
             setattr(family, name, getattr(options, name))

@@ -1,4 +1,5 @@
-"""What a model is told beside the text: SDXL the sizes of its training pictures, FLUX.2 klein and OmniGen input pictures."""
+"""What a model is told beside the text: SDXL the sizes of its training pictures, FLUX.2 klein and OmniGen input pictures.
+And the sizes that a model cannot draw."""
 
 import json
 import shlex
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    for family in ("sdxl", "flux2-klein", "omnigen"):
+    for family in ("sdxl", "sd3", "flux2-klein", "omnigen"):
         build(family).save_pretrained(folder / family)
     return {path.name: str(path) for path in folder.iterdir()}
 
@@ -224,3 +225,21 @@ def test_other_models_take_no_input_pictures(models, photos, tmp_path):
     with pytest.raises(UserError, match="StableDiffusionXLPipeline takes no input pictures"):
         sample(SampleOptions(pretrained_model_name_or_path=models["sdxl"], **drawing))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family, limit, step", [("sd3", 384, 4), ("omnigen", 128, 16)])
+def test_no_picture_is_larger_than_a_model_has_positions_for(family, limit, step, models, photos, tmp_path):
+    """Neither a square nor a long bucket."""
+    write_picture(photos / "long.png", 4, (2 * limit, limit))
+    common = {"max_train_steps": 1, "train_batch_size": 1, "rank": 1, "target_modules": "to_q"}
+    with pytest.raises(UserError, match=f"--resolution must be at most {limit}, all that the model has positions for"):
+        train(train_options(models[family], photos, tmp_path / "out", resolution=limit + step, **common))
+    with pytest.raises(UserError, match=f"--resolution must be a positive multiple of {step}, got {limit - 1}"):
+        train(train_options(models[family], photos, tmp_path / "out", resolution=limit - 1, **common))
+    for name in ("height", "width"):
+        asked = {"prompt": ["a cat"], "output_dir": str(tmp_path / "out"), name: limit + step}
+        with pytest.raises(UserError, match=f"--{name} must be at most {limit}"):
+            sample(SampleOptions(pretrained_model_name_or_path=models[family], **asked))
+    assert not (tmp_path / "out").exists()
+    (photos / "long.png").rename(tmp_path / "long.png")
+    train(train_options(models[family], tmp_path / "long.png", tmp_path / "out", resolution=limit * 3 // 4, **common))

@@ -126,8 +126,8 @@ class Family:
         raise NotImplementedError
 
     def sizes(self, views):
-        """More conditions, of how much of each training picture is seen: its own size, the corner of the part that is seen in
-        the scaled picture, that part's size, each (width, height)."""
+        """More conditions, of what is seen of each training picture: its own size, the corner of the part seen in the scaled
+        picture, and that part's size, each (width, height)."""
         return {}
 
     def collate(self, entries):
