@@ -164,8 +164,9 @@ class Samples:
         self.orders = {}
         # Latents are computed once where all that changes from one sight of a picture to the next is which way it faces.
         once = not random_crop or all(p.image.size == p.size for p in pictures)
-        encoders = (family.text_encoders.values() if encode_texts else (), family.image_parts)
-        self.caches = [Cache(cache_dir, parts) for parts in encoders] if cache_dir else None
+        texts_by = (family.text_encoders.values(), family.tokenizers) if encode_texts else ((), ())
+        encoders = (texts_by, (family.image_parts, ()))
+        self.caches = [Cache(cache_dir, family.kind, *by) for by in encoders] if cache_dir else None
         with torch.no_grad():
             self.conditions = self._encode_texts() if encode_texts else None
             self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None

@@ -80,6 +80,12 @@ class Family:
         return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
 
     @property
+    def tokenizers(self):
+        """What turns texts into the text encoders' numbers."""
+        parts = sorted(self.pipe.components.items())
+        return [part for name, part in parts if name.startswith("tokenizer") and part is not None]
+
+    @property
     def word_encoders(self):
         """Tokenizer and text encoder that a new word is learned for, by the name of its embedding in a file of several."""
         names = [name for name, part in self.text_encoders.items() if type(part).__name__.startswith("CLIP")]
