@@ -229,17 +229,19 @@ def test_other_models_take_no_input_pictures(models, photos, tmp_path):
 
 @pytest.mark.parametrize("family, limit, step", [("sd3", 384, 4), ("omnigen", 128, 16)])
 def test_no_picture_is_larger_than_a_model_has_positions_for(family, limit, step, models, photos, tmp_path):
-    """Neither a square nor a long bucket."""
-    write_picture(photos / "long.png", 4, (2 * limit, limit))
-    common = {"max_train_steps": 1, "train_batch_size": 1, "rank": 1, "target_modules": "to_q"}
+    asked = {"prompt": ["a cat"], "output_dir": str(tmp_path / "out")}
     with pytest.raises(UserError, match=f"--resolution must be at most {limit}, all that the model has positions for"):
-        train(train_options(models[family], photos, tmp_path / "out", resolution=limit + step, **common))
+        train(train_options(models[family], photos, tmp_path / "out", resolution=limit + step))
     with pytest.raises(UserError, match=f"--resolution must be a positive multiple of {step}, got {limit - 1}"):
-        train(train_options(models[family], photos, tmp_path / "out", resolution=limit - 1, **common))
+        train(train_options(models[family], photos, tmp_path / "out", resolution=limit - 1))
     for name in ("height", "width"):
-        asked = {"prompt": ["a cat"], "output_dir": str(tmp_path / "out"), name: limit + step}
         with pytest.raises(UserError, match=f"--{name} must be at most {limit}"):
-            sample(SampleOptions(pretrained_model_name_or_path=models[family], **asked))
+            sample(SampleOptions(pretrained_model_name_or_path=models[family], **asked | {name: limit + step}))
     assert not (tmp_path / "out").exists()
-    (photos / "long.png").rename(tmp_path / "long.png")
-    train(train_options(models[family], tmp_path / "long.png", tmp_path / "out", resolution=limit * 3 // 4, **common))
+
+
+def test_no_bucket_is_longer_than_a_model_has_positions_for(models, tmp_path, capsys):
+    assert (144, 80) in data.buckets(112, 16)
+    write_picture(tmp_path / "long.png", 4, (288, 160))
+    train(train_options(models["omnigen"], tmp_path / "long.png", tmp_path / "out", resolution=112, max_train_steps=1))
+    assert "at 128 x 96 pixels" in capsys.readouterr().out
