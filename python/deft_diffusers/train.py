@@ -323,8 +323,8 @@ def _bytes_of(image):
 
 
 def _fingerprint(pictures):
-    """sha256 of what is trained on: pixels and texts, in order."""
-    digest = hashlib.sha256()
+    """sha256 of what is trained on: pixels and texts, in order, and the pictures' own sizes, which SDXL is told."""
+    digest = hashlib.sha256(repr([picture.original for picture in pictures]).encode())
     for picture in pictures:
         digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
     return digest.hexdigest()
@@ -375,6 +375,8 @@ class Objective(torch.nn.Module):
         self.family, self.encodes_text = family, encodes_text
         self.model = family.model
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
+        # Every process has loaded the same, and torchao's tensors cannot be sent.
+        self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
 
     def train(self, mode=True):
         super().train(mode)

@@ -1,6 +1,7 @@
 """`deft train` and `deft sample` on bases in 4 and 8 bits: quantised as they load, or saved so."""
 
 import dataclasses
+import subprocess
 import sys
 
 import bitsandbytes as bnb
@@ -18,6 +19,7 @@ from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig, TorchA
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 from safetensors.torch import load_file
+from tiny_pipeline import python_environment
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 
@@ -185,6 +187,23 @@ def test_what_is_asked_wrongly(options, models, tmp_path, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, library, None)
         with pytest.raises(UserError, match=f"--quantize {kind} needs .*: pip install {library.partition('.')[0]} "):
             load_family(models["flux"], torch.float32, kind)
+
+
+def test_two_processes_train_the_adapter_of_one(options, tmp_path):
+    """torchao's tensors cannot be sent from one to the other, and need not be."""
+    o = options("flux", rank=2, quantize="int8", max_train_steps=3, train_batch_size=4)
+    alone = load_file(train(o) / "adapter_model.safetensors")
+    two = dataclasses.asdict(o) | {"train_batch_size": 2, "output_dir": str(tmp_path / "two")}
+    words = [f"--{name}={value}" for name, value in two.items() if value and value is not True]
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 -m"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), "deft_diffusers", "train", *words],
+        env=python_environment(ACCELERATE_USE_CPU="true"), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert '"num_processes": 2' in (tmp_path / "two" / "training_args.json").read_text()
+    for name, t in load_file(tmp_path / "two" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(t, alone[name], rtol=0, atol=1e-6)
 
 
 def test_gradients_pass_through_packed_layers_without_an_adapter(models):

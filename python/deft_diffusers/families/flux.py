@@ -96,6 +96,7 @@ class Flux2Klein(FlowMatching):
         image = self.pipe.image_processor._resize_if_exceeds_area(image)
         return image, tuple(side // self.size_multiple * self.size_multiple for side in (image.height, image.width))
 
+    @torch.no_grad()
     def _encode_input(self, image):
         image, size = self._fit(image)
         return self.encode_images(self.pipe.image_processor.preprocess(image, *size, resize_mode="crop"))[0]
