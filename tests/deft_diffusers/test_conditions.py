@@ -21,12 +21,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 
 
+def save_models(folder, families):
+    """{family: the folder of its tiny pipeline}."""
+    for family in families:
+        build(family).save_pretrained(folder / family)
+    return {family: str(folder / family) for family in families}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    for family in ("sdxl", "sd3", "flux2-klein", "omnigen"):
-        build(family).save_pretrained(folder / family)
-    return {path.name: str(path) for path in folder.iterdir()}
+    return save_models(tmp_path_factory.mktemp("models"), ("sdxl", "sd3", "flux2-klein", "omnigen"))
 
 
 def train_options(model, photos, folder, **changes):

@@ -5,9 +5,7 @@ import subprocess
 import sys
 
 import bitsandbytes as bnb
-import numpy as np
 import pytest
-import tiny_pipelines
 import torch
 from deft_diffusers import UserError, cli, data
 from deft_diffusers.families import load_family
@@ -19,6 +17,8 @@ from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig, TorchA
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from diffusers.quantizers.quantization_config import BitsAndBytesConfig
 from safetensors.torch import load_file
+from test_conditions import save_models
+from test_family_training import pixels
 from tiny_pipeline import python_environment
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
@@ -37,11 +37,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{family: the folder of its tiny pipeline}."""
-    folder = tmp_path_factory.mktemp("models")
-    for family in ("stable-diffusion", "sd3", "flux"):
-        tiny_pipelines.build(family).save_pretrained(folder / family)
-    return {path.name: str(path) for path in folder.iterdir()}
+    return save_models(tmp_path_factory.mktemp("models"), ("stable-diffusion", "sd3", "flux", "flux2-klein"))
 
 
 @pytest.fixture
@@ -57,10 +53,6 @@ def options(models, photos, tmp_path):
     return make
 
 
-def pixels(image):
-    return np.asarray(image).astype(int)
-
-
 def loss_of(family, photos, prompt):
     """Of a fixed batch."""
     pictures = [data.load(data.Source(photos / f"{k}.png", prompt), [(32, 32)]) for k in range(2)]
@@ -72,13 +64,15 @@ def loss_of(family, photos, prompt):
 
 @pytest.mark.parametrize("family, kind, method", [
     ("stable-diffusion", "nf4", "deft"), ("flux", "nf4", "deft"), ("flux", "fp4", "lora"), ("flux", "int8", "deft"),
-    ("sd3", "nf4", "para"), ("flux", "nf4", "textual_inversion"), ("stable-diffusion", "int8", "textual_inversion"),
+    ("sd3", "nf4", "para"), ("flux", "nf4", "textual_inversion"), ("flux2-klein", "nf4", "textual_inversion"),
+    ("stable-diffusion", "int8", "textual_inversion"),
 ])  # fmt: skip
 def test_trains_resumes_and_draws(family, kind, method, options, models, photos, tmp_path, capsys):
     """The loss of a fixed batch falls, a stopped run goes on to the same bits, and `deft sample` draws the same picture."""
-    large = family != "stable-diffusion"  # it has T5
+    large, steps = family != "stable-diffusion", 4 if family == "flux2-klein" else 16  # Qwen3 has 28 layers
     how = {"quantize": kind, "quantize_text_encoders": large}
-    o = options(family, method=method, gradient_checkpointing=kind == "nf4", **how | SETTINGS[method])
+    settings = {"max_train_steps": steps, "gradient_checkpointing": kind == "nf4", **how, **SETTINGS[method]}
+    o = options(family, method=method, **settings)
     wrapped = load_family(models[family], torch.float32, **how).to("cpu")
     packed = [module for module in wrapped.model.modules() if quantised(module)]
     bits = [t.clone() for module in packed for t in quantised(module).tensors]
@@ -88,9 +82,10 @@ def test_trains_resumes_and_draws(family, kind, method, options, models, photos,
     assert loss_of(wrapped, photos, o.instance_prompt) < (1 if method == "textual_inversion" else 0.98) * first
     assert all(map(torch.equal, bits, [t for module in packed for t in quantised(module).tensors]))
 
-    half = dataclasses.replace(o, output_dir=str(tmp_path / "half"), max_train_steps=8, checkpointing_steps=8)
+    middle = {"max_train_steps": steps // 2, "checkpointing_steps": steps // 2}
+    half = dataclasses.replace(o, output_dir=str(tmp_path / "half"), **middle)
     train(half)
-    train(dataclasses.replace(half, max_train_steps=16, resume_from_checkpoint="latest"))
+    train(dataclasses.replace(half, max_train_steps=steps, resume_from_checkpoint="latest"))
     file = "learned_embeds.safetensors" if method == "textual_inversion" else "adapter_model.safetensors"
     whole, resumed = load_file(folder / file), load_file(tmp_path / "half" / file)
     assert whole.keys() == resumed.keys() and all(torch.equal(t, resumed[name]) for name, t in whole.items())
