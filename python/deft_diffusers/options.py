@@ -237,6 +237,9 @@ class SweepOptions:
         "What to train", "folder in the layout of the DreamBooth data set (a folder for each subject) or of DreamBench++",
         None, metavar="DIR",
     )  # fmt: skip
+    subject: list[str] = option(  # noqa: RUF009
+        "What to train", "only this one of them; repeat for several (default: all)", repeat=True, metavar="NAME"
+    )
     method: list[str] = option(  # noqa: RUF009
         "What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS
     )

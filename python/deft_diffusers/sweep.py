@@ -142,6 +142,10 @@ def read_plan(options):
         subjects = find_subjects(here / Path(wanted).expanduser(), options.token)
     else:
         subjects = [_subject(name, entry, here, options.token) for name, entry in wanted.items()]
+    names = [s.name for s in subjects]
+    if unknown := [name for name in options.subject if name not in names]:
+        raise UserError(f"there is no subject {unknown[0]}; there are {', '.join(names)}")
+    subjects = [s for s in subjects if s.name in (options.subject or names)]
     methods = options.method or plan.get("methods", ["deft"])
     ranks, seeds = options.rank or plan.get("ranks", [8]), options.seed or plan.get("seeds", [0])
     if wrong := [m for m in methods if m not in METHODS]:

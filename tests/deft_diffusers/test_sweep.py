@@ -144,8 +144,9 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
 
     commands.clear()
     assert sweep(o) == 0 and not commands  # nothing is drawn twice
-    assert sweep(options(prompt=["an old {}"], **changes)) == 0
-    assert [words[3] for words in commands] == ["sample"] * 6  # and nothing trained twice
+    assert sweep(options(prompt=["an old {}"], subject=["vase"], **changes)) == 0
+    assert [words[3] for words in commands] == ["sample"] * 3  # and nothing trained twice
+    assert all("/vase/" in words[5] for words in commands)
 
 
 def test_articles():
@@ -173,6 +174,7 @@ def test_processes_of_a_launcher_share_the_jobs(options, tmp_path, dreambooth):
         ({"plan": {"ranks": ["four"]}}, "expected a list of numbers"),
         ({"plan": {"methods": ["dora"]}}, "unknown method dora"),
         ({"subjects": "nowhere"}, "no such folder of subjects"),
+        ({"subject": ["vase", "cat"]}, "there is no subject cat; there are dog2, vase"),
         ({"prompt": ["a dog"]}, "the prompt 'a dog' has no {}"),
         ({"plan": {"sample": {"prompt": "x"}}}, "`sample` has unknown prompt"),
         ({"prompt": ["{}"], "subjects": None,
