@@ -222,8 +222,6 @@ def _command(name, words):
     for name, value in words.items():
         if isinstance(value, bool):
             command.append(f"--{name}" if value else f"--no-{name}")
-        elif isinstance(value, list):
-            command += [f"--{name}={one}" for one in value]
         else:
             command += [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
     return command

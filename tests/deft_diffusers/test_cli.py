@@ -106,7 +106,7 @@ def test_flags_and_options_have_the_same_defaults():
         ("sample --dtype float16", "(choose from 'fp32', 'fp16', 'bf16'), did you mean fp16?"),
         ("sweep --method drembooth", "did you mean dreambooth?"),
         ("convert x --format khoya", "did you mean kohya?"),
-        ("sweep --subject x", "unknown option --subject, did you mean --subjects?"),
+        ("sweep --subjets x", "unknown option --subjets, did you mean --subjects?"),
         ("sample --num-inference-steps 3", "unknown option --num-inference-steps, did you mean --num_inference_steps?"),
         ("convert --ranks 3", "unknown option --ranks, did you mean --rank?"),
         ("demo --max_steps 3", "unknown option --max_steps, did you mean --max_train_steps?"),

@@ -150,6 +150,14 @@ def test_a_base_that_was_saved_quantised(kind, models, options, tmp_path, monkey
     assert abs(pixels(drawn) - pixels(trained)).max() <= 1
     with pytest.raises(UserError, match="has no linear layer that is not quantised already"):
         load_family(model, torch.float32, "nf4")
+    if kind == "bitsandbytes":
+
+        def missing(self, *args, **kwargs):
+            raise ImportError("it requires `pip install -U bitsandbytes`")
+
+        monkeypatch.setattr(quantizer, "validate_environment", missing)
+        with pytest.raises(UserError, match="packed cannot be loaded here: it requires `pip install -U bitsandbytes`"):
+            load_family(model, torch.float32)
 
 
 @pytest.mark.parametrize("method", ["svdiff", "dreambooth"])
