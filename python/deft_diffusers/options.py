@@ -176,7 +176,9 @@ class TrainOptions:
         "tensorboard's lie in its folder logs", "tensorboard", choices=TRACKERS,
     )  # fmt: skip
     validation_prompt: str | None = option(
-        "Checkpoints and validation", "draw pictures of this text while training and at the end, at --resolution", None,
+        "Checkpoints and validation",
+        "draw pictures of this text while training and at the end, at --resolution",
+        None,
         metavar="TEXT",
     )
     validation_image: list[str] = option(  # noqa: RUF009
