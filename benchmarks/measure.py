@@ -20,7 +20,7 @@ MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be ma
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
-    """Device, driver, versions, of the packages in `also` too, and commit, which ends in -dirty where the tree has changes."""
+    """Device, driver, versions (those in `also` too), and commit, which ends in -dirty where the tree has changes."""
     found = context(device) | {"driver": "none"}
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)

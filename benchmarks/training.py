@@ -23,17 +23,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import peft
 import torch
 import torch.nn.functional as F
+from deft_diffusers.toyworld import MODEL_DIR
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import deft_kernels as dk
 from benchmarks import measure, shapes
-from deft_diffusers.toyworld import MODEL_DIR
 from deft_kernels import reference
 from deft_kernels.nn import DeftLayer
 
@@ -180,13 +179,13 @@ def apart(got: Tensor, expected: Tensor) -> float:
 
 
 def at_reference(peer: Peer, batch: dict) -> float:
-    """How far the outputs of this package's layers are from reference.py's, at most."""
+    """How far the outputs of PaRa's layers are from reference.py's, at most."""
     worst = [0.0]
 
     def compare(layer, args, y):
         x, W, bias = args[0].float(), layer.weight.float(), None if layer.bias is None else layer.bias.float()
-        P, R = (store["default"] if "default" in store else None for store in (layer.deft_P, layer.deft_R))
-        worst.append(apart(y, reference.lowrank_linear(x, W, bias, *reference.factors(W, P, R))))
+        factors = reference.factors(W, layer.deft_P["default"], None)
+        worst.append(apart(y, reference.lowrank_linear(x, W, bias, *factors)))
 
     hooks = [m.register_forward_hook(compare) for m in peer.model.modules() if isinstance(m, DeftLayer)]
     with torch.no_grad():
@@ -285,7 +284,8 @@ def in_fresh_process(name: str) -> int:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| | time per step | 20 % to 80 % | images/s | × LoRA, PEFT | memory beside the model | trained |", "|---" * 7 + "|"]
+    columns = "|time per step|20 % to 80 %|images/s|time, LoRA by PEFT = 1|memory beside the model|trained".split("|")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         used = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB"
         if "seconds" not in row:
@@ -301,23 +301,23 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", choices=LATENT, default="toyworld", help="the embedded UNet, or SDXL's with random weights")
+    parser.add_argument("--model", choices=LATENT, default="toyworld", help="the embedded UNet, or SDXL's at random")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
     parser.add_argument("--resolution", type=int, help="pixels along a side; default 64, and 256 of sdxl")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: weights, and autocast (a GPU's)")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, help="rounds; default 40, and 5 of sdxl on a CPU")
+    parser.add_argument("--steps", type=int, help="rounds; default 40, and 3 of sdxl on a CPU")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS),
                         help="some of them; the frozen model and PEFT's LoRA always run")  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="FILE.json",
-                        help="default: benchmarks/results/<device>/<commit>-training-<what>.json; the table goes beside it")  # fmt: skip
+                        help="default: benchmarks/results/<device>/<commit>-training-…; a .md beside it")  # fmt: skip
     parser.add_argument("--no-memory", action="store_true", help="time alone")
     parser.add_argument("--memory_of", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.resolution = options.resolution or (64 if options.model == "toyworld" else 256)
-    options.steps = options.steps or (5 if options.model == "sdxl" and options.device == "cpu" else 40)
+    options.steps = options.steps or (3 if options.model == "sdxl" and options.device == "cpu" else 40)
     torch.manual_seed(0)
     if options.memory_of:
         print(memory(options.memory_of, options))
@@ -330,7 +330,7 @@ def main() -> int:
     gc.collect()  # before others take as much
     used = {name: None if options.no_memory else in_fresh_process(name) for name in names}
     rows = [
-        {"peer": name, "who": PEERS[name], "memory": used[name]} | (figures[name] if name in figures else {"red": wrong[name]})
+        {"peer": name, "who": PEERS[name], "memory": used[name]} | (figures.get(name) or {"red": wrong[name]})
         for name in names
     ]
     suffix = f"-training-{options.model}-{options.resolution}-batch{options.batch_size}"

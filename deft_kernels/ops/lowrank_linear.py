@@ -5,6 +5,7 @@ Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a tr
     factor      h = x A^T, y = x W^T + h B^T            T r (3n + 3m)   h, dh, dB, dA, and the expansions into y and dx
     merged      W' = W + B A, y = x W'^T                T r (2n + 2m) + 2 m n r     W' made twice, no expansions
     activation  h = x R^T - (y0 - b) K, y = y0 + h B^T  needs no A, so that the forward spares K^T W (m n r)
+    weight      W' of many layers at once, y = x W'^T   T m n + 3 m n r     a gradient of W', but no call but the library's
 """
 
 import functools
@@ -32,6 +33,10 @@ define(
 # (read off a CPU at r = 16; the rule is about orders of magnitude).
 PASS = 8
 
+# What the host takes to call one layer's low-rank products, forward and backward, and not only the library's linear, in
+# multiply-adds of a product (some 100 us of a CPU core).
+CALLS = 5_000_000
+
 
 def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
     """Whether a step in merged form costs less than in factor form: T (n + m) >= 2 m n, whatever r is.
@@ -51,6 +56,12 @@ def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
     `r` counts the adapters that remove something; a LoRA has nothing to project.
     """
     return tokens * m * (r + PASS) < m * n * r
+
+
+def weight_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
+    """Whether the gradient of W' and its products with the factors cost less than the calls of the other forms. Such a
+    layer is small: W' and its gradient, which both exist, have less than CALLS / (tokens + 3 r) elements."""
+    return m * n * (tokens + 3 * r) < CALLS
 
 
 @fake("lowrank_linear")
