@@ -57,7 +57,7 @@ class Bank:
                 refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
-                by_activation, by_weight = layer.prefers_activation(layer.tokens), layer.prefers_weight(layer.tokens)
+                by_activation, by_weight = layer.prefers_activation(layer.tokens), layer.prefers_weight()
                 layer._note(_by_activation=by_activation, _by_weight=by_weight)
         pending = _Pending() if eager else None
         for layer, factors in zip(layers, prepare_layers(layers, pending=pending)):

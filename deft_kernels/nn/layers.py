@@ -350,12 +350,11 @@ class DeftLayer(nn.Module):
         removing = sum(self.rank(name) for name in self.active if not isinstance(self.configs[name], LoraConfig))
         return activation_is_cheaper(rows, *self.shape, removing)
 
-    def prefers_weight(self, rows: int | None) -> bool:
+    def prefers_weight(self) -> bool:
         """Whether W' itself is to be prepared; never in half precision, where rounding it would lose small updates."""
-        if rows is None or len(self.active) != 1 or self.routes is not None or not isinstance(self, DeftLinear):
+        if len(self.active) != 1 or self.routes is not None or not isinstance(self, DeftLinear):
             return False
-        exact = self.base_layer.weight.dtype in (torch.float32, torch.float64)
-        return exact and weight_is_cheaper(rows, *self.shape, self.rank(self.active[0]))
+        return self.base_layer.weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
 
     def _keep(self, factors: list[Factors]) -> None:
         """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with."""

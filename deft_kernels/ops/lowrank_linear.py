@@ -33,9 +33,10 @@ define(
 # (read off a CPU at r = 16; the rule is about orders of magnitude).
 PASS = 8
 
-# What the host takes to call one layer's low-rank products, forward and backward, and not only the library's linear, in
-# multiply-adds of a product (some 100 us of a CPU core).
-CALLS = 5_000_000
+# Elements of a weight whose gradient, for the tokens that such layers see, takes less than the calls of a layer's low-rank
+# products, some 100 us of a CPU core a step. By shape alone: were it by tokens, the first forward, which does not know them,
+# would round otherwise, and a resumed run with it.
+SMALL = 1 << 15
 
 
 def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
@@ -58,10 +59,9 @@ def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
     return tokens * m * (r + PASS) < m * n * r
 
 
-def weight_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
-    """Whether the gradient of W' and its products with the factors cost less than the calls of the other forms. Such a
-    layer is small: W' and its gradient, which both exist, have less than CALLS / (tokens + 3 r) elements."""
-    return m * n * (tokens + 3 * r) < CALLS
+def weight_is_cheaper(m: int, n: int) -> bool:
+    """Whether a layer is so small that the calls of the other forms cost more than the gradient of W'."""
+    return m * n <= SMALL
 
 
 @fake("lowrank_linear")
