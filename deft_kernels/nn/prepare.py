@@ -184,9 +184,13 @@ class Prepare(torch.autograd.Function):
         wide = _cast(list(grads[: 4 * L]), [p.dtype for p in P] * 4)
         dB, dA, dK, dR = (list(wide[i * L : (i + 1) * L]) for i in range(4))
 
-        for i, dW in enumerate(grads[4 * L :]):
-            if dW is not None:
-                dB[i], dA[i] = dW @ A[i].mT, (P[i] if B[i] is None else B[i]).mT @ dW
+        # dB = dW' A^T and dA = B^T dW' are the projections' products, with dW' in W's place
+        dW = {i: g.contiguous() for i, g in enumerate(grads[4 * L :]) if g is not None}
+        ones = injection.new_ones(len(dW))
+        own = _ops.project([P[i] if B[i] is None else B[i] for i in dW], [*dW.values()], [None] * len(dW), ones, -ones)
+        other, _ = _ops.project_backward([A[i] for i in dW], [*dW.values()], ones, -ones)
+        for i, gA, gB in zip(dW, own, other):
+            dA[i], dB[i] = gA, gB
 
         need_P, need_R = ctx.needs_input_grad[3 : 3 + L], ctx.needs_input_grad[3 + L : 3 + 2 * L]
         dinjection = None
