@@ -64,6 +64,12 @@ class Family:
         return dict(zip(("clip_l", "clip_g"), pairs))
 
     @property
+    def adapted_text_encoders(self):
+        """The text encoders that adapters go into, by name in the pipeline: not T5, as in diffusers' trainers."""
+        words = [encoder for _, encoder in self.word_encoders.values()]
+        return {name: part for name, part in self.text_encoders.items() if any(part is word for word in words)}
+
+    @property
     def image_parts(self):
         """What pictures are encoded by."""
         return (self.pipe.vae,)
@@ -159,6 +165,7 @@ class Diffusion(Family):
     half = torch.float16
     size_multiple = 8  # what the pipelines ask for
     snr_gamma = None  # of min-SNR weighting of the loss
+    unmix_weight = None  # of `cut_mix.Unmix`
 
     def __init__(self, pipe):
         super().__init__(pipe)
