@@ -81,6 +81,6 @@ class Unmix:
         for (_, pair), here in zip(self.pairs, seen):
             left, right = self.tokens(*pair)
             strayed += [here[:, :, (width + 1) // 2 :, left], here[:, :, : width // 2, right]]
-        term = torch.cat([s.square().flatten() for s in strayed]).mean()
-        if self.terms is not None:  # not where a checkpointed layer runs again in the backward
-            self.terms.append(term)
+        strayed = torch.cat([s.square().flatten() for s in strayed])
+        if self.terms is not None and len(strayed):  # not where a checkpointed layer runs again in the backward
+            self.terms.append(strayed.mean())

@@ -32,8 +32,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from deft_kernels.adapters.files import PIPELINE_WEIGHTS
-from deft_kernels.adapters.inject import adapted_layers
+from deft_kernels.adapters.files import PIPELINE_WEIGHTS, base_fingerprint
+from deft_kernels.adapters.inject import adaptable, adapted_layers
 
 from . import UserError, cut_mix, data, read_json
 from .cache import Cache
@@ -55,7 +55,7 @@ PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
-    # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
+    # What these amount to is compared instead: `pictures`, `images_per_step` and `base`.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
     "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
 }  # fmt: skip
@@ -259,17 +259,16 @@ class Samples:
         for g in generators:
             u, v, side = torch.rand(3, generator=g).tolist()
             views.append((u if self.random_crop else 0.5, v if self.random_crop else 0.5, self.random_flip and side < 0.5))
-        images = [self._see(*seen) if seen[2] or self.posteriors is None else None for seen in zip(chosen, views, pairs)]
+        seen = list(zip(chosen, views, pairs))
         if self.posteriors is not None:
-            known = [self.posteriors[mirror][k] for k, (_, _, mirror) in zip(chosen, views)]
-            seen = [self._encode([image]) if image else entry for image, entry in zip(images, known)]
-            mean, deviation = (torch.cat(t).to(device) for t in zip(*seen))
+            found = [self._encode([self._see(*s)]) if s[2] else self.posteriors[s[1][2]][s[0]] for s in seen]
+            mean, deviation = (torch.cat([t.to(device) for t in side]) for side in zip(*found))
         else:
-            mean, deviation = self._encode(images)
+            mean, deviation = self._encode([self._see(*s) for s in seen])
         latent_noise, noise, times, dropped = zip(*(self._draw(g, mean.shape[1:]) for g in generators))
         latents = mean + deviation * torch.stack(latent_noise).to(device)
         rows = [0 if drop else self.rows[k] for drop, k in zip(dropped, chosen)]  # the empty text is the first
-        # Pictures of two keep their text: none but it asks for them.
+        # A picture of two subjects keeps its text, which alone asks for such a thing.
         rows = [self.mixed_rows[pair] if pair else row for row, pair in zip(rows, self.pairs(numbers))]
         if self.conditions is None:  # texts and their input pictures, to be encoded in the loss
             conditions = [self.texts[row] for row in rows]
@@ -336,6 +335,10 @@ def _check_same_run(checkpoint, settings):
     before = read_json(checkpoint / SETTINGS)
     if _step_of(checkpoint) > settings["max_train_steps"]:
         raise UserError(f"{checkpoint} is beyond --max_train_steps {settings['max_train_steps']}")
+    if before.get("base") != settings["base"]:
+        raise UserError(
+            f"{checkpoint} was trained on another base model, {before.get('pretrained_model_name_or_path')} as it then was"
+        )
     fixed = set(settings) - FREE_TO_CHANGE
     if settings["lr_scheduler"] not in ("constant", "constant_with_warmup"):
         fixed.add("max_train_steps")  # the schedule's length
@@ -359,6 +362,13 @@ def _fingerprint(pictures):
         digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
         digest.update(picture.subject.encode())
     return digest.hexdigest()
+
+
+def _fingerprint_of_base(family):
+    """sha256 of a sample of what is trained on top of."""
+    parts = {family.model_name: family.model, **family.text_encoders}
+    layers = {f"{part}.{name}": m for part, module in parts.items() for name, m in module.named_modules() if adaptable(m)}
+    return hashlib.sha256(base_fingerprint(layers).encode()).hexdigest()
 
 
 def _write_json(path, value):
@@ -737,7 +747,7 @@ def train(options, family=None):
         raise UserError(f"--report_to {options.report_to}: pip install {options.report_to}, or --report_to none")
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
     METHODS[options.method].check(options, [source.caption for source in sources])
-    subjects = {source.subject for source in sources} - {""}
+    subjects = dict.fromkeys(source.subject for source in sources if source.subject)
     if options.cut_mix_prob and len(subjects) < 2:
         raise UserError(
             f"--cut_mix_prob mixes pictures of several subjects, and {options.instance_data_dir} tells of {len(subjects)}: "
@@ -768,7 +778,8 @@ def train(options, family=None):
     for prompt in (options.validation_prompt, options.class_prompt):
         family.check_prompt(prompt or "")
     if accelerator.is_main_process:
-        warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
+        mixed = [cut_mix.prompt(*pair) for pair in itertools.permutations(subjects, 2)] if options.cut_mix_prob else []
+        warn_of_cut_text(family, [*(s.caption for s in sources), *mixed, options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
     sizes = [size for size in sizes if max(size) <= family.max_size]
     pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
@@ -778,6 +789,7 @@ def train(options, family=None):
         "num_processes": accelerator.num_processes,
         "images_per_step": options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes,
         "pictures": _fingerprint(pictures),
+        "base": _fingerprint_of_base(family),
     }
     if resume:
         _check_same_run(resume, settings)
