@@ -417,7 +417,9 @@ METHODS = {
 def method_of(folder, family):
     """The class of the method whose results a folder holds. UserError if it holds none."""
     found = [kind for kind in (Adapter, SVDiff, TextualInversion) if (Path(folder) / kind.files[0]).is_file()]
-    if not found and any((Path(folder) / name).is_file() for name in FOUND):  # LoRA files, adapters of several parts
+    parts = (family.model_name, *family.text_encoders)
+    others = (*FOUND, *(f"{part}/{Adapter.files[0]}" for part in parts))  # LoRA files, adapters of several parts
+    if not found and any((Path(folder) / name).is_file() for name in others):
         found = [Adapter]
     if not found and (Path(folder) / family.model_name).is_dir():
         found = [DreamBooth]

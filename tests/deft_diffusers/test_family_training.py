@@ -451,10 +451,11 @@ def test_options_of_the_other_kind_of_model(options, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="--resolution must be at most 128, all that the model has positions for, got 144"):
         train(options("omnigen", resolution=144))
-    settings = {"method": "textual_inversion", "instance_prompt": "a <sks>"}
-    for wrong in (settings, {"method": "dreambooth", "train_text_encoder": True}):
-        with pytest.raises(UserError, match="does not apply to OmniGenPipeline: it has no text encoder"):
-            train(options("omnigen", **wrong))
+    for method in ("deft", "para", "lora", "dreambooth"):
+        with pytest.raises(
+            UserError, match="--train_text_encoder does not apply to OmniGenPipeline: it has no text encoder"
+        ):
+            train(options("omnigen", method=method, train_text_encoder=True))
 
 
 def test_weighting_changes_the_run_and_is_on_record(options, tmp_path):
@@ -566,3 +567,29 @@ def test_instructions_with_input_pictures(options, models, photos, tmp_path, cap
         with pytest.raises(UserError, match=message):
             train(options(family, output_dir=str(tmp_path / f"wrong{number}")))
         assert not (tmp_path / f"wrong{number}").exists()
+
+
+def test_a_new_word_beside_input_pictures(options, models, photos):
+    """OmniGen's words are learned in its transformer, in instructions with pictures and without."""
+    (photos / "inputs").mkdir()
+    seen = write_picture(photos / "inputs" / "0.png", 20, (70, 50))
+    texts = ["turn <img><|image_1|></img> into a <sks>", "a <sks>"]
+    lines = [{"file_name": f"{k}.png", "text": texts[k > 0], "input_images": ["inputs/0.png"][k:]} for k in range(3)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    o = options("omnigen", method="textual_inversion", train_batch_size=3, **WORD)
+    wrapped, fresh = load(models, "omnigen"), load(models, "omnigen")
+    table = wrapped.model.embed_tokens.weight
+    folder = train(o, wrapped)
+    assert not any(p.grad is not None for p in wrapped.pipe.vae.parameters())  # which the input pictures went through
+    spare = torch.nn.Embedding(len(table) + 9, table.shape[1])  # as the real model's has
+    spare.weight.data[: len(table)] = table.detach()
+    fresh.model.embed_tokens = spare
+    load_adapters(fresh, [folder])
+    assert fresh.model.embed_tokens is spare and len(fresh.pipe.tokenizer) == len(table) + 2
+    rows = load_file(folder / "learned_embeds.safetensors")["<sks>"]
+    assert torch.equal(spare.weight[len(table) : len(table) + 2], rows) and not torch.equal(rows[0], rows[1])
+    lengths = [fresh.encode_prompts([text])["input_ids"].shape[1] for text in ("a <sks>", "a x")]
+    assert lengths[0] - lengths[1] == 2  # two tokens, and a space between them
+    draw = {"num_inference_steps": STEPS, "height": 64, "width": 64, "input_images": [data.read_image(seen)]}
+    pictures = [family.generate(texts[:1], [5], **draw)[0] for family in (wrapped, fresh, load(models, "omnigen"))]
+    assert np.array_equal(*map(pixels, pictures[:2])) and not np.array_equal(*map(pixels, pictures[1:]))
