@@ -106,7 +106,8 @@ class TrainOptions:
     dropout: float = option("Adapter", "dropout of the injection term", 0.0)
     init_weights: bool = option("Adapter", "start as the base model; off: the reference's random start", True)
     target_modules: str | None = option(
-        "Adapter", "names separated by commas, a regular expression, or all-linear (default: every attention projection)",
+        "Adapter", "of the denoiser: names separated by commas, a regular expression, or all-linear (default: every "
+        "attention projection)",
         None, metavar="NAMES",
     )  # fmt: skip
 

@@ -79,8 +79,8 @@ def test_a_share_of_the_samples_is_of_two_subjects(pictures, tiny):
 def test_what_is_shown_of_two(pictures, tiny):
     family = load_family(str(tiny), torch.float32)
     samples = make(pictures, family, 1.0)
-    seen = {True: 0, False: 0}
-    for n in range(40):
+    seen, lefts = {True: 0, False: 0}, 0
+    for n in range(60):
         k, pair = samples._index(n), samples._pair(n)
         if not pair:
             assert not pictures[k].subject
@@ -89,11 +89,12 @@ def test_what_is_shown_of_two(pictures, tiny):
         whole = samples._see(k, (0.5, 0.5, False), pair)
         assert whole.size == pictures[k].size  # that of the step, whatever the other's
         seen[pictures[k].size == (32, 32)] += 1
+        lefts += pair[0] == k
         middle = whole.width // 2
         for other, box in zip(pair, ((0, 0, middle, whole.height), (middle, 0, whole.width, whole.height))):
             half = data.cover(pictures[other].image, (middle, whole.height))
             assert whole.crop(box).tobytes() == data.crop(half, (middle, whole.height)).tobytes()
-    assert min(seen.values()) > 4
+    assert min(seen.values()) > 4 and 0.3 < lefts / sum(seen.values()) < 0.7
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_unmixing_is_learnt_and_checkpointing_changes_nothing(sdxl):
 @pytest.fixture
 def options(sdxl, photos, tmp_path):
     def make(**changes):
-        tell(photos, ["u dog", "v cat", "u dog"])
+        tell(photos, ["u dog", "v cat", "u dog"], text="a pet")
         defaults = {
             "pretrained_model_name_or_path": str(sdxl), "instance_data_dir": str(photos), "train_batch_size": 2,
             "output_dir": str(tmp_path / "out"), "method": "svdiff", "report_to": "none", "cut_mix_prob": 0.6,
@@ -212,8 +213,8 @@ def options(sdxl, photos, tmp_path):
     return make
 
 
-def tell(folder, subjects):
-    lines = [{"file_name": f"{k}.png", "subject": subject} for k, subject in enumerate(subjects)]
+def tell(folder, subjects, **more):
+    lines = [{"file_name": f"{k}.png", "subject": subject, **more} for k, subject in enumerate(subjects)]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
@@ -231,9 +232,8 @@ def test_a_mixed_run_resumes_to_the_bit(options, tmp_path):
     assert [c.name for c in find_checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-4"]
     for changes in ({"cut_mix_prob": 0.0, "unmix_weight": None}, {"unmix_weight": None}):
         assert read(train(options(output_dir=str(tmp_path / "other"), overwrite_output_dir=True, **changes)))[1] != log
-    tell(tmp_path / "photos", ["u dog", "v cat", "v cat"])
     o = options(resume_from_checkpoint="latest")
-    tell(tmp_path / "photos", ["u dog", "v cat", "v cat"])
+    tell(tmp_path / "photos", ["u dog", "v cat", "v cat"], text="a pet")
     with pytest.raises(UserError, match="was trained with pictures"):
         train(o)
 

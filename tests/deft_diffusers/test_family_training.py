@@ -196,6 +196,13 @@ def test_each_method_on_each_family(family, case, families, models, photos, tmp_
         assert abs(draw(fresh) - expected).max() <= merge  # merged weights are rounded once more: a level of 255 at most
 
 
+def test_which_text_encoders_take_adapters(families):
+    """CLIP's and FLUX.2's Qwen3, none of T5's; OmniGen has none."""
+    clip, both = {"text_encoder"}, {"text_encoder", "text_encoder_2"}
+    expected = dict(zip(MODELS, (clip, clip, both, both, clip, clip, set())))
+    assert {name: family.adapted_text_encoders.keys() for name, family in families.items()} == expected
+
+
 @pytest.mark.parametrize(
     "family, method, more",
     [
