@@ -1,5 +1,6 @@
 # Everything a fresh machine needs is made here: python3 (3.11 or later), pip, make and gcc are enough.
 #   make demo    personalise the embedded model on a photograph and look at outputs/demo/demo.png
+#   make methods every method on one subject of five pictures, side by side in outputs/methods/bear_plushie.png
 #   make test    every test that this machine can run
 #   make bench   one adapted layer beside its peers
 
@@ -9,10 +10,14 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 comma  := ,
 
-.PHONY: demo test bench lint wheel sanitize sanitize-gpu clean
+.PHONY: demo methods test bench lint wheel sanitize sanitize-gpu clean
 
 demo: $(READY)
 	$(BIN)/deft demo
+
+methods: $(READY)
+	$(BIN)/python -m deft_diffusers.toyworld.subjects --output_dir outputs/subjects
+	$(BIN)/deft sweep --plan benchmarks/methods.yaml --subject bear_plushie --output_dir outputs/methods
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests

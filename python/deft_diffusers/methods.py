@@ -356,13 +356,10 @@ class TextualInversion(Method):
                 if {word, f"{word}</w>", f"▁{word}", f"Ġ{word}"} & known.keys():  # as tokenizers mark it
                     raise UserError(f"--placeholder_token {word} is a word of the model already: choose another")
             tokenizer.add_tokens(words)
-            if o.initializer_token is None:
-                first = table.weight.detach().mean(0, keepdim=True)
-            else:
-                ids = tokenizer.encode(o.initializer_token, add_special_tokens=False)
-                if len(ids) != 1:
-                    raise UserError(f"--initializer_token {o.initializer_token!r} is {len(ids)} tokens here, not one")
-                first = table.weight.detach()[ids]
+            ids = tokenizer.encode(o.initializer_token or "", add_special_tokens=False)
+            if o.initializer_token is not None and not ids:
+                raise UserError(f"--initializer_token {o.initializer_token!r} is no word to this model")
+            first = table.weight.detach()[ids or slice(None)].mean(0, keepdim=True)
             rows = first.float().repeat(o.num_vectors, 1)
             encoder.set_input_embeddings(NewRows(table, rows, old))
             self.embeddings[key] = encoder.get_input_embeddings()

@@ -93,7 +93,8 @@ class TrainOptions:
     )  # fmt: skip
     placeholder_token: str = option("Method", "for textual_inversion: the new word, which the prompts must contain", "<sks>")
     initializer_token: str | None = option(
-        "Method", "for textual_inversion: a word to start from, such as 'dog' (default: the mean of all words)", None
+        "Method", "for textual_inversion: a word to start from, such as 'dog', or several: their mean (default: the mean of "
+        "all words)", None,
     )
     num_vectors: int = option("Method", "for textual_inversion: how many tokens the word is made of", 1, metavar="N")
 
@@ -248,18 +249,30 @@ class SweepOptions:
     """What `deft sweep` takes."""
 
     plan: str | None = option(
-        "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, and train: "
-        "options of `deft train` for all runs; flags come first", None, metavar="FILE",
+        "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, prompts, "
+        "and train and sample: options of `deft train` and `deft sample` for all runs; flags come first", None,
+        metavar="FILE",
     )  # fmt: skip
     pretrained_model_name_or_path: str | None = option("What to train", MODEL_HELP, None, metavar="MODEL")
     subjects: str | None = option(
         "What to train", "folder in the layout of the DreamBooth data set (a folder for each subject) or of DreamBench++",
         None, metavar="DIR",
     )  # fmt: skip
-    method: list[str] = option("What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS)  # noqa: RUF009
-    rank: list[int] = option("What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R")  # noqa: RUF009
+    subject: list[str] = option(  # noqa: RUF009
+        "What to train", "only this one of them; repeat for several (default: all)", repeat=True, metavar="NAME"
+    )
+    method: list[str] = option(  # noqa: RUF009
+        "What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS
+    )
+    rank: list[int] = option(  # noqa: RUF009
+        "What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R"
+    )
     seed: list[int] = option("What to train", "repeat for several (default: 0)", repeat=True, metavar="N")  # noqa: RUF009
     token: str = option("What to train", "word that stands for a subject of a data set, before its class", "sks")
+    prompt: list[str] = option(  # noqa: RUF009
+        "What to draw", "'a photo of {} in the snow', {} being the subject; repeat for several: every run draws them, and "
+        "the base model its class; SUBJECT.png shows them side by side", repeat=True, metavar="TEXT",
+    )  # fmt: skip
     output_dir: str = option("What to train", "where each job has its folder; sweep.md says what happened", metavar="DIR")
 
 
