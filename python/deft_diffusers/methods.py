@@ -317,10 +317,15 @@ class NewRows(nn.Module):
 
     def __init__(self, base, rows, first):
         super().__init__()
-        self.base, self.rows, self.first = base, nn.Parameter(rows), first
+        self.base, self.first = base, first
+        self.new = nn.Embedding.from_pretrained(rows, freeze=False)  # behind the base, whose dtype is the model's
+
+    @property
+    def rows(self):
+        return self.new.weight
 
     def forward(self, ids):
-        new = F.embedding((ids - self.first).clamp_min(0), self.rows).to(self.base.weight.dtype)
+        new = self.new((ids - self.first).clamp_min(0)).to(self.base.weight.dtype)
         return torch.where((ids >= self.first)[..., None], new, self.base(ids.clamp_max(self.first - 1)))
 
 

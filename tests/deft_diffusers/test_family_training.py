@@ -496,12 +496,13 @@ def test_a_family_that_is_not_there(models, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trains_and_draws_in_bfloat16(family, options, models, tmp_path):
     """The base in bfloat16, the adapter and the VAE in float32; words and all of the model are cast by autocast."""
-    for method in ("deft", "dreambooth"):
-        folder = train(
-            options(family, method=method, mixed_precision="bf16", max_train_steps=1, output_dir=str(tmp_path / method))
-        )
+    for method in ("deft", "dreambooth", "textual_inversion"):
+        o = options(family, method=method, mixed_precision="bf16", max_train_steps=1, output_dir=str(tmp_path / method))
+        wrapped = load_family(models[family], torch.bfloat16)
+        folder = train(dataclasses.replace(o, instance_prompt="a <sks>"), wrapped)
         assert math.isfinite(json.loads((folder / "loss.jsonl").read_text())["loss"])
         size = {"num_inference_steps": STEPS, "height": SIZE.get(family, 32), "width": SIZE.get(family, 32)}
+        assert pixels(wrapped.generate(["a <sks>"], [5], **size)[0]).std() > 1  # as validation does
         o = SampleOptions(
             pretrained_model_name_or_path=models[family], adapter=[str(folder)], prompt=["a cat"], dtype="bf16",
             output_dir=str(tmp_path / f"{method}-drawn"), **size,

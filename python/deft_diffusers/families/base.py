@@ -154,7 +154,11 @@ class Family:
         negative_prompts = None if negative_prompt is None else [negative_prompt] * len(prompts)
         settings |= self.guidance(self.guidance_scale if guidance_scale is None else guidance_scale, negative_prompts)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
-        drawn = self.pipe(prompt=prompts, generator=generators, output_type="latent", height=height, width=width, **settings)
+        # A denoiser that trains as a whole is float32, beside text encoders in half precision.
+        with torch.autocast(self.pipe.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
+            drawn = self.pipe(
+                prompt=prompts, generator=generators, output_type="latent", height=height, width=width, **settings
+            )
         return self.to_images(self.decode(drawn.images, height, width))
 
 
