@@ -2,7 +2,7 @@
 #   make demo    personalise the embedded model on a photograph and look at outputs/demo/demo.png
 #   make methods every method on one subject of five pictures, side by side in outputs/methods/bear_plushie.png
 #   make test    every test that this machine can run
-#   make bench   one adapted layer beside its peers
+#   make bench   one adapted layer, merging and a training step beside their peers
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -24,6 +24,7 @@ test: $(READY) lint
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m benchmarks.training --output outputs/bench/training.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

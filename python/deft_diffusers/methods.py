@@ -40,6 +40,7 @@ class Method:
 
     files: tuple[str, ...] = ()  # that `save` writes; the first tells a folder of this method
     encodes_text = False  # whether the loss must encode texts itself, for their encoders to learn
+    changes_weights = ""  # how, where that needs dense ones
 
     def __init__(self, family, options):
         self.family, self.options = family, options
@@ -189,6 +190,7 @@ class SVDiff(Method):
 
     files = ("spectral_shifts.safetensors",)
     VECTOR_RATE = 1e-3  # of the others', for 1-D weights: the paper's 1e-6 to 1e-3
+    changes_weights = "svdiff shifts the singular values of exact weights"
 
     @staticmethod
     def published(options):
@@ -250,6 +252,8 @@ def _check_shifts(file, model, read, sizes):
 
 class DreamBooth(Method):
     """The whole denoiser; with `--train_text_encoder` the text encoders too."""
+
+    changes_weights = "dreambooth trains the weights themselves"
 
     @staticmethod
     def published(options):  # diffusers' guide to DreamBooth
@@ -414,6 +418,15 @@ METHODS = {
     "deft": Adapter, "para": Adapter, "lora": Adapter,
     "svdiff": SVDiff, "dreambooth": DreamBooth, "textual_inversion": TextualInversion,
 }  # fmt: skip
+
+
+def check_base(method, family):
+    """UserError if a method needs dense weights and the family's are quantised."""
+    if method.changes_weights and family.quantisation:
+        raise UserError(
+            f"{method.changes_weights}, and this base's are quantised ({family.quantisation}): use a dense base, or deft, "
+            "para, lora or textual_inversion"
+        )
 
 
 def method_of(folder, family):

@@ -39,7 +39,7 @@ from . import UserError, cut_mix, data, read_json
 from .cache import Cache
 from .families import load_family
 from .grid import grid
-from .methods import METHODS, Adapter, DreamBooth, TextualInversion
+from .methods import METHODS, Adapter, DreamBooth, TextualInversion, check_base
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
@@ -54,7 +54,8 @@ PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
-    "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
+    "checkpoints_total_limit", "validation_prompt", "validation_image", "validation_steps", "num_validation_images",
+    "gradient_checkpointing",
     # What these amount to is compared instead: `pictures`, `images_per_step` and `base`.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
     "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
@@ -104,6 +105,8 @@ def complete(options):
         raise UserError("--text_encoder_lr needs --train_text_encoder")
     if options.class_prompt is None and options.class_data_dir is not None:
         raise UserError("--class_data_dir needs a --class_prompt: the text of the class's pictures")
+    if options.validation_image and options.validation_prompt is None:
+        raise UserError("--validation_image needs a --validation_prompt: what to draw by it")
     if not 0 <= options.ema_decay < 1:
         raise UserError(f"--ema_decay must be at least 0 and below 1, got {options.ema_decay}")
     for name in ("dropout", "caption_dropout"):
@@ -164,21 +167,24 @@ class Samples:
         names = dict.fromkeys(p.subject for p in pictures if p.subject)
         self.subjects = {name: [k for k, p in enumerate(pictures) if p.subject == name] for name in names}
         self.cut_mix_prob = cut_mix_prob if len(names) > 1 else 0.0
-        said = {("",): ("", ())} if caption_dropout else {}
-        keys = [(p.caption, *map(id, p.inputs)) for p in pictures]
-        said |= {key: (p.caption, p.inputs) for key, p in zip(keys, pictures)}
+        texts = [(p.caption, p.inputs) for p in pictures]
+        empty = [("", () if family.drops_inputs else p.inputs) for p in pictures]
+        keys, empty_keys = ([(text, *map(id, inputs)) for text, inputs in said] for said in (texts, empty))
+        said = dict(zip(empty_keys, empty)) if caption_dropout else {}
+        said |= dict(zip(keys, texts))
         mixed = {pair: (cut_mix.prompt(*pair), ()) for pair in itertools.permutations(names, 2)} if self.cut_mix_prob else {}
         said |= {("mixed", *pair): text for pair, text in mixed.items()}
         self.texts, rows = list(said.values()), {key: row for row, key in enumerate(said)}
-        self.rows = [rows[key] for key in keys]
+        self.rows = {False: [rows[key] for key in keys], True: [rows.get(key) for key in empty_keys]}  # text dropped or not
         self.mixed_rows = {pair: rows["mixed", *pair] for pair in mixed}
         sizes = list(dict.fromkeys(p.size for p in pictures))
         self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
         self.orders = {}
         # Latents are computed once where all that changes from one sight of a picture to the next is which way it faces.
         once = not random_crop or all(p.image.size == p.size for p in pictures)
-        encoders = (family.text_encoders.values() if encode_texts else (), family.image_parts)
-        self.caches = [Cache(cache_dir, parts) for parts in encoders] if cache_dir else None
+        texts_by = (family.text_encoders.values(), family.tokenizers) if encode_texts else ((), ())
+        encoders = (texts_by, (family.image_parts, ()))
+        self.caches = [Cache(cache_dir, family.kind, *by) for by in encoders] if cache_dir else None
         with torch.no_grad():
             self.conditions = self._encode_texts() if encode_texts else None
             self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
@@ -209,9 +215,11 @@ class Samples:
 
     def _encode_texts(self):
         encode = self.family.encode_prompts
-        if not self.caches or not self.family.text_encoders:
-            return [encode([text], [inputs]) for text, inputs in self.texts]
-        return [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text, _ in self.texts]
+        cache = self.caches[0] if self.caches and self.family.text_encoders else None
+        return [
+            cache.get(text.encode(), lambda text=text: encode([text])) if cache and not inputs else encode([text], [inputs])
+            for text, inputs in self.texts
+        ]
 
     def _order(self, what, epoch, count):
         """A random order of `count` things, another for each epoch; the last one is kept."""
@@ -250,9 +258,20 @@ class Samples:
         pairs = map(self._pair, numbers)
         return [pair and tuple(self.pictures[k].subject for k in pair) for pair in pairs]
 
+    def _view(self, k, view, pair=None):
+        """Of picture k, widths first: its own size; the corner, in it as it is scaled and faces, of what is seen of it; the
+        size of that. A pair is all there is of it."""
+        u, v, mirror = view
+        p = self.pictures[k]
+        if pair:
+            return p.size, (0, 0), p.size
+        left, top = data.corner(p.image.size, p.size, u, v)
+        return p.original or p.image.size, (p.image.width - p.size[0] - left if mirror else left, top), p.size
+
     @torch.no_grad()
     def batch(self, numbers, device):
-        """Samples `numbers`: (latents, noise, times, conditions), the arguments of the family's `loss` after the model."""
+        """Samples `numbers`: (latents, noise, times, conditions), the arguments of the family's `loss` after the model; with
+        `encode_texts` off the conditions are still (texts, their input pictures, other conditions)."""
         chosen, pairs = [self._index(n) for n in numbers], [self._pair(n) for n in numbers]
         generators = [_generator(self.seed, SAMPLE, n) for n in numbers]
         views = []
@@ -267,13 +286,14 @@ class Samples:
             mean, deviation = self._encode([self._see(*s) for s in seen])
         latent_noise, noise, times, dropped = zip(*(self._draw(g, mean.shape[1:]) for g in generators))
         latents = mean + deviation * torch.stack(latent_noise).to(device)
-        rows = [0 if drop else self.rows[k] for drop, k in zip(dropped, chosen)]  # the empty text is the first
+        rows = [self.rows[drop][k] for drop, k in zip(dropped, chosen)]
         # A picture of two subjects keeps its text, which alone asks for such a thing.
         rows = [self.mixed_rows[pair] if pair else row for row, pair in zip(rows, self.pairs(numbers))]
-        if self.conditions is None:  # texts and their input pictures, to be encoded in the loss
-            conditions = [self.texts[row] for row in rows]
+        sizes = self.family.sizes([self._view(*s) for s in seen])
+        if self.conditions is None:
+            conditions = *zip(*(self.texts[row] for row in rows)), sizes
         else:
-            conditions = self.family.collate([self.conditions[row] for row in rows])
+            conditions = self.family.collate([self.conditions[row] for row in rows]) | sizes
         return latents, torch.stack(noise).to(device), torch.stack(times).to(device), conditions
 
     def _draw(self, generator, shape):
@@ -356,8 +376,8 @@ def _bytes_of(image):
 
 
 def _fingerprint(pictures):
-    """sha256 of what is trained on: pixels, texts and subjects, in order."""
-    digest = hashlib.sha256()
+    """sha256 of what is trained on: pixels, texts, subjects, in order, and the pictures' own sizes, which SDXL is told."""
+    digest = hashlib.sha256(repr([picture.original for picture in pictures]).encode())
     for picture in pictures:
         digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
         digest.update(picture.subject.encode())
@@ -417,6 +437,8 @@ class Objective(torch.nn.Module):
         self.model = family.model
         self.unmix = cut_mix.Unmix(family) if getattr(family, "unmix_weight", None) else None
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
+        # Every process has loaded the same, and torchao's tensors cannot be sent.
+        self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
 
     def train(self, mode=True):
         super().train(mode)
@@ -430,7 +452,8 @@ class Objective(torch.nn.Module):
         total = 0.0
         for k, ((latents, noise, times, conditions), weight) in enumerate(zip(batches, weights)):
             if self.encodes_text:
-                conditions = self.family.encode_prompts(*map(list, zip(*conditions)))
+                texts, inputs, more = conditions
+                conditions = self.family.encode_prompts(list(texts), inputs) | more
             if self.unmix:
                 self.unmix.watch(latents, pairs[k])
             total = total + weight * self.family.loss(self.model, latents, noise, times, conditions)
@@ -460,11 +483,15 @@ def make_optimizer(options, groups):
 class Run:
     """One training run: the model and what trains of it, its optimizer, and what it leaves in the output folder."""
 
-    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume):
+    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume, example=("…", ())):
         self.options, self.accelerator, self.family = options, accelerator, family
         self.method, self.samples = method, samples
         self.settings, self.folder, self.step = settings, folder, 0
         self.images_per_step = settings["images_per_step"]
+        self.example = example  # a text to draw, and the paths of its input pictures
+        self.drawing = {"height": options.resolution, "width": options.resolution}  # None: the model's own
+        if example[1]:
+            self.drawing["input_images"] = [data.read_image(path) for path in example[1]]
         torch.manual_seed(_seed(options.seed))  # of the first values
         if resume:
             method.load(resume)
@@ -630,7 +657,7 @@ class Run:
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
         with self._averaged():
-            images = list(generate(self.family, jobs, progress=False, **VALIDATION))
+            images = list(generate(self.family, jobs, progress=False, **VALIDATION, **self.drawing))
         sheet = grid([images], title=f"step {self.step}: {o.validation_prompt}")
         sheet.save(self.folder / name)
         for tracker in self.accelerator.trackers:
@@ -675,7 +702,7 @@ class Run:
             return
         self._save_learned(self.folder)
         self.validate("validation.png")
-        (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
+        (self.folder / CARD).write_text(_card(self.options, self.settings, self.log, *self.example))
 
 
 def _memory():
@@ -710,13 +737,17 @@ def class_pictures(options, family, accelerator, resolution, folder):
     return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]
 
 
-def _card(options, settings, log):
-    shown = {k: v for k, v in settings.items() if v not in (None, False) and k not in ("output_dir", "instance_data_dir")}
+def _card(options, settings, log, prompt, inputs):
+    hidden = ("output_dir", "instance_data_dir")
+    shown = {k: v for k, v in settings.items() if v not in (None, False, []) and k not in hidden}
     table = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
     tail = log[-50:]
     losses = f"Mean loss of the last {len(tail)} steps: {sum(e['loss'] for e in tail) / len(tail):.4f}." if tail else ""
     picture = f"\n![{options.validation_prompt}](validation.png)\n" if options.validation_prompt else ""
-    prompt = options.validation_prompt or options.instance_prompt or "…"
+    more = {"height": options.resolution, "width": options.resolution, "quantize": options.quantize}
+    more = "".join(f" --{name} {value}" for name, value in more.items() if value)
+    more += " --quantize_text_encoders" * options.quantize_text_encoders
+    more += "".join(f" --input_image {shlex.quote(str(path))}" for path in inputs)
     return f"""---
 base_model: {options.pretrained_model_name_or_path}
 tags: [text-to-image, diffusers, {options.method}]
@@ -725,7 +756,7 @@ tags: [text-to-image, diffusers, {options.method}]
 {picture}
 ```bash
 deft sample --pretrained_model_name_or_path {options.pretrained_model_name_or_path} \\
-    --adapter {shlex.quote(str(options.output_dir))} --prompt {shlex.quote(prompt)}
+    --adapter {shlex.quote(str(options.output_dir))} --prompt {shlex.quote(prompt)}{more}
 ```
 
 {losses}
@@ -753,9 +784,7 @@ def train(options, family=None):
             f"--cut_mix_prob mixes pictures of several subjects, and {options.instance_data_dir} tells of {len(subjects)}: "
             f'write {data.METADATA} with {{"file_name": ..., "subject": "sks dog"}} for each'
         )
-    for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
-        for path in (source.path, *source.inputs):
-            data.read_image(path)
+    data.check(sources)  # nothing is kept: photographs are large, and their final size is not known yet
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
@@ -769,20 +798,32 @@ def train(options, family=None):
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; use no on a CPU")
     if family is None:
-        family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
+        family = load_family(
+            options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32), options.quantize,
+            options.quantize_text_encoders,
+        )  # fmt: skip
     family.to(accelerator.device)
+    check_base(METHODS[options.method], family)
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
     for source in sources:
         family.check_prompt(source.caption, source.inputs)
-    for prompt in (options.validation_prompt, options.class_prompt):
-        family.check_prompt(prompt or "")
+    prompt = options.validation_prompt or options.instance_prompt or sources[0].caption
+    inputs = next((source.inputs for source in sources if source.inputs), ())
+    inputs = options.validation_image or family.default_inputs(prompt, inputs)
+    if options.validation_prompt:
+        family.check_prompt(prompt, inputs)
+    family.check_prompt(options.class_prompt or "")
     if accelerator.is_main_process:
         mixed = [cut_mix.prompt(*pair) for pair in itertools.permutations(subjects, 2)] if options.cut_mix_prob else []
         warn_of_cut_text(family, [*(s.caption for s in sources), *mixed, options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
     sizes = [size for size in sizes if max(size) <= family.max_size]
-    pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
+    loaded = [data.load(source, sizes) for source in sources]
+    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
+    if accelerator.is_main_process:
+        data.warn_of_fit(sources, loaded, crop_anywhere)
+    pictures = [picture for source, picture in zip(sources, loaded) for _ in range(source.repeats)]
     settings = dataclasses.asdict(options) | {
         "resolution": resolution,
         "mixed_precision": precision,
@@ -793,7 +834,6 @@ def train(options, family=None):
     }
     if resume:
         _check_same_run(resume, settings)
-    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
     for name in ("snr_gamma", "weighting_scheme", "unmix_weight"):
         if hasattr(family, name):
             setattr(family, name, getattr(options, name))
@@ -811,7 +851,7 @@ def train(options, family=None):
         )
         for k, stream in enumerate(streams)
     ]  # fmt: skip
-    run = Run(options, accelerator, family, method, samples, settings, folder, resume)
+    run = Run(options, accelerator, family, method, samples, settings, folder, resume, (prompt, inputs))
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
     if accelerator.is_main_process:

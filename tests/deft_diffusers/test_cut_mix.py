@@ -107,6 +107,12 @@ def sdxl(tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
+def said(family, texts, size):
+    """Texts for latents of this size, as `Samples` hands them to a loss that encodes them."""
+    whole = tuple(side * family.pipe.vae_scale_factor for side in reversed(size))
+    return texts, [()] * len(texts), family.sizes([(whole, (0, 0), whole)] * len(texts))
+
+
 def loaded(folder):
     family = load_family(str(folder), torch.float32)
     family.unmix_weight = 1.0
@@ -148,10 +154,10 @@ def test_the_unmix_loss_by_hand(size, sdxl, monkeypatch):
 
     latents, noise = torch.randn(2, 3, 4, *size, generator=torch.Generator().manual_seed(1))
     times = torch.tensor([900, 500, 30])
-    texts = [(cut_mix.prompt(*pair) if pair else "a cat", ()) for pair in pairs]
+    texts = said(family, [cut_mix.prompt(*pair) if pair else "a cat" for pair in pairs], size)
     with torch.no_grad(), monkeypatch.context() as patched:
         patched.setattr(Attention, "get_attention_scores", listen)
-        plain = family.loss(family.model, latents, noise, times, family.encode_prompts([text for text, _ in texts]))
+        plain = family.loss(family.model, latents, noise, times, family.encode_prompts(texts[0]) | texts[2])
     expected = []
     for each in maps:  # all of half the size, whose middle column, where there is one, is of neither
         values = []
@@ -180,10 +186,10 @@ def test_unmixing_is_learnt_and_checkpointing_changes_nothing(sdxl):
         objective = Objective(family, True).train()
         optimizer = torch.optim.AdamW(family.model.parameters(), 1e-3)
         latents, noise = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-        batch = latents, noise, torch.tensor([900, 30]), [(cut_mix.prompt("u", "v"), ())] * 2
+        batch = latents, noise, torch.tensor([900, 30]), said(family, [cut_mix.prompt("u", "v")] * 2, (16, 16))
         for _ in range(6):
             objective.unmix.watch(latents, [("u", "v")] * 2)
-            family.loss(family.model, *batch[:3], family.encode_prompts([text for text, _ in batch[3]]))
+            family.loss(family.model, *batch[:3], family.encode_prompts(batch[3][0]) | batch[3][2])
             loss = objective.unmix.loss()
             strayed.append(loss.item())
             loss.backward()

@@ -165,7 +165,8 @@ def test_each_method_on_each_family(family, case, families, models, photos, tmp_
     *drawn, conditions = batch(wrapped, photos, 4, (o.instance_prompt,), encode_texts=False)
     if not trained.encodes_text:
         with torch.no_grad():
-            conditions = wrapped.encode_prompts([text for text, _ in conditions])
+            texts, inputs, sizes = conditions
+            conditions = wrapped.encode_prompts(list(texts), inputs) | sizes
     objective, losses = Objective(wrapped, trained.encodes_text).train(), []
     for _ in range(TAKEN + 1):
         loss = objective([(*drawn, conditions)], (1.0,))
