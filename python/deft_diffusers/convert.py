@@ -14,6 +14,7 @@ from deft_kernels.adapters.authors import is_reference, read_reference
 from deft_kernels.adapters.files import (
     CONFIG_NAME,
     FOUND,
+    PIPELINE_WEIGHTS,
     PREFIX,
     peft_type,
     read_safetensors,
@@ -57,7 +58,8 @@ def convert(options):
 
 
 def _convert(options, source, folder):
-    kind = REFERENCE if is_reference(source) else (peft_type(source) or LORA)
+    of_pipeline = PIPELINE_WEIGHTS in (source.name, *(p.name for p in source.glob(PIPELINE_WEIGHTS)))
+    kind = REFERENCE if is_reference(source) else DEFT if of_pipeline else (peft_type(source) or LORA)
     format = options.format or ("diffusers" if kind == DEFT else "deft")
     if format == "deft":
         _refuse(options, "format deft", adapter_weight=1.0, rank=None, dtype="fp32")
@@ -71,7 +73,8 @@ def _convert(options, source, folder):
         why = "the names of its layers" if format == "deft" else "the update depends on the base weights"
         raise UserError(f"--pretrained_model_name_or_path is needed to convert {source} to {format}: {why}")
 
-    model = _load(options.pretrained_model_name_or_path, kind == LORA and _adapts_text(source))
+    adapts_text = of_pipeline or (kind == LORA and _adapts_text(source))
+    model = _load(options.pretrained_model_name_or_path, adapts_text)
     _say(f"reading {source}")
     active = _read(kind, source, model, options.decomposition_method)
     _say(f"writing {folder}")
@@ -154,7 +157,7 @@ def _read(kind, source, model, decomposition_method):
     """Put the source on the model; returns the names of its adapters there."""
     denoiser = next(model.components[part] for part in DENOISERS if part in model.components)
     if kind == DEFT:
-        dk.load_adapter(denoiser, source, "converted")
+        dk.load_adapter(model, source, "converted")
     elif kind == LORA:
         dk.import_lora(model, source, "converted")
     else:

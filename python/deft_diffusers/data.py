@@ -28,6 +28,7 @@ class Source:
     caption: str
     repeats: int = 1  # how often it is seen for once that others are
     inputs: tuple[Path, ...] = ()  # pictures that the text speaks of
+    subject: str = ""  # whom it shows, in the words of the text; of a folder with several subjects
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Picture:
     size: tuple[int, int]
     inputs: tuple[Image.Image, ...] = ()  # RGB, of any size; the text speaks of them
     original: tuple[int, int] | None = None  # size before it was scaled; None: as it is
+    subject: str = ""
 
 
 def to_rgb(image):
@@ -126,9 +128,9 @@ def find_sources(path, prompt=None):
     """The pictures of a folder (or the one file given) with their texts.
 
     A text comes from the .txt file beside the picture, else from `metadata.jsonl` (keys `file_name`, `text` and, if wanted,
-    `repeats` and `input_images`, paths from the folder), else it is `prompt`. Files that are neither are named on stderr,
-    and folders of pictures, which are not searched. UserError names pictures without a text, texts without a picture, and
-    pictures that share a .txt file.
+    `repeats`, `subject`, and `input_images`, paths from the folder), else "photo of a <subject>", else it is `prompt`. Files
+    that are neither are named on stderr, and folders of pictures, which are not searched. UserError names pictures without
+    a text, texts without a picture, and pictures that share a .txt file.
     """
     paths = find_pictures(path)
     for text, count in Counter(picture.with_suffix(".txt") for picture in paths).items():
@@ -142,11 +144,12 @@ def find_sources(path, prompt=None):
     for picture in paths:
         beside, entry = picture.with_suffix(".txt"), said.pop(picture.name, {})
         text = " ".join(read_text(beside).split()) if beside.is_file() else ""
-        text = text or " ".join(entry.get("text", "").split()) or prompt
+        subject = " ".join(entry.get("subject", "").split())
+        text = text or " ".join(entry.get("text", "").split()) or (f"photo of a {subject}" if subject else prompt)
         if not text:
             raise UserError(f"{picture} has no caption ({beside.name} or {METADATA}) and there is no --instance_prompt")
         inputs = tuple(folder / name for name in entry.get("input_images", ()))
-        sources.append(Source(picture, text, entry.get("repeats", 1), inputs))
+        sources.append(Source(picture, text, entry.get("repeats", 1), inputs, subject))
     if folder == Path(path).expanduser():
         stems = {p.stem for p in paths}
         others = [p for p in sorted(folder.iterdir()) if p.is_file() and p not in paths and p.name[0] != "."]
@@ -177,11 +180,11 @@ def _read_metadata(file):
         try:
             entry = json.loads(line)
             name, text, repeats = entry["file_name"], entry.get("text", ""), entry.get("repeats", 1)
-            inputs = entry.get("input_images", [])
+            inputs, subject = entry.get("input_images", []), entry.get("subject", "")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error
-        if not (isinstance(name, str) and isinstance(text, str) and type(repeats) is int and repeats >= 1):
-            raise UserError(f"{file}, line {number}: file_name and text must be texts, repeats a number from 1 up")
+        if not (all(isinstance(t, str) for t in (name, text, subject)) and type(repeats) is int and repeats >= 1):
+            raise UserError(f"{file}, line {number}: file_name, text and subject must be texts, repeats a number from 1 up")
         if not (isinstance(inputs, list) and all(isinstance(path, str) for path in inputs)):
             raise UserError(f"{file}, line {number}: input_images must be a list of paths")
         if name in said:
@@ -242,4 +245,4 @@ def load(source, sizes):
     image = read_image(source.path)
     size = bucket_of(image.size, sizes)
     inputs = tuple(read_image(path) for path in source.inputs)
-    return Picture(cover(image, size), source.caption, size, inputs, image.size)
+    return Picture(cover(image, size), source.caption, size, inputs, image.size, source.subject)

@@ -96,9 +96,9 @@ def write_pictures(folder, photo, family):
 
 
 def fingerprints(parameters):
-    """sha256 of every parameter of a dict, by name."""
+    """sha256 of every tensor of a dict, by name."""
     return {
-        name: hashlib.sha256(p.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest()
+        name: hashlib.sha256(p.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
         for name, p in parameters.items()
     }
 

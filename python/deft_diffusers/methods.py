@@ -3,6 +3,7 @@
 | method | trains | saved as |
 |---|---|---|
 | deft, para, lora | an adapter's factors (`deft_kernels`) | PEFT's `adapter_model.safetensors` |
+| the same with text encoders | | `pytorch_deft_weights.safetensors` |
 | svdiff | a shift of every weight's singular values (arXiv 2303.11305) | `spectral_shifts.safetensors` |
 | dreambooth | the denoiser itself (arXiv 2208.12242) | the denoiser's folder, in diffusers' layout |
 | textual_inversion | the embedding of a new word (arXiv 2208.01618) | `learned_embeds.safetensors` |
@@ -27,19 +28,27 @@ from . import UserError
 
 WORD = "placeholder_token"  # key of a file's metadata
 P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
+PUBLISHED = {  # learning rate and steps of adapters
+    "deft": (1e-3, 500),  # the authors' rate for OmniGen, and the steps of their SDXL runs
+    "para": (5e-4, 1000),  # the paper's steps; the rate is LoRA's
+    "lora": (5e-4, 500),  # diffusers' trainer
+}
 
 
 class Method:
     """One method on one family's model. `start` or `load` comes first, once; then `groups` and `save`."""
 
     files: tuple[str, ...] = ()  # that `save` writes; the first tells a folder of this method
-    learning_rate: float  # default; of R where there is one
-    max_train_steps: int  # default
     encodes_text = False  # whether the loss must encode texts itself, for their encoders to learn
     changes_weights = ""  # how, where that needs dense ones
 
     def __init__(self, family, options):
         self.family, self.options = family, options
+
+    @staticmethod
+    def published(options):
+        """Learning rate (of R where there is one) and number of steps, as published, for options that leave them open."""
+        raise NotImplementedError
 
     @staticmethod
     def check(options, captions):
@@ -72,32 +81,55 @@ class Method:
 
 
 class Adapter(Method):
-    """DEFT, PaRa, LoRA."""
+    """DEFT, PaRa, LoRA; with `--train_text_encoder` on the text encoders too."""
 
     files = ("adapter_model.safetensors", "adapter_config.json")
-    learning_rate, max_train_steps = 5e-4, 500
+
+    @staticmethod
+    def published(options):
+        return PUBLISHED[options.method]
+
+    @property
+    def encodes_text(self):
+        return self.options.train_text_encoder
+
+    @property
+    def _adapted(self):
+        """What the adapter's verbs take: the denoiser, or the pipeline."""
+        return self.family.pipe if self.options.train_text_encoder else self.family.model
 
     def start(self):
-        dk.inject_adapter(self.family.model, self._config())
+        config = self._config(_targets(self.options.target_modules, self.family))
+        if self.options.train_text_encoder:
+            _check_text_encoders(self.family, self.family.adapted_text_encoders)
+            texts = dict.fromkeys(self.family.adapted_text_encoders, self._config(None))
+            config = {self.family.model_name: config} | texts
+        dk.inject_adapter(self._adapted, config)
 
     def load(self, folder):
-        dk.load_adapter(self.family.model, folder, trainable=True)
+        dk.load_adapter(self._adapted, folder, trainable=True)
 
     def groups(self):
-        groups = {name: parameters for name, parameters in dk.adapter_parameters(self.family.model).items() if parameters}
-        self.layers = len(groups["P"])
-        return groups, {name: rate for name, rate in adapter_rates(self.options).items() if name in groups}
+        groups, rates = dk.adapter_parameters(self.family.model), adapter_rates(self.options)
+        if self.options.train_text_encoder:
+            for part in self.family.adapted_text_encoders.values():
+                for role, parameters in dk.adapter_parameters(part).items():
+                    groups.setdefault(f"text_{role}", []).extend(parameters)
+            rates |= {f"text_{role}": rate for role, rate in adapter_rates(self.options, text=True).items()}
+        groups = {name: parameters for name, parameters in groups.items() if parameters}
+        self.layers = sum(len(groups[name]) for name in ("P", "text_P") if name in groups)
+        return groups, {name: rates[name] for name in groups}
 
     def save(self, folder):
-        dk.save_adapter(self.family.model, folder)
+        dk.save_adapter(self._adapted, folder)
 
     def describe(self):
         return f"{self.options.method}, rank {self.options.rank}, {self.layers} layers"
 
-    def _config(self):
+    def _config(self, targets):
         o = self.options
         common = {"r": o.rank, "alpha": o.alpha, "dropout": o.dropout, "init_weights": o.init_weights,
-                  "target_modules": _targets(o.target_modules, self.family)}  # fmt: skip
+                  "target_modules": targets}  # fmt: skip
         if o.method == "lora":
             return dk.LoraConfig(**common)
         return dk.DeftConfig(
@@ -105,14 +137,20 @@ class Adapter(Method):
         )
 
 
-def adapter_rates(options):
-    """Learning rate of each group of an adapter's parameters."""
+def adapter_rates(options, text=False):
+    """Learning rate of each group of an adapter's parameters, in the denoiser or in the text encoders."""
     orthogonal = options.method == "deft" and options.decomposition_method in (None, "qr", "svd")
-    rate = options.learning_rate
-    rate_p = options.learning_rate_P
+    own = text and options.text_encoder_lr is not None
+    rate = options.text_encoder_lr if own else options.learning_rate
+    rate_p = None if own else options.learning_rate_P
     if rate_p is None:
         rate_p = rate * (P_RATE if orthogonal else 1.0)
     return {"P": rate_p, "R": rate, "gate": rate}
+
+
+def _check_text_encoders(family, found):
+    if not found:
+        raise UserError(f"--train_text_encoder does not apply to {family.kind}: it has no text encoder")
 
 
 def _targets(text, family):
@@ -151,9 +189,12 @@ class SVDiff(Method):
     """Spectral shifts of every weight of the denoiser."""
 
     files = ("spectral_shifts.safetensors",)
-    learning_rate, max_train_steps = 1e-3, 500
     VECTOR_RATE = 1e-3  # of the others', for 1-D weights: the paper's 1e-6 to 1e-3
     changes_weights = "svdiff shifts the singular values of exact weights"
+
+    @staticmethod
+    def published(options):
+        return 1e-3, 500
 
     def start(self):
         self.family.model.requires_grad_(False)
@@ -212,8 +253,11 @@ def _check_shifts(file, model, read, sizes):
 class DreamBooth(Method):
     """The whole denoiser; with `--train_text_encoder` the text encoders too."""
 
-    learning_rate, max_train_steps = 5e-6, 400
     changes_weights = "dreambooth trains the weights themselves"
+
+    @staticmethod
+    def published(options):  # diffusers' guide to DreamBooth
+        return 2e-6 if options.train_text_encoder else 5e-6, 800 if options.class_prompt else 400
 
     @property
     def parts(self):
@@ -230,8 +274,8 @@ class DreamBooth(Method):
         return self.options.train_text_encoder
 
     def start(self):
-        if self.options.train_text_encoder and not self.family.text_encoders:
-            raise UserError(f"--train_text_encoder does not apply to {self.family.kind}: it has no text encoder")
+        if self.options.train_text_encoder:
+            _check_text_encoders(self.family, self.family.text_encoders)
         for part in self.parts.values():
             part.float().requires_grad_(True)  # half precision is autocast's, which keeps small steps
 
@@ -263,7 +307,9 @@ class DreamBooth(Method):
 
     def groups(self):
         groups = {name: [p for p in part.parameters() if p.requires_grad] for name, part in self.parts.items()}
-        return groups, dict.fromkeys(groups, self.options.learning_rate)
+        o = self.options
+        text_rate = o.learning_rate if o.text_encoder_lr is None else o.text_encoder_lr
+        return groups, dict.fromkeys(groups, text_rate) | {self.family.model_name: o.learning_rate}
 
     def save(self, folder):
         for name, part in self.parts.items():
@@ -275,10 +321,15 @@ class NewRows(nn.Module):
 
     def __init__(self, base, rows, first):
         super().__init__()
-        self.base, self.rows, self.first = base, nn.Parameter(rows), first
+        self.base, self.first = base, first
+        self.new = nn.Embedding.from_pretrained(rows, freeze=False)  # behind the base, whose dtype is the model's
+
+    @property
+    def rows(self):
+        return self.new.weight
 
     def forward(self, ids):
-        new = F.embedding((ids - self.first).clamp_min(0), self.rows).to(self.base.weight.dtype)
+        new = self.new((ids - self.first).clamp_min(0)).to(self.base.weight.dtype)
         return torch.where((ids >= self.first)[..., None], new, self.base(ids.clamp_max(self.first - 1)))
 
 
@@ -286,8 +337,12 @@ class TextualInversion(Method):
     """A new word for the subject: its embedding in every text encoder that shares the first one's kind of tokens."""
 
     files = ("learned_embeds.safetensors",)
-    learning_rate, max_train_steps = 5e-4, 3000
     encodes_text = True
+
+    @staticmethod
+    def published(options):  # diffusers' trainer with --scale_lr
+        processes = int(os.environ.get("WORLD_SIZE", 1))  # as launchers tell it
+        return 5e-4 * options.train_batch_size * options.gradient_accumulation_steps * processes, 3000
 
     @staticmethod
     def check(options, captions):
@@ -377,7 +432,9 @@ def check_base(method, family):
 def method_of(folder, family):
     """The class of the method whose results a folder holds. UserError if it holds none."""
     found = [kind for kind in (Adapter, SVDiff, TextualInversion) if (Path(folder) / kind.files[0]).is_file()]
-    if not found and any((Path(folder) / name).is_file() for name in FOUND):  # LoRA files, adapters of several parts
+    parts = (family.model_name, *family.text_encoders)
+    others = (*FOUND, *(f"{part}/{Adapter.files[0]}" for part in parts))  # LoRA files, adapters of several parts
+    if not found and any((Path(folder) / name).is_file() for name in others):
         found = [Adapter]
     if not found and (Path(folder) / family.model_name).is_dir():
         found = [DreamBooth]

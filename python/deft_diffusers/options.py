@@ -71,6 +71,16 @@ class TrainOptions:
         "Model and data", "folder that keeps latents and text embeddings for later runs", None, metavar="DIR"
     )
 
+    cut_mix_prob: float = option(
+        "Several subjects", "share of samples that show two subjects side by side, as 'photo of a sks dog on the left and a "
+        "xyz cat on the right' (Cut-Mix, arXiv 2303.11305, which takes 0.6); metadata.jsonl tells each picture's `subject`, "
+        "'sks dog', and so it may in --class_data_dir", 0.0, metavar="SHARE",
+    )  # fmt: skip
+    unmix_weight: float | None = option(
+        "Several subjects", "for Stable Diffusion 1, 2 and SDXL: weight of a loss that keeps the words of each of the two "
+        "away from the half of the other, in cross-attention (Unmix; the paper tells no weight)", None,
+    )  # fmt: skip
+
     class_prompt: str | None = option(
         "Prior preservation", "text of the subject's class, such as 'a dog', of which the model shall keep its idea", None,
         metavar="TEXT",
@@ -88,7 +98,10 @@ class TrainOptions:
         "the whole denoiser, textual_inversion a new word",
         "deft", choices=METHODS,
     )  # fmt: skip
-    train_text_encoder: bool = option("Method", "for dreambooth: the text encoders learn too", False)
+    train_text_encoder: bool = option(
+        "Method", "the text encoders learn too: for deft, para and lora by an adapter on the attention of CLIP's encoders, "
+        "or of FLUX.2's Qwen3 (not of T5, as in diffusers' trainers), for dreambooth all of them as a whole", False,
+    )  # fmt: skip
     placeholder_token: str = option("Method", "for textual_inversion: the new word, which the prompts must contain", "<sks>")
     initializer_token: str | None = option(
         "Method", "for textual_inversion: a word to start from, such as 'dog', or several: their mean (default: the mean of "
@@ -105,14 +118,15 @@ class TrainOptions:
     dropout: float = option("Adapter", "dropout of the injection term", 0.0)
     init_weights: bool = option("Adapter", "start as the base model; off: the reference's random start", True)
     target_modules: str | None = option(
-        "Adapter", "names separated by commas, a regular expression, or all-linear (default: every attention projection)",
+        "Adapter", "of the denoiser: names separated by commas, a regular expression, or all-linear (default: every "
+        "attention projection)",
         None, metavar="NAMES",
     )  # fmt: skip
 
     max_train_steps: int | None = option(
         "Optimisation",
-        "optimizer steps (default: as published for the method, deft, para, lora and svdiff 500, dreambooth 400, "
-        "textual_inversion 3000)",
+        "optimizer steps (default: as published for the method, deft, lora and svdiff 500, para 1000, dreambooth 400, with "
+        "--class_prompt 800, textual_inversion 3000)",
         None, metavar="N",
     )  # fmt: skip
     train_batch_size: int = option("Optimisation", "pictures per process and micro-step", 1, metavar="N")
@@ -120,13 +134,20 @@ class TrainOptions:
     gradient_checkpointing: bool = option("Optimisation", "less memory for more time", False)
     learning_rate: float | None = option(
         "Optimisation",
-        "of all that trains, for deft of R (default: as published for the method, deft, para, lora and textual_inversion "
-        "5e-4, svdiff 1e-3, dreambooth 5e-6)",
+        "of all that trains, for deft of R (default: as published for the method, deft 1e-3, though its authors took 5e-5 "
+        "for SDXL, para and lora 5e-4, svdiff 1e-3, dreambooth 5e-6, with --train_text_encoder 2e-6, textual_inversion 5e-4 "
+        "for each picture of a step)",
         None, metavar="LR",
     )  # fmt: skip
     learning_rate_P: float | None = option(
         "Optimisation",
         "of P (default: a tenth of --learning_rate for deft with qr or svd, else the same)",
+        None,
+        metavar="LR",
+    )
+    text_encoder_lr: float | None = option(
+        "Optimisation",
+        "with --train_text_encoder: of the text encoders, for deft of their R (default: the rates of the denoiser)",
         None,
         metavar="LR",
     )

@@ -72,7 +72,8 @@ def load_adapters(family, folders, weights=(), merge=None):
 
 def generate(family, jobs, batch_size=4, progress=True, **settings):
     """Yields a picture for each of `jobs`, a list of (prompt, seed); `settings` go to the family's `generate`."""
-    family.model.eval()
+    for part in (family.model, *family.text_encoders.values()):
+        part.eval()
     with tqdm(total=len(jobs), desc="drawing", unit="image", disable=not progress) as bar:
         for start in range(0, len(jobs), batch_size):
             prompts, seeds = zip(*jobs[start : start + batch_size])

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -31,7 +32,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
-from . import UserError, data, read_json
+from deft_kernels.adapters.files import PIPELINE_WEIGHTS, base_fingerprint
+from deft_kernels.adapters.inject import adaptable, adapted_layers
+
+from . import UserError, cut_mix, data, read_json
 from .cache import Cache
 from .families import load_family
 from .grid import grid
@@ -43,7 +47,7 @@ VALIDATION = {"num_inference_steps": 25}
 STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "README.md"
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
-           "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
+           PIPELINE_WEIGHTS, "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
 CLASS_IMAGES = "class_images"
 PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
@@ -52,7 +56,7 @@ FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_image", "validation_steps", "num_validation_images",
     "gradient_checkpointing",
-    # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
+    # What these amount to is compared instead: `pictures`, `images_per_step` and `base`.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
     "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
 }  # fmt: skip
@@ -61,7 +65,7 @@ FREE_TO_CHANGE = {
 # Options that say something to one kind of method alone.
 APPLY_TO = {
     Adapter: "rank alpha decomposition_method gate dropout init_weights target_modules learning_rate_P".split(),
-    DreamBooth: ["train_text_encoder"],
+    (Adapter, DreamBooth): ["train_text_encoder", "text_encoder_lr"],
     TextualInversion: ["placeholder_token", "initializer_token", "num_vectors"],
 }
 
@@ -73,7 +77,7 @@ def complete(options):
     """The options with the method's own defaults where none were given. UserError names the first that cannot work."""
     method = METHODS[options.method]
     _check_applicable(options, method)
-    published = {name: getattr(method, name) for name in ("learning_rate", "max_train_steps")}
+    published = dict(zip(("learning_rate", "max_train_steps"), method.published(options)))
     if options.optimizer == "prodigy":
         published["learning_rate"] = 1.0
     options = dataclasses.replace(options, **{k: v for k, v in published.items() if getattr(options, k) is None})
@@ -86,16 +90,19 @@ def complete(options):
         if value is not None and value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
     for name in ("learning_rate", "learning_rate_P", "lr_warmup_steps", "adam_weight_decay", "seed", "noise_offset",
-                 "prior_loss_weight"):  # fmt: skip
+                 "prior_loss_weight", "text_encoder_lr"):  # fmt: skip
         value = getattr(options, name)
         if value is not None and not (value >= 0 and math.isfinite(value)):
             raise UserError(f"--{name} must be a number from 0 up, got {value}")
-    for name in ("alpha", "max_grad_norm", "snr_gamma"):
+    for name in ("alpha", "max_grad_norm", "snr_gamma", "unmix_weight"):
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise UserError(f"--{name} must be a positive number, got {value}")
-    if options.optimizer == "prodigy" and options.learning_rate_P is not None:
-        raise UserError("--optimizer prodigy finds one rate for all: --learning_rate_P does not apply")
+    for name in ("learning_rate_P", "text_encoder_lr"):
+        if options.optimizer == "prodigy" and getattr(options, name) is not None:
+            raise UserError(f"--optimizer prodigy finds one rate for all: --{name} does not apply")
+    if options.text_encoder_lr is not None and not options.train_text_encoder:
+        raise UserError("--text_encoder_lr needs --train_text_encoder")
     if options.class_prompt is None and options.class_data_dir is not None:
         raise UserError("--class_data_dir needs a --class_prompt: the text of the class's pictures")
     if options.validation_image and options.validation_prompt is None:
@@ -105,6 +112,11 @@ def complete(options):
     for name in ("dropout", "caption_dropout"):
         if not 0 <= getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
+    if not 0 <= options.cut_mix_prob <= 1:
+        raise UserError(f"--cut_mix_prob must be from 0 to 1, got {options.cut_mix_prob}")
+    if options.unmix_weight is not None and (options.compile or not options.cut_mix_prob):
+        why = "does not go with --compile" if options.compile else "needs --cut_mix_prob: it is of pictures of two subjects"
+        raise UserError(f"--unmix_weight {why}")
     if options.lr_warmup_steps and options.lr_scheduler == "constant":
         raise UserError("--lr_warmup_steps does nothing with --lr_scheduler constant; use constant_with_warmup")
     if options.method == "para" and (options.gate or options.learning_rate_P is not None):
@@ -129,7 +141,7 @@ def _check_applicable(options, method):
 # randomness ---------------------------------------------------------------------------------------------------------
 
 
-EPOCH, SAMPLE, STEP, CLASS = range(4)  # what a seed is for
+EPOCH, SAMPLE, STEP, CLASS, MIX = range(5)  # what a seed is for
 
 
 def _seed(*numbers):
@@ -148,17 +160,23 @@ class Samples:
     """
 
     def __init__(self, pictures, family, seed, random_crop, random_flip, images_per_step=1, cache_dir=None, *,
-                 caption_dropout=0.0, noise_offset=0.0, encode_texts=True):  # fmt: skip
+                 caption_dropout=0.0, noise_offset=0.0, encode_texts=True, cut_mix_prob=0.0):  # fmt: skip
         self.caption_dropout, self.noise_offset = caption_dropout, noise_offset
         self.pictures, self.family, self.seed, self.per_step = pictures, family, seed, images_per_step
         self.random_crop, self.random_flip = random_crop, random_flip
+        names = dict.fromkeys(p.subject for p in pictures if p.subject)
+        self.subjects = {name: [k for k, p in enumerate(pictures) if p.subject == name] for name in names}
+        self.cut_mix_prob = cut_mix_prob if len(names) > 1 else 0.0
         texts = [(p.caption, p.inputs) for p in pictures]
         empty = [("", () if family.drops_inputs else p.inputs) for p in pictures]
         keys, empty_keys = ([(text, *map(id, inputs)) for text, inputs in said] for said in (texts, empty))
         said = dict(zip(empty_keys, empty)) if caption_dropout else {}
         said |= dict(zip(keys, texts))
+        mixed = {pair: (cut_mix.prompt(*pair), ()) for pair in itertools.permutations(names, 2)} if self.cut_mix_prob else {}
+        said |= {("mixed", *pair): text for pair, text in mixed.items()}
         self.texts, rows = list(said.values()), {key: row for row, key in enumerate(said)}
         self.rows = {False: [rows[key] for key in keys], True: [rows.get(key) for key in empty_keys]}  # text dropped or not
+        self.mixed_rows = {pair: rows["mixed", *pair] for pair in mixed}
         sizes = list(dict.fromkeys(p.size for p in pictures))
         self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
         self.orders = {}
@@ -171,15 +189,23 @@ class Samples:
             self.conditions = self._encode_texts() if encode_texts else None
             self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
 
-    def _encode(self, pictures, views):
-        pixels = [data.to_array(data.crop(p.image, p.size, u, v, mirror)) for p, (u, v, mirror) in zip(pictures, views)]
-        return self.family.encode_images(torch.as_tensor(np.stack(pixels)))
+    def _encode(self, images):
+        return self.family.encode_images(torch.as_tensor(np.stack([data.to_array(image) for image in images])))
+
+    def _see(self, k, view, pair=None):
+        """What is seen of picture k, or, in its place, of a pair (`_pair`)."""
+        u, v, mirror = view
+        p = self.pictures[k]
+        if pair:
+            return cut_mix.picture(*(self.pictures[other].image for other in pair), p.size, mirror)
+        return data.crop(p.image, p.size, u, v, mirror)
 
     def _encode_all(self, mirror):
         """Means and deviations of all pictures, faced one way."""
         posteriors = []
-        for picture in tqdm(self.pictures, desc="encoding pictures", leave=False, disable=len(self.pictures) < 20):
-            make = lambda p=picture: dict(zip(("mean", "deviation"), self._encode([p], [(0.5, 0.5, mirror)])))
+        hidden = len(self.pictures) < 20
+        for k, picture in enumerate(tqdm(self.pictures, desc="encoding pictures", leave=False, disable=hidden)):
+            make = lambda k=k: dict(zip(("mean", "deviation"), self._encode([self._see(k, (0.5, 0.5, mirror))])))
             if self.caches:
                 entry = self.caches[1].get(repr((picture.size, mirror)).encode() + _bytes_of(picture.image), make)
             else:
@@ -215,10 +241,30 @@ class Samples:
         epoch, place = divmod(turn * self.per_step + within, len(pictures))
         return pictures[self._order((1, bucket), epoch, len(pictures))[place]]
 
-    def _view(self, k, u, v, mirror):
+    def _pair(self, n):
+        """The pictures that sample n shows (left, right), one of them its own, the other of another subject; mostly None."""
+        k = self._index(n)
+        own = self.pictures[k].subject
+        if not (own and self.cut_mix_prob):
+            return None
+        mix, subject, picture, side = torch.rand(4, generator=_generator(self.seed, MIX, n)).tolist()
+        others = [pictures for name, pictures in self.subjects.items() if name != own]
+        others = others[int(subject * len(others))]
+        pair = k, others[int(picture * len(others))]
+        return None if mix >= self.cut_mix_prob else pair if side < 0.5 else pair[::-1]
+
+    def pairs(self, numbers):
+        """The subjects of samples `numbers`, (left, right) where there are two, else None."""
+        pairs = map(self._pair, numbers)
+        return [pair and tuple(self.pictures[k].subject for k in pair) for pair in pairs]
+
+    def _view(self, k, view, pair=None):
         """Of picture k, widths first: its own size; the corner, in it as it is scaled and faces, of what is seen of it; the
-        size of that."""
+        size of that. A pair is all there is of it."""
+        u, v, mirror = view
         p = self.pictures[k]
+        if pair:
+            return p.size, (0, 0), p.size
         left, top = data.corner(p.image.size, p.size, u, v)
         return p.original or p.image.size, (p.image.width - p.size[0] - left if mirror else left, top), p.size
 
@@ -226,21 +272,24 @@ class Samples:
     def batch(self, numbers, device):
         """Samples `numbers`: (latents, noise, times, conditions), the arguments of the family's `loss` after the model; with
         `encode_texts` off the conditions are still (texts, their input pictures, other conditions)."""
-        chosen = [self._index(n) for n in numbers]
+        chosen, pairs = [self._index(n) for n in numbers], [self._pair(n) for n in numbers]
         generators = [_generator(self.seed, SAMPLE, n) for n in numbers]
         views = []
         for g in generators:
             u, v, side = torch.rand(3, generator=g).tolist()
             views.append((u if self.random_crop else 0.5, v if self.random_crop else 0.5, self.random_flip and side < 0.5))
+        seen = list(zip(chosen, views, pairs))
         if self.posteriors is not None:
-            seen = [self.posteriors[mirror][k] for k, (_, _, mirror) in zip(chosen, views)]
-            mean, deviation = (torch.cat(t).to(device) for t in zip(*seen))
+            found = [self._encode([self._see(*s)]) if s[2] else self.posteriors[s[1][2]][s[0]] for s in seen]
+            mean, deviation = (torch.cat([t.to(device) for t in side]) for side in zip(*found))
         else:
-            mean, deviation = self._encode([self.pictures[k] for k in chosen], views)
+            mean, deviation = self._encode([self._see(*s) for s in seen])
         latent_noise, noise, times, dropped = zip(*(self._draw(g, mean.shape[1:]) for g in generators))
         latents = mean + deviation * torch.stack(latent_noise).to(device)
         rows = [self.rows[drop][k] for drop, k in zip(dropped, chosen)]
-        sizes = self.family.sizes([self._view(k, *view) for k, view in zip(chosen, views)])
+        # A picture of two subjects keeps its text, which alone asks for such a thing.
+        rows = [self.mixed_rows[pair] if pair else row for row, pair in zip(rows, self.pairs(numbers))]
+        sizes = self.family.sizes([self._view(*s) for s in seen])
         if self.conditions is None:
             conditions = *zip(*(self.texts[row] for row in rows)), sizes
         else:
@@ -306,6 +355,10 @@ def _check_same_run(checkpoint, settings):
     before = read_json(checkpoint / SETTINGS)
     if _step_of(checkpoint) > settings["max_train_steps"]:
         raise UserError(f"{checkpoint} is beyond --max_train_steps {settings['max_train_steps']}")
+    if before.get("base") != settings["base"]:
+        raise UserError(
+            f"{checkpoint} was trained on another base model, {before.get('pretrained_model_name_or_path')} as it then was"
+        )
     fixed = set(settings) - FREE_TO_CHANGE
     if settings["lr_scheduler"] not in ("constant", "constant_with_warmup"):
         fixed.add("max_train_steps")  # the schedule's length
@@ -323,11 +376,19 @@ def _bytes_of(image):
 
 
 def _fingerprint(pictures):
-    """sha256 of what is trained on: pixels and texts, in order, and the pictures' own sizes, which SDXL is told."""
+    """sha256 of what is trained on: pixels, texts, subjects, in order, and the pictures' own sizes, which SDXL is told."""
     digest = hashlib.sha256(repr([picture.original for picture in pictures]).encode())
     for picture in pictures:
         digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
+        digest.update(picture.subject.encode())
     return digest.hexdigest()
+
+
+def _fingerprint_of_base(family):
+    """sha256 of a sample of what is trained on top of."""
+    parts = {family.model_name: family.model, **family.text_encoders}
+    layers = {f"{part}.{name}": m for part, module in parts.items() for name, m in module.named_modules() if adaptable(m)}
+    return hashlib.sha256(base_fingerprint(layers).encode()).hexdigest()
 
 
 def _write_json(path, value):
@@ -374,6 +435,7 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.family, self.encodes_text = family, encodes_text
         self.model = family.model
+        self.unmix = cut_mix.Unmix(family) if getattr(family, "unmix_weight", None) else None
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
         # Every process has loaded the same, and torchao's tensors cannot be sent.
         self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
@@ -381,16 +443,22 @@ class Objective(torch.nn.Module):
     def train(self, mode=True):
         super().train(mode)
         self.text_encoders.eval()  # T5 has dropout, which its users did not train with
+        for layer in adapted_layers(self.text_encoders).values():
+            layer.train(mode)  # for the adapter's own dropout
         return self
 
-    def forward(self, batches, weights):
-        """Sum of weight * loss over batches of `Samples.batch`."""
+    def forward(self, batches, weights, pairs=()):
+        """Sum of weight * loss over batches of `Samples.batch`; for the unmix loss, with their `Samples.pairs`."""
         total = 0.0
-        for (latents, noise, times, conditions), weight in zip(batches, weights):
+        for k, ((latents, noise, times, conditions), weight) in enumerate(zip(batches, weights)):
             if self.encodes_text:
                 texts, inputs, more = conditions
                 conditions = self.family.encode_prompts(list(texts), inputs) | more
+            if self.unmix:
+                self.unmix.watch(latents, pairs[k])
             total = total + weight * self.family.loss(self.model, latents, noise, times, conditions)
+            if self.unmix:
+                total = total + weight * self.family.unmix_weight * self.unmix.loss()
         return total
 
 
@@ -566,8 +634,9 @@ class Run:
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
             with accelerator.accumulate(self.objective):
-                batches = [s.batch(range(first, first + batch), accelerator.device) for s in self.samples]
-                loss = self.objective(batches, (1.0, o.prior_loss_weight))
+                numbers = range(first, first + batch)
+                batches = [s.batch(numbers, accelerator.device) for s in self.samples]
+                loss = self.objective(batches, (1.0, o.prior_loss_weight), [s.pairs(numbers) for s in self.samples])
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
                 if accelerator.sync_gradients:
@@ -627,6 +696,8 @@ class Run:
 
     def finish(self):
         """Main process: writes the adapter, its settings, a last drawing and the card."""
+        if unmix := self.accelerator.unwrap_model(self.objective).unmix:
+            unmix.remove()
         if not self.accelerator.is_main_process:
             return
         self._save_learned(self.folder)
@@ -707,6 +778,12 @@ def train(options, family=None):
         raise UserError(f"--report_to {options.report_to}: pip install {options.report_to}, or --report_to none")
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
     METHODS[options.method].check(options, [source.caption for source in sources])
+    subjects = dict.fromkeys(source.subject for source in sources if source.subject)
+    if options.cut_mix_prob and len(subjects) < 2:
+        raise UserError(
+            f"--cut_mix_prob mixes pictures of several subjects, and {options.instance_data_dir} tells of {len(subjects)}: "
+            f'write {data.METADATA} with {{"file_name": ..., "subject": "sks dog"}} for each'
+        )
     data.check(sources)  # nothing is kept: photographs are large, and their final size is not known yet
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
@@ -738,7 +815,8 @@ def train(options, family=None):
         family.check_prompt(prompt, inputs)
     family.check_prompt(options.class_prompt or "")
     if accelerator.is_main_process:
-        warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
+        mixed = [cut_mix.prompt(*pair) for pair in itertools.permutations(subjects, 2)] if options.cut_mix_prob else []
+        warn_of_cut_text(family, [*(s.caption for s in sources), *mixed, options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
     sizes = [size for size in sizes if max(size) <= family.max_size]
     loaded = [data.load(source, sizes) for source in sources]
@@ -752,10 +830,11 @@ def train(options, family=None):
         "num_processes": accelerator.num_processes,
         "images_per_step": options.train_batch_size * options.gradient_accumulation_steps * accelerator.num_processes,
         "pictures": _fingerprint(pictures),
+        "base": _fingerprint_of_base(family),
     }
     if resume:
         _check_same_run(resume, settings)
-    for name in ("snr_gamma", "weighting_scheme"):
+    for name in ("snr_gamma", "weighting_scheme", "unmix_weight"):
         if hasattr(family, name):
             setattr(family, name, getattr(options, name))
         elif getattr(options, name) is not None:
@@ -768,7 +847,7 @@ def train(options, family=None):
         Samples(
             stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
             options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
-            encode_texts=not method.encodes_text,
+            encode_texts=not method.encodes_text, cut_mix_prob=options.cut_mix_prob,
         )
         for k, stream in enumerate(streams)
     ]  # fmt: skip

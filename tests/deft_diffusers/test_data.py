@@ -136,6 +136,13 @@ def test_captions(tmp_path, capsys):
     lines = [{"file_name": "c.png", "text": "a bird", "repeats": 3}, {"file_name": "b.png", "text": "a  fish"}]
     (tmp_path / "metadata.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
     assert captions() == [("a.png", "a cat on a mat", 1), ("b.png", "a fish", 1), ("c.png", "a bird", 3)]
+    lines[0] = {"file_name": "c.png", "subject": " sks  dog "}
+    lines[1]["subject"] = "fish"
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    told = [(s.caption, s.subject) for s in data.find_sources(tmp_path, "a thing")]
+    assert told == [("a cat on a mat", ""), ("a fish", "fish"), ("photo of a sks dog", "sks dog")]
+    lines[0] = {"file_name": "c.png", "text": "a bird"}
+    (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     (tmp_path / "a.txt").write_bytes("un café".encode("utf-8-sig"))
     assert captions()[0][1] == "un café"
     assert [s.caption for s in data.find_sources(tmp_path / "c.png")] == ["a bird"]  # one picture of many
@@ -154,7 +161,8 @@ def test_captions(tmp_path, capsys):
         ("{", "line 2: expected"),
         ('["a.png"]', "line 2: expected"),
         ('{"text": "a cat"}', "line 2: expected"),
-        ('{"file_name": "a.png", "text": 5}', "line 2: file_name and text must be texts"),
+        ('{"file_name": "a.png", "text": 5}', "line 2: file_name, text and subject must be texts"),
+        ('{"file_name": "a.png", "subject": ["dog"]}', "line 2: file_name, text and subject must be texts"),
         ('{"file_name": "a.png", "repeats": 0}', "repeats a number from 1 up"),
         ('{"file_name": "a.png", "repeats": true}', "repeats a number from 1 up"),
         ('{"file_name": "b.png"}', "line 2: b.png is there twice"),

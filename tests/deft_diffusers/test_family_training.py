@@ -1,8 +1,10 @@
 """`deft train` and `deft sample` on every family of pipeline: what is learned, what moves, and that training asks of a model
 what its own pipeline does."""
 
+import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import math
 from pathlib import Path
@@ -14,10 +16,11 @@ import tiny_pipelines
 import torch
 from deft_diffusers import UserError, data
 from deft_diffusers.demo import fingerprints
-from deft_diffusers.families import load_family
+from deft_diffusers.families import flux, load_family
+from deft_diffusers.methods import METHODS, Adapter, method_of
 from deft_diffusers.options import SampleOptions, TrainOptions
-from deft_diffusers.sample import sample
-from deft_diffusers.train import Samples, complete, train
+from deft_diffusers.sample import load_adapters, sample
+from deft_diffusers.train import Objective, Samples, complete, make_optimizer, train
 from safetensors.torch import load_file
 from tiny_pipeline import write_picture
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -25,6 +28,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = tuple(tiny_pipelines.FAMILIES)
+MODELS = ("stable-diffusion-v", *FAMILIES)  # v-prediction too
 FLOW = FAMILIES[2:]
 SIZE = {"omnigen": 64}  # side in pixels, 32 elsewhere; OmniGen has no other bucket below 64
 STEPS = 2  # of the sampler
@@ -32,8 +36,10 @@ STEPS = 2  # of the sampler
 
 def build(family):
     """A tiny pipeline as the tests of adapters have it, but for what training depends on and those leave out."""
-    pipe = tiny_pipelines.build(family)
+    pipe = tiny_pipelines.build(family.removesuffix("-v"))
     torch.manual_seed(0)
+    if family == "stable-diffusion-v":
+        pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler
     if family == "sdxl":  # as some of its descendants have
         pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.1, 0.9, 1.0, 2.0])
@@ -62,9 +68,9 @@ def build(family):
 def models(tmp_path_factory):
     """{family: the folder of its tiny pipeline}."""
     folder = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
+    for family in MODELS:
         build(family).save_pretrained(folder / family)
-    return {family: str(folder / family) for family in FAMILIES}
+    return {family: str(folder / family) for family in MODELS}
 
 
 @pytest.fixture
@@ -99,57 +105,140 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
-CASES = [
-    *((family, method) for family in FAMILIES[1:] for method in ("deft", "lora")),
-    ("sdxl", "svdiff"), ("omnigen", "svdiff"), ("flux", "dreambooth"), ("sdxl", "dreambooth-text"),
-    *((family, "textual_inversion") for family in ("sdxl", "sd3", "flux", "flux2-klein")),
-]  # fmt: skip
+# each method on each family ----------------------------------------------------------------------------------------------
+
+# Where "deft-gated" differs from "deft": every other decomposition is some family's.
+OTHER = dict(zip(MODELS, itertools.cycle(("svd", "relu", "none"))))
+DEFT, ADAPTER = {"rank": 4, "learning_rate": 1e-2}, {"rank": 4, "learning_rate": 4e-2}
+WORD = {"learning_rate": 0.5, "instance_prompt": "a <sks>", "num_vectors": 2}
+# What each is trained with, and which share of the loss of a fixed batch may be left after `TAKEN` steps.
 SETTINGS = {
-    "deft": {"rank": 2, "learning_rate": 5e-2}, "lora": {"rank": 2, "learning_rate": 2e-2},
-    "svdiff": {"learning_rate": 3e-2}, "dreambooth": {"learning_rate": 1e-3},
-    "textual_inversion": {"learning_rate": 0.1, "instance_prompt": "a <sks>", "num_vectors": 2},
+    "deft": (DEFT, 0.98), "deft-gated": ({"rank": 2, "learning_rate": 2e-2, "gate": True}, 0.98), "deft-text": (DEFT, 0.98),
+    "para": (ADAPTER, 0.985), "para-text": (ADAPTER, 0.985), "lora": (ADAPTER, 0.92), "lora-text": (ADAPTER, 0.92),
+    "svdiff": ({"learning_rate": 2e-2}, 0.9),
+    "dreambooth": ({"learning_rate": 1e-3}, 0.9), "dreambooth-text": ({"learning_rate": 1e-3}, 0.9),
+    "textual_inversion": (WORD, 0.9995),  # texts say little to models this small and untrained
 }  # fmt: skip
-SETTINGS["dreambooth-text"] = {"method": "dreambooth", "train_text_encoder": True, **SETTINGS["dreambooth"]}
-MOVES = {"dreambooth": ("unet.", "transformer."), "dreambooth-text": ("unet.", "text_encoder")}
+TAKEN = 16
+CASES = [(f, m) for f in MODELS for m in SETTINGS if not (f == "omnigen" and m.endswith("-text"))]
+MADE_ANEW = {"transformer.rope.inv_freq"}  # by every forward of OmniGen
 
 
-@pytest.mark.parametrize("family, method", CASES)
-def test_trains_saves_and_draws(family, method, options, models, photos, tmp_path, capsys):
-    """The loss of a fixed batch falls, only what the method trains moves, and `deft sample` draws the same with it."""
-    o = complete(options(family, **{"method": method, "max_train_steps": 16} | SETTINGS[method]))
-    wrapped, side = load(models, family), o.resolution
-    parts = {name: part for name, part in wrapped.pipe.components.items() if isinstance(part, torch.nn.Module)}
-    base = {f"{part}.{name}": p for part, module in parts.items() for name, p in module.named_parameters()}
+@pytest.fixture(scope="module")
+def families(models):
+    """{family: loaded}, to be copied."""
+    return {family: load_family(folder, torch.float32) for family, folder in models.items()}
+
+
+def tensors_of(family):
+    """Every parameter and buffer of every part of the pipeline, by name."""
+    parts = [(name, part) for name, part in family.pipe.components.items() if isinstance(part, torch.nn.Module)]
+    held = [(f"{name}.", itertools.chain(part.named_parameters(), part.named_buffers())) for name, part in parts]
+    return {part + name: tensor for part, tensors in held for name, tensor in tensors}
+
+
+@pytest.mark.parametrize("family, case", CASES)
+def test_each_method_on_each_family(family, case, families, models, photos, tmp_path, monkeypatch):
+    """The loss of a fixed batch falls, nothing moves but what trains, and what is saved draws the same in a fresh model."""
+    monkeypatch.setattr(flux, "TOKENS", 32)  # 512 letters through 28 layers would take most of the time
+    method, _, more = case.partition("-")
+    own, left = SETTINGS[case]
+    own = {"instance_prompt": "a cat", "train_text_encoder": more == "text"} | own
+    if more == "gated":
+        own["decomposition_method"] = OTHER[family]
+    paths = {"pretrained_model_name_or_path": models[family], "instance_data_dir": str(photos), "output_dir": str(tmp_path)}
+    o = complete(TrainOptions(**paths, method=method, **own))
+    wrapped, side = copy.deepcopy(families[family]), SIZE.get(family, 32)
+    size = {"num_inference_steps": STEPS, "height": side, "width": side}
+    size |= {"max_sequence_length": flux.TOKENS} if family.startswith("flux") else {}
+    draw = lambda wrapped: pixels(wrapped.generate([o.instance_prompt], [5], **size)[0])
+    base, plain = tensors_of(wrapped), draw(wrapped)
     before = fingerprints(base)
-    fixed = batch(wrapped, photos, 16, encode_texts=False)[:3]
-    draw = {"num_inference_steps": STEPS, "height": side, "width": side}
 
-    @torch.no_grad()
-    def loss():
-        wrapped.model.eval()
-        return wrapped.loss(wrapped.model, *fixed, wrapped.encode_prompts([o.instance_prompt] * 16)).item()
+    torch.manual_seed(0)
+    trained = METHODS[method](wrapped, o)
+    trained.start()
+    groups, rates = trained.groups()
+    groups = {name: dict(enumerate(parameters)) for name, parameters in groups.items() if parameters}
+    starts = {name: fingerprints(parameters) for name, parameters in groups.items()}
+    optimizer = make_optimizer(o, [{"params": [*groups[name].values()], "lr": rates[name]} for name in groups])
+    *drawn, conditions = batch(wrapped, photos, 4, (o.instance_prompt,), encode_texts=False)
+    if not trained.encodes_text:
+        with torch.no_grad():
+            texts, inputs, sizes = conditions
+            conditions = wrapped.encode_prompts(list(texts), inputs) | sizes
+    objective, losses = Objective(wrapped, trained.encodes_text).train(), []
+    for _ in range(TAKEN + 1):
+        loss = objective([(*drawn, conditions)], (1.0,))
+        losses.append(loss.item())
+        if len(losses) <= TAKEN:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < left * losses[0], losses
 
-    first, plain = loss(), wrapped.generate([o.instance_prompt], [5], **draw)[0]
+    learnt = {id(p) for parameters in groups.values() for p in parameters.values()}
+    assert {id(p) for p in wrapped.model.parameters() if p.requires_grad} <= learnt
+    after = fingerprints(base)
+    assert not [name for name, tensor in base.items() if id(tensor) not in learnt and after[name] != before[name]]
+    there = {id(tensor) for tensor in tensors_of(wrapped).values()}
+    assert {name for name, tensor in base.items() if id(tensor) not in there} <= MADE_ANEW  # that was none of the others
+    for name, parameters in groups.items():  # all but layers that no output comes from, the last one of CLIP in SDXL
+        ends = fingerprints(parameters)
+        assert sum(ends[k] != start for k, start in starts[name].items()) >= 0.5 * len(ends), name
+
+    trained.save(tmp_path)
+    expected = draw(wrapped)
+    assert abs(expected - plain).max() >= 1
+    for merge in (False, True)[: 1 + (METHODS[method] is Adapter)]:
+        fresh = copy.deepcopy(families[family])
+        assert method_of(tmp_path, fresh) is METHODS[method]
+        load_adapters(fresh, [tmp_path], merge=merge)
+        assert abs(draw(fresh) - expected).max() <= merge  # merged weights are rounded once more: a level of 255 at most
+
+
+def test_which_text_encoders_take_adapters(families):
+    """CLIP's and FLUX.2's Qwen3, none of T5's; OmniGen has none."""
+    clip, both = {"text_encoder"}, {"text_encoder", "text_encoder_2"}
+    expected = dict(zip(MODELS, (clip, clip, both, both, clip, clip, set())))
+    assert {name: family.adapted_text_encoders.keys() for name, family in families.items()} == expected
+
+
+@pytest.mark.parametrize(
+    "family, method, more",
+    [
+        ("sdxl", "dreambooth", {"train_text_encoder": True, "learning_rate": 1e-3}),
+        ("sd3", "lora", {"train_text_encoder": True, "learning_rate": 2e-2}),
+        ("flux", "deft", {"learning_rate": 5e-2}),
+        ("flux2-klein", "textual_inversion", WORD),
+        ("omnigen", "svdiff", {"learning_rate": 3e-2}),
+    ],
+)
+def test_trains_saves_and_draws(family, method, more, options, models, tmp_path, capsys):
+    """From `deft train` to `deft sample`, on pictures of two sizes."""
+    o = complete(options(family, method=method, max_train_steps=8, **more))
+    wrapped = load(models, family)
+    draw = {"num_inference_steps": STEPS, "height": o.resolution, "width": o.resolution}
+    plain = wrapped.generate([o.instance_prompt], [5], **draw)[0]
     folder = train(o, wrapped)
     said = capsys.readouterr().out
-    assert f"{side} x {side} (3)" in said and said.count("(1)") == 1  # a bucket of three pictures, a bucket of one
-    moved = {name for name, digest in fingerprints(base).items() if digest != before[name]}
-    assert all(name.startswith(MOVES.get(method, ())) for name in moved), moved
-    if method in MOVES:
-        assert len(moved) > 0.9 * sum(name.startswith(MOVES[method]) for name in base)
-    # a word moves little in a model this small and untrained
-    assert loss() < (1 if method == "textual_inversion" else 0.98) * first, (loss(), first)
-
-    if method == "textual_inversion":
-        keys = {"clip_l", "clip_g"} if family in ("sdxl", "sd3") else {"<sks>"}  # as diffusers' trainers name them
-        assert load_file(folder / "learned_embeds.safetensors").keys() == keys
-
+    assert f"{o.resolution} x {o.resolution} (3)" in said and said.count("(1)") == 1  # of three pictures and of one
     trained = wrapped.generate([o.instance_prompt], [5], **draw)[0]
     settings = {"prompt": [o.instance_prompt], "seed": 5, "output_dir": str(tmp_path / "drawn"), **draw}
     drawn = sample(SampleOptions(pretrained_model_name_or_path=models[family], adapter=[str(folder)], **settings))[0]
     # the merged weights are rounded once more: a level of 255 at most
     assert abs(pixels(drawn) - pixels(trained)).max() <= 1
     assert abs(pixels(trained) - pixels(plain)).max() >= 2
+
+
+@pytest.mark.parametrize(
+    "family, keys",
+    [("sdxl", {"clip_l", "clip_g"}), ("sd3", {"clip_l", "clip_g"}), ("flux", {"<sks>"}), ("flux2-klein", {"<sks>"}),
+     ("omnigen", {"<sks>"})],
+)  # fmt: skip
+def test_new_words_are_named_as_diffusers_trainers_name_them(family, keys, options):
+    folder = train(options(family, method="textual_inversion", **WORD | {"max_train_steps": 1}))
+    assert load_file(folder / "learned_embeds.safetensors").keys() == keys
 
 
 # what a model is asked ---------------------------------------------------------------------------------------------------
@@ -370,10 +459,11 @@ def test_options_of_the_other_kind_of_model(options, tmp_path):
         assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="--resolution must be at most 128, all that the model has positions for, got 144"):
         train(options("omnigen", resolution=144))
-    settings = {"method": "textual_inversion", "instance_prompt": "a <sks>"}
-    for wrong in (settings, {"method": "dreambooth", "train_text_encoder": True}):
-        with pytest.raises(UserError, match="does not apply to OmniGenPipeline: it has no text encoder"):
-            train(options("omnigen", **wrong))
+    for method in ("deft", "para", "lora", "dreambooth"):
+        with pytest.raises(
+            UserError, match="--train_text_encoder does not apply to OmniGenPipeline: it has no text encoder"
+        ):
+            train(options("omnigen", method=method, train_text_encoder=True))
 
 
 def test_weighting_changes_the_run_and_is_on_record(options, tmp_path):
@@ -407,12 +497,13 @@ def test_a_family_that_is_not_there(models, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trains_and_draws_in_bfloat16(family, options, models, tmp_path):
     """The base in bfloat16, the adapter and the VAE in float32; words and all of the model are cast by autocast."""
-    for method in ("deft", "dreambooth"):
-        folder = train(
-            options(family, method=method, mixed_precision="bf16", max_train_steps=1, output_dir=str(tmp_path / method))
-        )
+    for method in ("deft", "dreambooth", "textual_inversion"):
+        o = options(family, method=method, mixed_precision="bf16", max_train_steps=1, output_dir=str(tmp_path / method))
+        wrapped = load_family(models[family], torch.bfloat16)
+        folder = train(dataclasses.replace(o, instance_prompt="a <sks>"), wrapped)
         assert math.isfinite(json.loads((folder / "loss.jsonl").read_text())["loss"])
         size = {"num_inference_steps": STEPS, "height": SIZE.get(family, 32), "width": SIZE.get(family, 32)}
+        assert pixels(wrapped.generate(["a <sks>"], [5], **size)[0]).std() > 1  # as validation does
         o = SampleOptions(
             pretrained_model_name_or_path=models[family], adapter=[str(folder)], prompt=["a cat"], dtype="bf16",
             output_dir=str(tmp_path / f"{method}-drawn"), **size,
@@ -485,3 +576,29 @@ def test_instructions_with_input_pictures(options, models, photos, tmp_path, cap
         with pytest.raises(UserError, match=message):
             train(options(family, output_dir=str(tmp_path / f"wrong{number}")))
         assert not (tmp_path / f"wrong{number}").exists()
+
+
+def test_a_new_word_beside_input_pictures(options, models, photos):
+    """OmniGen's words are learned in its transformer, in instructions with pictures and without."""
+    (photos / "inputs").mkdir()
+    seen = write_picture(photos / "inputs" / "0.png", 20, (70, 50))
+    texts = ["turn <img><|image_1|></img> into a <sks>", "a <sks>"]
+    lines = [{"file_name": f"{k}.png", "text": texts[k > 0], "input_images": ["inputs/0.png"][k:]} for k in range(3)]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    o = options("omnigen", method="textual_inversion", train_batch_size=3, **WORD)
+    wrapped, fresh = load(models, "omnigen"), load(models, "omnigen")
+    table = wrapped.model.embed_tokens.weight
+    folder = train(o, wrapped)
+    assert not any(p.grad is not None for p in wrapped.pipe.vae.parameters())  # which the input pictures went through
+    spare = torch.nn.Embedding(len(table) + 9, table.shape[1])  # as the real model's has
+    spare.weight.data[: len(table)] = table.detach()
+    fresh.model.embed_tokens = spare
+    load_adapters(fresh, [folder])
+    assert fresh.model.embed_tokens is spare and len(fresh.pipe.tokenizer) == len(table) + 2
+    rows = load_file(folder / "learned_embeds.safetensors")["<sks>"]
+    assert torch.equal(spare.weight[len(table) : len(table) + 2], rows) and not torch.equal(rows[0], rows[1])
+    lengths = [fresh.encode_prompts([text])["input_ids"].shape[1] for text in ("a <sks>", "a x")]
+    assert lengths[0] - lengths[1] == 2  # two tokens, and a space between them
+    draw = {"num_inference_steps": STEPS, "height": 64, "width": 64, "input_images": [data.read_image(seen)]}
+    pictures = [family.generate(texts[:1], [5], **draw)[0] for family in (wrapped, fresh, load(models, "omnigen"))]
+    assert np.array_equal(*map(pixels, pictures[:2])) and not np.array_equal(*map(pixels, pictures[1:]))

@@ -1,4 +1,5 @@
-"""Every method: only what it says trains, the loss falls, what is saved gives the same pictures, a stopped run goes on."""
+"""Every method through `deft train`: what is said of it, its files, a stopped run that goes on. (That each learns, and
+nothing else moves, on every family: test_family_training.py.)"""
 
 import dataclasses
 import json
@@ -8,16 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 from deft_diffusers import UserError
+from deft_diffusers.convert import convert
 from deft_diffusers.demo import fingerprints
 from deft_diffusers.families import load_family
 from deft_diffusers.methods import METHODS, Spectral, TextualInversion, method_of
 from deft_diffusers.options import METHODS as NAMES
-from deft_diffusers.options import TrainOptions
-from deft_diffusers.sample import load_adapters
-from deft_diffusers.train import Samples, complete, find_checkpoints, train
+from deft_diffusers.options import ConvertOptions, TrainOptions
+from deft_diffusers.sample import generate, load_adapters
+from deft_diffusers.train import Objective, Samples, complete, find_checkpoints, make_optimizer, train
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import picture
 from torch import nn
+
+import deft_kernels as dk
+from deft_kernels.adapters.inject import adapted_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,15 +30,32 @@ CASES = {
     "deft": {"method": "deft", "rank": 4, "learning_rate": 1e-2},
     "para": {"method": "para", "rank": 4, "learning_rate": 1e-2},
     "lora": {"method": "lora", "rank": 4, "learning_rate": 1e-2},
+    "deft-text": {"method": "deft", "rank": 4, "learning_rate": 1e-2, "train_text_encoder": True, "gate": True,
+                  "text_encoder_lr": 2e-3, "dropout": 0.1},
+    "para-text": {"method": "para", "rank": 4, "learning_rate": 1e-2, "train_text_encoder": True},
+    "lora-text": {"method": "lora", "rank": 4, "learning_rate": 1e-2, "train_text_encoder": True},
     "svdiff": {"method": "svdiff", "learning_rate": 3e-2},
     "dreambooth": {"method": "dreambooth", "learning_rate": 1e-3},
-    "dreambooth-text": {"method": "dreambooth", "learning_rate": 1e-3, "train_text_encoder": True},
+    "dreambooth-text": {"method": "dreambooth", "learning_rate": 1e-3, "train_text_encoder": True, "text_encoder_lr": 1e-4},
     "inversion": {"method": "textual_inversion", "learning_rate": 0.1, "instance_prompt": "a <sks>"},
     "inversion-3": {"method": "textual_inversion", "learning_rate": 0.1, "instance_prompt": "a <sks>", "num_vectors": 3,
                     "initializer_token": "t"},
 }  # fmt: skip
-# What moves in place; all else that changes is what the method has added.
-MOVES = {"dreambooth": ("unet.",), "dreambooth-text": ("unet.", "text_encoder.")}
+# The groups of what trains, and their learning rates.
+RATES = {
+    "deft": {"P": 1e-3, "R": 1e-2},
+    "para": {"P": 1e-2},
+    "lora": {"P": 1e-2, "R": 1e-2},
+    "deft-text": {"P": 1e-3, "R": 1e-2, "gate": 1e-2, "text_P": 2e-4, "text_R": 2e-3, "text_gate": 2e-3},
+    "para-text": {"P": 1e-2, "text_P": 1e-2},
+    "lora-text": {"P": 1e-2, "R": 1e-2, "text_P": 1e-2, "text_R": 1e-2},
+    "svdiff": {"delta": 3e-2, "delta_1d": 3e-5},
+    "dreambooth": {"unet": 1e-3},
+    "dreambooth-text": {"unet": 1e-3, "text_encoder": 1e-4},
+    "inversion": {"words": 0.1},
+    "inversion-3": {"words": 0.1},
+}
+ADAPTERS = [case for case in CASES if CASES[case]["method"] in ("deft", "para", "lora")]
 
 
 @pytest.fixture
@@ -60,7 +82,7 @@ def losses(folder):
 
 def prediction(family, prompt):
     """What the denoiser says of fixed noise with a prompt."""
-    family.model.eval()
+    family.model.eval(), family.pipe.text_encoder.eval()
     generator = torch.Generator().manual_seed(3)
     noisy = torch.randn(2, 4, 16, 16, generator=generator)
     with torch.no_grad():
@@ -72,40 +94,37 @@ def test_every_method_has_a_name():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_trains_saves_and_loads(case, options, tmp_path):
-    o = options(case, max_train_steps=25, aspect_ratio_buckets=False)
+def test_what_is_said_of_a_run(case, options, capsys):
+    """As many parameters as its files hold, each group at its rate; a folder that tells its method."""
+    o = options(case, max_train_steps=1)
+    folder = train(o)
+    trained = sum(t.numel() for file in folder.rglob("*.safetensors") for t in load_file(file).values())
+    said = capsys.readouterr().out
+    assert f"training {trained:,} parameters ({o.method}" in said
+    if case in ADAPTERS:  # sixteen of the UNet's, and four of the text encoder's layer
+        assert f"rank 4, {36 if o.train_text_encoder else 32} layers" in said
+    (entry,) = map(json.loads, (folder / "loss.jsonl").read_text().splitlines())
+    assert {name[3:]: rate for name, rate in entry.items() if name[:3] == "lr_"} == pytest.approx(RATES[case])
     family = load_family(o.pretrained_model_name_or_path, torch.float32)
-    base = weights(family)
-    before, plain = fingerprints(base), prediction(family, "a cat")
-    pictures = [picture(path) for path in sorted(Path(o.instance_data_dir).iterdir())]
-    latents, noise, times, _ = Samples(pictures, family, 77, False, False).batch(range(24), torch.device("cpu"))
+    assert method_of(folder, family) is METHODS[o.method]
 
-    def loss(family):
-        family.model.eval()
-        with torch.no_grad():
-            conditions = family.encode_prompts([complete(o).instance_prompt] * 24)
-            return family.loss(family.model, latents, noise, times, conditions).item()
 
-    first = loss(family)
+def test_other_words_mean_what_they_meant(options):
+    o = options("inversion-3", max_train_steps=4)
+    family = load_family(o.pretrained_model_name_or_path, torch.float32)
+    plain, start = prediction(family, "a cat"), family.pipe.text_encoder.get_input_embeddings().weight[ids_of(family, "t")]
     folder = train(o, family)
-    moved = {name for name, digest in fingerprints(base).items() if digest != before[name]}
-    assert all(name.startswith(MOVES.get(case, ())) for name in moved)
-    for part in MOVES.get(case, ()):
-        assert sum(name.startswith(part) for name in moved) > 0.9 * sum(name.startswith(part) for name in base)
-    # a word moves little in a model this small and untrained
-    assert loss(family) < (1 if "inversion" in case else 0.98) * first, (first, loss(family))
+    rows = load_file(folder / "learned_embeds.safetensors")["<sks>"]
+    assert rows.shape == (3, 16) and (rows - start).abs().min(1).values.max() > 0 and (rows - start).abs().max() < 0.5
+    for trained in (family, load_family(o.pretrained_model_name_or_path, torch.float32)):
+        if trained is not family:
+            load_adapters(trained, [folder])
+        torch.testing.assert_close(prediction(trained, "a cat"), plain, rtol=0, atol=1e-6)
+        assert (prediction(trained, "a <sks>") - prediction(trained, "a t")).abs().max() > 1e-3
 
-    prompt = complete(o).instance_prompt
-    trained = prediction(family, prompt)
-    fresh = load_family(o.pretrained_model_name_or_path, torch.float32)
-    assert method_of(folder, fresh) is METHODS[o.method]
-    load_adapters(fresh, [folder])
-    torch.testing.assert_close(prediction(fresh, prompt), trained, rtol=1e-3, atol=1e-4)
-    untouched = "a dog" if "inversion" in case else None
-    if untouched:  # other words mean what they meant
-        torch.testing.assert_close(prediction(fresh, "a cat"), plain)
-    else:
-        assert (trained - plain).abs().max() > 1e-2
+
+def ids_of(family, word):
+    return family.pipe.tokenizer.encode(word, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case not in ("deft", "para", "lora")])  # those in test_train.py
@@ -120,6 +139,96 @@ def test_resumed_to_the_bit(case, options, tmp_path):
     for file in files:
         ours, theirs = load_file(whole / file), load_file(folder / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours), file
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_of_another_method_or_base_is_not_resumed(case, options, tiny, tmp_path):
+    folder = train(options(case, max_train_steps=1, checkpointing_steps=1))
+    before = {p: p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))}
+    other = next(
+        name for name in [*CASES, *CASES][list(CASES).index(case) + 1 :] if CASES[name]["method"] != CASES[case]["method"]
+    )
+    methods = f"was trained with method {CASES[case]['method']}, not {CASES[other]['method']}"
+    with pytest.raises(UserError, match=methods):
+        train(options(other, resume_from_checkpoint="latest"))
+    if case in ADAPTERS:
+        text = not CASES[case].get("train_text_encoder", False)
+        with pytest.raises(UserError, match=f"was trained with train_text_encoder {not text}, not {text}"):
+            train(options(case, resume_from_checkpoint="latest", train_text_encoder=text, text_encoder_lr=None))
+    pipe = load_family(str(tiny), torch.float32).pipe
+    with torch.no_grad():
+        for p in pipe.unet.parameters():
+            p.mul_(1.01)
+    pipe.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="was trained on another base model, .*tiny.* as it then was"):
+        train(options(case, resume_from_checkpoint="latest", pretrained_model_name_or_path=str(tmp_path / "other")))
+    assert {p: p.read_bytes() for p in sorted(folder.rglob("*.safetensors"))} == before
+
+
+@pytest.mark.parametrize("format", ["diffusers", "kohya", "peft"])
+def test_text_encoders_adapters_leave_by_deft_convert(format, options, tmp_path):
+    """What has been learned for the pipeline, merged and as a LoRA, says the same of a prompt."""
+    o = options("deft-text", max_train_steps=6)
+    family = load_family(o.pretrained_model_name_or_path, torch.float32)
+    plain = prediction(family, "a cat")
+    folder = train(o, family)
+    trained = prediction(family, "a cat")
+    assert [p.name for p in folder.glob("*.safetensors")] == ["pytorch_deft_weights.safetensors"]
+    keys = load_file(folder / "pytorch_deft_weights.safetensors").keys()
+    assert {key.partition(".")[0] for key in keys} == {"unet", "text_encoder"}
+    converted = ConvertOptions(
+        source=str(folder), output_dir=str(tmp_path / "lora"), format=format,
+        pretrained_model_name_or_path=o.pretrained_model_name_or_path,
+    )  # fmt: skip
+    assert sum(name.startswith("text_encoder.") for name in convert(converted)) == 4
+    for source in (folder, tmp_path / "lora"):
+        fresh = load_family(o.pretrained_model_name_or_path, torch.float32)
+        load_adapters(fresh, [source])
+        torch.testing.assert_close(prediction(fresh, "a cat"), trained, rtol=1e-3, atol=1e-4)
+    dk.eject(fresh.pipe)
+    assert torch.equal(prediction(fresh, "a cat"), plain)
+    if format == "diffusers":
+        other = load_family(o.pretrained_model_name_or_path, torch.float32)
+        other.pipe.load_lora_weights(tmp_path / "lora")  # diffusers' own
+        torch.testing.assert_close(prediction(other, "a cat"), trained, rtol=1e-3, atol=1e-4)
+    assert (trained - plain).abs().max() > 1e-2
+
+
+def test_dropout_of_text_encoders_is_the_adapters_alone(options):
+    family = load_family(options("deft-text").pretrained_model_name_or_path, torch.float32)
+    METHODS["deft"](family, complete(options("deft-text", dropout=0.5))).start()
+    objective = Objective(family, True).train()
+    training = {name for name, m in objective.text_encoders.named_modules() if m.training}
+    adapted = tuple(adapted_layers(objective.text_encoders))
+    assert len(adapted) == 4 and all(name.startswith(adapted) for name in training) and set(adapted) <= training
+    list(generate(family, [("a cat", 0)], progress=False, num_inference_steps=1))
+    assert not any(m.training for m in (*objective.model.modules(), *objective.text_encoders.modules()))
+
+
+def test_a_cold_start_of_para_learns_with_the_defaults(options):
+    """P starts as DEFT's does, N(0, 0.02^2), of which the basis has the direction alone; zero, the paper's start, has none.
+    What is removed at random hurts at first."""
+    o = complete(options("para", rank=8, learning_rate=None, max_train_steps=None))
+    assert (o.learning_rate, o.max_train_steps) == (5e-4, 1000)
+    family = load_family(o.pretrained_model_name_or_path, torch.float32)
+    pictures = [picture(path) for path in sorted(Path(o.instance_data_dir).iterdir())]
+    batch = Samples(pictures, family, 77, False, False).batch(range(4), torch.device("cpu"))
+    method = METHODS["para"](family, o)
+    with torch.no_grad():
+        plain = family.loss(family.model, *batch).item()
+    method.start()
+    groups, rates = method.groups()
+    values = torch.cat([p.flatten() for p in groups["P"]])
+    assert values.std().item() == pytest.approx(0.02, rel=0.05) and abs(values.mean().item()) < 1e-3
+    optimizer = make_optimizer(o, [{"params": groups["P"], "lr": rates["P"]}])
+    losses = []
+    for _ in range(40):
+        loss = family.loss(family.model, *batch)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.97 * losses[0] and losses[-1] < plain, (plain, losses[0], losses[-1])
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 3, 3, 2), (7,)])
@@ -179,7 +288,11 @@ def test_a_new_word_is_diffusers_own_kind_of_file(options):
     [
         ("svdiff", {"rank": 3}, "--rank does not apply to --method svdiff"),
         ("dreambooth", {"gate": True}, "--gate does not apply to --method dreambooth"),
-        ("deft", {"train_text_encoder": True}, "--train_text_encoder does not apply to --method deft"),
+        ("svdiff", {"train_text_encoder": True}, "--train_text_encoder does not apply to --method svdiff"),
+        ("inversion", {"text_encoder_lr": 1e-4}, "--text_encoder_lr does not apply to --method textual_inversion"),
+        ("deft", {"text_encoder_lr": 1e-4}, "--text_encoder_lr needs --train_text_encoder"),
+        ("lora-text", {"text_encoder_lr": -1.0}, "--text_encoder_lr must be a number from 0 up"),
+        ("deft-text", {"optimizer": "prodigy"}, "prodigy finds one rate for all: --text_encoder_lr does not apply"),
         ("lora", {"placeholder_token": "x"}, "--placeholder_token does not apply to --method lora"),
         ("inversion", {"instance_prompt": "a cat"}, "no text has the placeholder <sks>"),
         ("inversion", {"placeholder_token": "t", "instance_prompt": "a t"}, "t is a word of the model already"),

@@ -162,7 +162,31 @@ def test_learning_rates(options):
     ):
         assert adapter_rates(options(learning_rate=1e-3, **changes))["P"] == 1e-3
     assert adapter_rates(options(learning_rate=1e-3, learning_rate_P=3e-3))["P"] == 3e-3
-    assert complete(options()).learning_rate == 5e-4
+    o = options(learning_rate=1e-3, learning_rate_P=3e-3, train_text_encoder=True)
+    assert adapter_rates(o, text=True) == adapter_rates(o)
+    o = dataclasses.replace(o, text_encoder_lr=2e-4)
+    assert adapter_rates(o, text=True) == {"P": pytest.approx(2e-5), "R": 2e-4, "gate": 2e-4}
+    assert adapter_rates(o)["P"] == 3e-3
+
+
+@pytest.mark.parametrize(
+    "changes, rate, steps",
+    [
+        ({}, 1e-3, 500),
+        ({"method": "para"}, 5e-4, 1000),
+        ({"method": "lora", "train_text_encoder": True}, 5e-4, 500),
+        ({"method": "svdiff"}, 1e-3, 500),
+        ({"method": "dreambooth"}, 5e-6, 400),
+        ({"method": "dreambooth", "class_prompt": "a dog"}, 5e-6, 800),
+        ({"method": "dreambooth", "class_prompt": "a dog", "train_text_encoder": True}, 2e-6, 800),
+        ({"method": "textual_inversion", "train_batch_size": 2, "gradient_accumulation_steps": 4}, 4e-3, 3000),
+        ({"method": "textual_inversion", "optimizer": "prodigy"}, 1.0, 3000),
+        ({"method": "svdiff", "learning_rate": 0.1, "max_train_steps": 7}, 0.1, 7),
+    ],
+)
+def test_published_rates_and_steps(changes, rate, steps, options):
+    o = complete(options(**{"max_train_steps": None, "rank": 8} | changes))
+    assert (o.learning_rate, o.max_train_steps) == (pytest.approx(rate), steps)
 
 
 def test_both_learning_rates_and_their_schedule_reach_the_optimizer(options):
@@ -525,7 +549,7 @@ def test_other_optimizers_resume_too(optimizer, options, tmp_path):
     assert_same(adapter(parts), adapter(whole))
     assert log(parts) == log(whole)
     rate = json.loads((whole / "training_args.json").read_text())["learning_rate"]
-    assert rate == {"adamw8bit": 5e-4, "prodigy": 1.0}[optimizer]
+    assert rate == {"adamw8bit": 1e-3, "prodigy": 1.0}[optimizer]
 
 
 def test_an_optimizer_that_is_not_installed(options, monkeypatch):

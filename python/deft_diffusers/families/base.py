@@ -93,6 +93,12 @@ class Family:
         return dict(zip(("clip_l", "clip_g"), pairs))
 
     @property
+    def adapted_text_encoders(self):
+        """The text encoders that adapters go into, by name in the pipeline: not T5, as in diffusers' trainers."""
+        words = [encoder for _, encoder in self.word_encoders.values()]
+        return {name: part for name, part in self.text_encoders.items() if any(part is word for word in words)}
+
+    @property
     def image_parts(self):
         """What pictures are encoded by."""
         return (self.pipe.vae,)
@@ -190,7 +196,11 @@ class Family:
         negative_prompts = None if negative_prompt is None else [negative_prompt] * len(prompts)
         settings |= self.guidance(self.guidance_scale if guidance_scale is None else guidance_scale, negative_prompts)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same noise on every device
-        drawn = self.pipe(prompt=prompts, generator=generators, output_type="latent", height=height, width=width, **settings)
+        # A denoiser that trains as a whole is float32, beside text encoders in half precision.
+        with torch.autocast(self.pipe.device.type, self.dtype, enabled=self.model.dtype != self.dtype):
+            drawn = self.pipe(
+                prompt=prompts, generator=generators, output_type="latent", height=height, width=width, **settings
+            )
         return self.to_images(self.decode(drawn.images, height, width))
 
 
@@ -201,6 +211,7 @@ class Diffusion(Family):
     half = torch.float16
     size_multiple = 8  # what the pipelines ask for
     snr_gamma = None  # of min-SNR weighting of the loss
+    unmix_weight = None  # of `cut_mix.Unmix`
 
     def __init__(self, pipe):
         super().__init__(pipe)

@@ -5,6 +5,7 @@ import sys
 
 import torch
 from diffusers import OmniGenPipeline
+from diffusers.loaders import TextualInversionLoaderMixin
 from diffusers.pipelines.omnigen.processor_omnigen import crop_image
 
 from .. import UserError, data
@@ -21,10 +22,39 @@ def _positions(attention_mask, tokens):
     return torch.arange(attention_mask.shape[-1] + 1 + max(tokens)).repeat(len(attention_mask), 1)
 
 
+class Pipeline(TextualInversionLoaderMixin, OmniGenPipeline):
+    """Knows new words, which diffusers' own does not load."""
+
+
+class Words:
+    """The embedding of words in OmniGen's transformer, with the verbs of a text encoder."""
+
+    def __init__(self, model):
+        self.model, self.device, self.dtype = model, model.device, model.embed_tokens.weight.dtype
+
+    def requires_grad_(self, requires_grad):
+        self.model.embed_tokens.requires_grad_(requires_grad)
+
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, embeddings):
+        self.model.embed_tokens = embeddings
+
+    def resize_token_embeddings(self, count):
+        """Makes room for `count` words; the table of the real model has some to spare."""
+        old = self.model.embed_tokens
+        if count > old.num_embeddings:
+            where = {"device": old.weight.device, "dtype": old.weight.dtype}
+            new = torch.nn.Embedding(count, old.embedding_dim, old.padding_idx, **where)
+            new.weight.data[: old.num_embeddings] = old.weight.data
+            self.model.embed_tokens = new.requires_grad_(old.weight.requires_grad)
+
+
 class OmniGen(FlowMatching):
     """OmniGen (arXiv 2409.11340). A text that speaks of input pictures names them <img><|image_1|></img> and so on."""
 
-    pipeline = OmniGenPipeline
+    pipeline = Pipeline
     pipeline_classes = ("OmniGenPipeline",)
     guidance_scale = 2.5
     takes_negative_prompt = False
@@ -40,14 +70,25 @@ class OmniGen(FlowMatching):
         self.processor = pipe.multimodal_processor
         self.processor.collator.create_position = _positions
         self.processor.process_image = self._to_pixels
+        self.processor.add_prefix_instruction = self._instruction
         pipe.encode_input_images = self._encode_inputs  # the pipeline's own draws latents with no generator
 
     def _to_pixels(self, image):
         """(3, H, W) float32 in [−1, 1], cut to multiples of 16 and scaled down to what the processor allows."""
         return torch.as_tensor(data.to_array(crop_image(image, self.processor.max_image_size)))
 
+    def _instruction(self, prompt):
+        """The prompt as the model reads it; a new word of several vectors is so many tokens."""
+        written = self.pipe.maybe_convert_prompt(prompt, self.pipe.tokenizer)
+        return type(self.processor).add_prefix_instruction(self.processor, written)
+
+    @torch.no_grad()
     def _encode_inputs(self, pixels, device=None):
         return [self.scale(self.encode_images(p)[0]) for p in pixels]
+
+    @property
+    def word_encoders(self):
+        return {"omnigen": (self.pipe.tokenizer, Words(self.model))}
 
     @property
     def max_size(self):
