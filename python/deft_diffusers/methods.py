@@ -8,6 +8,7 @@
 | textual_inversion | the embedding of a new word (arXiv 2208.01618) | `learned_embeds.safetensors` |
 """
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -21,9 +22,9 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import deft_kernels as dk
-from deft_kernels.adapters.files import FOUND
+from deft_kernels.adapters.files import FOUND, adapter_state_dict, describe, write_adapter
 
-from . import UserError
+from . import UserError, sharding
 
 WORD = "placeholder_token"  # key of a file's metadata
 P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
@@ -36,6 +37,7 @@ class Method:
     learning_rate: float  # default; of R where there is one
     max_train_steps: int  # default
     encodes_text = False  # whether the loss must encode texts itself, for their encoders to learn
+    trains_base = False  # whether the base's own weights train
 
     def __init__(self, family, options):
         self.family, self.options = family, options
@@ -55,6 +57,13 @@ class Method:
     def groups(self):
         """What trains, {name: parameters}, and {name: learning rate}."""
         raise NotImplementedError
+
+    def split(self):
+        """Told when FSDP has split the base's weights and brought all to its device."""
+
+    def whole(self):
+        """A context in which `save` works on the main process though the weights be split: every process enters it."""
+        return contextlib.nullcontext()
 
     def save(self, folder):
         """Writes what has been learned into an existing folder."""
@@ -78,9 +87,14 @@ class Adapter(Method):
 
     def start(self):
         dk.inject_adapter(self.family.model, self._config())
+        self.description = describe(self.family.model, "default")  # now, while all of the base can be read
 
     def load(self, folder):
         dk.load_adapter(self.family.model, folder, trainable=True)
+        self.description = describe(self.family.model, "default")
+
+    def split(self):
+        dk.set_adapters(self.family.model, "default")  # which brings the strengths to the device
 
     def groups(self):
         groups = {name: parameters for name, parameters in dk.adapter_parameters(self.family.model).items() if parameters}
@@ -88,7 +102,8 @@ class Adapter(Method):
         return groups, {name: rate for name, rate in adapter_rates(self.options).items() if name in groups}
 
     def save(self, folder):
-        dk.save_adapter(self.family.model, folder)
+        config, fingerprint = self.description
+        write_adapter(folder, config, adapter_state_dict(self.family.model), fingerprint)
 
     def describe(self):
         return f"{self.options.method}, rank {self.options.rank}, {self.layers} layers"
@@ -210,6 +225,7 @@ def _check_shifts(file, model, read, sizes):
 class DreamBooth(Method):
     """The whole denoiser; with `--train_text_encoder` the text encoders too."""
 
+    trains_base = True
     learning_rate, max_train_steps = 5e-6, 400
 
     @property
@@ -262,8 +278,14 @@ class DreamBooth(Method):
         groups = {name: [p for p in part.parameters() if p.requires_grad] for name, part in self.parts.items()}
         return groups, dict.fromkeys(groups, self.options.learning_rate)
 
+    @contextlib.contextmanager
+    def whole(self):
+        self.saved = {name: sharding.whole_part(part) for name, part in self.parts.items()}
+        yield
+        del self.saved
+
     def save(self, folder):
-        for name, part in self.parts.items():
+        for name, part in self.saved.items():
             part.save_pretrained(Path(folder) / name)
 
 

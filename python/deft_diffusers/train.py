@@ -17,26 +17,30 @@ import os
 import pickle
 import resource
 import shlex
-import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from . import UserError, data, read_json
+from . import UserError, data, read_json, sharding
 from .cache import Cache
 from .families import load_family
 from .grid import grid
-from .methods import METHODS, Adapter, DreamBooth, TextualInversion
+from .methods import METHODS, Adapter, DreamBooth, SVDiff, TextualInversion
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
+from .writing import PARTS, remove, replacing, sync, telling
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25}
@@ -46,7 +50,7 @@ RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.
            "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
 CLASS_IMAGES = "class_images"
-PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
+PICTURES = ("validation*.png", PARTS, "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
@@ -273,7 +277,7 @@ def _find_resume(options, folder):
         checkpoints = find_checkpoints(folder)
         if checkpoints:
             return checkpoints[-1]
-        if _existing(folder, RESULTS):
+        if (folder / CARD).exists():  # which is written last
             raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
         print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
         return None
@@ -283,6 +287,14 @@ def _find_resume(options, folder):
     if checkpoint.resolve().parent != folder.resolve() and taken and not options.overwrite_output_dir:
         raise UserError(f"{folder} holds another run; add --overwrite_output_dir to replace it")
     return checkpoint
+
+
+def _agree(resume):
+    """The main process's checkpoint, for all; UserError on a machine that does not see it."""
+    (agreed,) = broadcast_object_list([resume])
+    if agreed and not (agreed / STATE).is_file():
+        raise UserError(f"{agreed} is not on this machine: resuming on several needs a folder that all of them see")
+    return agreed
 
 
 def _check_same_run(checkpoint, settings):
@@ -317,16 +329,6 @@ def _write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _publish(part, target):
-    """Puts the finished folder `part` in place of `target` in one step, so that nobody ever sees half of it."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(part, target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 # training -----------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +360,7 @@ class Objective(torch.nn.Module):
         self.family, self.encodes_text = family, encodes_text
         self.model = family.model
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
+        self.parts = [self.model, *self.text_encoders.values()]
 
     def train(self, mode=True):
         super().train(mode)
@@ -395,7 +398,7 @@ def make_optimizer(options, groups):
 class Run:
     """One training run: the model and what trains of it, its optimizer, and what it leaves in the output folder."""
 
-    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume):
+    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume, fsdp=None):
         self.options, self.accelerator, self.family = options, accelerator, family
         self.method, self.samples = method, samples
         self.settings, self.folder, self.step = settings, folder, 0
@@ -405,16 +408,26 @@ class Run:
             method.load(resume)
         else:
             method.start()
+        objective = Objective(family, method.encodes_text)
+        self.split, self.whole = objective.parts if fsdp else [], []
+        if fsdp:
+            if not method.trains_base:
+                self.whole = [p for group in method.groups()[0].values() for p in group]
+            sharding.split(fsdp, accelerator, self.split, self.whole)
+            method.split()
         groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]
         optimizer = make_optimizer(options, [{"params": groups[name], "lr": rates[name]} for name in self.names])
-        self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         if options.gradient_checkpointing:
             family.model.enable_gradient_checkpointing()
         if options.compile:
             family.model.compile()
-        self.objective, self.optimizer = accelerator.prepare(Objective(family, method.encodes_text), optimizer)
+        if fsdp:
+            self.objective, self.optimizer = objective, accelerator.prepare_optimizer(optimizer)
+        else:
+            self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         # Not prepared: accelerate would step it once for every process.
         self.schedule = get_scheduler(
             options.lr_scheduler,
@@ -434,12 +447,15 @@ class Run:
             state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"cannot read {checkpoint / STATE}: {error}") from error
+        for k, values in state["optimizer"]["state"].items():
+            state["optimizer"]["state"][k] = {n: sharding.split_like(self.parameters[k], v) for n, v in values.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
+            averages = [sharding.split_like(p, v) for p, v in zip(self.parameters, state["ema"]["shadow_params"])]
+            self.ema.load_state_dict(state["ema"] | {"shadow_params": averages})
             with torch.no_grad():
                 for p, value in zip(self.parameters, state["parameters"]):
-                    p.copy_(value)
+                    p.copy_(sharding.split_like(p, value))
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -447,29 +463,31 @@ class Run:
 
     def save_checkpoint(self):
         """Writes `checkpoint-<step>` whole or not at all, then drops the oldest beyond the limit."""
+        main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            part = self.folder / f".checkpoint-{self.step}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
-            self._save_learned(part)
-            scaler = self.accelerator.scaler
-            state = {
-                "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
-                "scaler": scaler.state_dict() if scaler else None,
-            }
-            if self.ema:  # the files hold the average
-                state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
-            torch.save(state, part / STATE)
-            _write_json(part / SETTINGS, self.settings)
-            _publish(part, self.folder / f"checkpoint-{self.step}")
-            if self.options.checkpoints_total_limit:
-                # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
-                written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
-                for old in written[: -self.options.checkpoints_total_limit]:
-                    shutil.rmtree(old)
+        state = {
+            "step": self.step,
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": scaler.state_dict() if scaler else None,
+        }
+        if self.ema:  # the files hold the average
+            state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
+        state = sharding.gathered(state, main)
+        with self._learned():
+            if main:
+                sync(self.folder / LOG)  # a checkpoint is never ahead of it
+                with replacing(self.folder / f"checkpoint-{self.step}") as part:
+                    part.mkdir()
+                    self.method.save(part)
+                    with open(part / STATE, "wb") as file:  # torch's own file hides why it cannot be written
+                        torch.save(state, file)
+                    _write_json(part / SETTINGS, self.settings)
+                if self.options.checkpoints_total_limit:
+                    # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
+                    written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
+                    for old in written[: -self.options.checkpoints_total_limit]:
+                        remove(old)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -485,9 +503,11 @@ class Run:
         finally:
             self.ema.restore(self.parameters)
 
-    def _save_learned(self, folder):
-        with self._averaged():
-            self.method.save(folder)
+    @contextlib.contextmanager
+    def _learned(self):
+        """While it lasts, the method can save on the main process. Every process takes part."""
+        with self._averaged(), self.method.whole():
+            yield
 
     # log
 
@@ -498,7 +518,8 @@ class Run:
             lines = path.read_text().splitlines()
             entries = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
             self.log = [entry for entry in entries if entry["step"] <= self.step]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+        with replacing(path) as part:
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def read_losses(self, asked=()):
         """Reads the losses since the last call, logs them, and agrees between the processes whether to stop.
@@ -518,11 +539,12 @@ class Run:
         bad = next((e["step"] for e in new if not all(math.isfinite(e[name]) for name in watched)), None)
         good = [entry for entry in new if bad is None or entry["step"] < bad]
         self.log += good
-        for entry in good:
-            self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if self.accelerator.is_main_process:
-            with open(self.folder / LOG, "a") as file:
+            with telling(self.folder / LOG), open(self.folder / LOG, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in good)
+        with telling(self.folder / "logs"):
+            for entry in good:
+                self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if bad is not None:
             kept = find_checkpoints(self.folder)
             raise UserError(
@@ -541,13 +563,18 @@ class Run:
         for micro in range(o.gradient_accumulation_steps):
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
-            with accelerator.accumulate(self.objective):
+            with accelerator.accumulate(*([] if self.split else [self.objective])):
+                for part in self.split:
+                    part.set_requires_gradient_sync(accelerator.sync_gradients)
                 batches = [s.batch(range(first, first + batch), accelerator.device) for s in self.samples]
-                loss = self.objective(batches, (1.0, o.prior_loss_weight))
+                with accelerator.autocast():  # which `prepare` adds by itself, but not for FSDP
+                    loss = self.objective(batches, (1.0, o.prior_loss_weight))
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
                 if accelerator.sync_gradients:
+                    sharding.average(accelerator, self.whole)
                     norm = accelerator.clip_grad_norm_(self.parameters, o.max_grad_norm)
+                    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         rates = {f"lr_{name}": rate for name, rate in zip(self.names, self.schedule.get_last_lr())}
@@ -558,15 +585,20 @@ class Run:
         self.unread.append((self.step, (total, norm), rates))
 
     def validate(self, name):
-        """Main process: draws the validation prompt with the adapter as it stands, always from the same noise."""
-        if self.options.validation_prompt is None or not self.accelerator.is_main_process:
+        """Draws the validation prompt with the adapter as it stands, always from the same noise. Every process may call; of
+        a base that is split, all draw and the main one keeps the picture."""
+        main = self.accelerator.is_main_process
+        if self.options.validation_prompt is None or not (main or self.split):
             return
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
         with self._averaged():
             images = list(generate(self.family, jobs, progress=False, **VALIDATION))
+        if not main:
+            return
         sheet = grid([images], title=f"step {self.step}: {o.validation_prompt}")
-        sheet.save(self.folder / name)
+        with replacing(self.folder / name) as part:
+            sheet.save(part, "PNG")
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.asarray(sheet.convert("RGB"))[None]}, step=self.step, **layout)
@@ -579,7 +611,8 @@ class Run:
         start, first = time.perf_counter(), self.step
         with bar, _stop_signals() as asked:
             while self.step < o.max_train_steps:
-                self._train_step()
+                with enough_memory(self.options, f"at step {self.step + 1} of {o.max_train_steps}", self.folder):
+                    self._train_step()
                 bar.update()
                 last = self.step == o.max_train_steps
                 save = self.step % o.checkpointing_steps == 0
@@ -602,12 +635,49 @@ class Run:
                     self.validate(f"validation-{self.step}.png")
 
     def finish(self):
-        """Main process: writes the adapter, its settings, a last drawing and the card."""
-        if not self.accelerator.is_main_process:
-            return
-        self._save_learned(self.folder)
+        """Writes the adapter, a last drawing, and the card, whose presence says that the run is finished."""
+        with self._learned():
+            if self.accelerator.is_main_process:
+                with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=self.folder) as saved, telling(self.folder):
+                    self.method.save(Path(saved))
+                    for path in Path(saved).iterdir():
+                        with replacing(self.folder / path.name) as part:
+                            os.replace(path, part)
         self.validate("validation.png")
-        (self.folder / CARD).write_text(_card(self.options, self.settings, self.log))
+        if self.accelerator.is_main_process:
+            with replacing(self.folder / CARD) as part:
+                part.write_text(_card(self.options, self.settings, self.log))
+
+
+@contextlib.contextmanager
+def enough_memory(options, when, folder):
+    """Out of memory inside, of a GPU or not, becomes a UserError that says what to turn down, in order."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        kept = find_checkpoints(folder)
+        raise UserError(
+            f"out of memory {when}; turn down, in this order: {', '.join(_smaller(options))}"
+            + (f"; last good checkpoint: {kept[-1]}" if kept else "")
+        ) from error
+
+
+def _smaller(options):
+    """What makes a run smaller and has not been used yet, what costs least first."""
+    o, kind = options, METHODS[options.method]
+    batch = o.train_batch_size
+    ways = {
+        "--gradient_checkpointing": not o.gradient_checkpointing,
+        f"--train_batch_size 1 --gradient_accumulation_steps {batch * o.gradient_accumulation_steps}": batch > 1,
+        "--mixed_precision bf16": o.mixed_precision in (None, "no"),
+        "--optimizer adamw8bit": o.optimizer != "adamw8bit",
+        "a smaller --resolution": True,
+        f"--rank {o.rank // 2}": kind is Adapter and o.rank > 1,
+        "several GPUs that share the base (accelerate launch --use_fsdp --fsdp_version 2)": kind is not SVDiff,
+    }
+    return [way for way, helps in ways.items() if helps]
 
 
 def _memory():
@@ -685,7 +755,11 @@ def train(options, family=None):
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
+    fsdp = sharding.asked_for(options)
     accelerator = Accelerator(
+        fsdp_plugin=fsdp,
+        # which a text encoder has whose last layers a pipeline does not use
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=options.train_text_encoder)],
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
@@ -694,9 +768,13 @@ def train(options, family=None):
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; use no on a CPU")
-    if family is None:
-        family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
-    family.to(accelerator.device)
+    if not torch.distributed.is_initialized():
+        fsdp = None  # one process has nobody to share with
+    resume = _agree(resume)
+    with enough_memory(options, "while the base model was loaded", folder):
+        if family is None:
+            family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
+        family.to(accelerator.device, without_model=fsdp is not None)  # which is split before it goes there
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
     for source in sources:
@@ -727,23 +805,27 @@ def train(options, family=None):
     streams = [pictures]
     if options.class_prompt:
         streams.append(class_pictures(options, family, accelerator, resolution, folder))
-    samples = [
-        Samples(
-            stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
-            options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
-            encode_texts=not method.encodes_text,
-        )
-        for k, stream in enumerate(streams)
-    ]  # fmt: skip
-    run = Run(options, accelerator, family, method, samples, settings, folder, resume)
+    with enough_memory(options, "before the first step", folder):
+        samples = [
+            Samples(
+                stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
+                options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
+                encode_texts=not method.encodes_text,
+            )
+            for k, stream in enumerate(streams)
+        ]  # fmt: skip
+        run = Run(options, accelerator, family, method, samples, settings, folder, resume, fsdp)
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if options.overwrite_output_dir and not (resume and resume.resolve().parent == folder.resolve()):
             for path in _existing(folder, (*MARKS, *PICTURES)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _write_json(folder / SETTINGS, settings)
+                remove(path)
+        for path in folder.glob(PARTS):
+            remove(path)
+        with replacing(folder / SETTINGS) as part:
+            _write_json(part, settings)
         run.open_log(resume)
         if options.report_to != "none":
             shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}

@@ -36,8 +36,14 @@ class Family:
         overflow to black pictures."""
         return cls(cls.pipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32}, **missing))
 
-    def to(self, device):
-        self.pipe.to(device)
+    def to(self, device, without_model=False):
+        """Moves the pipeline; `without_model`: all but the part that an adapter goes into."""
+        if not without_model:
+            self.pipe.to(device)
+        else:
+            for part in self.pipe.components.values():
+                if isinstance(part, torch.nn.Module) and part is not self.model:
+                    part.to(device)
         return self
 
     @property

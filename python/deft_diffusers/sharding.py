@@ -1,0 +1,109 @@
+"""FSDP2, for a base that does not fit one device: its weights split over the processes, whole only where they work.
+
+| | where |
+|---|---|
+| the denoiser, and text encoders that the loss calls | split, block by block (`_no_split_modules`); a block is whole while it runs |
+| what an adapter or a new word trains | whole on every process, being small; its gradients are averaged by `average` |
+| what dreambooth trains | split with all the rest |
+
+An adapted layer cannot read its weight between the runs of its block, and so takes the form that calls it instead
+(`deft_kernels.nn.layers`, activation form). Files hold whole tensors: a run may go on with another number of processes, split
+or not.
+"""
+
+import os
+
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_map_only
+
+from . import UserError
+
+
+def asked_for(options):
+    """The plugin for an Accelerator if `accelerate launch --use_fsdp` started this process, else None. UserError names what
+    does not go with it."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # else the others' text encoders stay empty
+    if plugin.fsdp_version != 2:
+        raise UserError("FSDP needs version 2 here: accelerate launch --use_fsdp --fsdp_version 2")
+    refused = {
+        "--fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "--method svdiff, whose singular vectors would not be split,": options.method == "svdiff",
+        "--compile": options.compile,
+        "--class_prompt, for which the base model draws before it is split,": options.class_prompt is not None,
+        f"--optimizer {options.optimizer} for dreambooth": options.method == "dreambooth" and options.optimizer != "adamw",
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise UserError(f"{what} does not go with FSDP")
+    return plugin
+
+
+def split(plugin, accelerator, parts, whole):
+    """Splits models over the processes, block by block, each on its way to the device; of `whole`, some of their parameters,
+    every process has all. A model is called, or drawn with, by all processes together.
+
+    UserError for a quantised model.
+    """
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    settings = {
+        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "reshard_after_forward": plugin.reshard_after_forward,
+        # autocast casts the inputs, and keeps what needs float32; but a weight that it casts would stay whole till the backward
+        "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
+        "ignored_params": set(whole),
+    }
+    for part in parts:
+        if not all(p.is_floating_point() for p in part.parameters()):
+            raise UserError("a quantised base is not split: train it without FSDP")
+        blocks = set(part._no_split_modules or ())
+        for module in reversed([m for m in part.modules() if type(m).__name__ in blocks]):  # inner ones first
+            fully_shard(module, **settings)
+        fully_shard(part, **settings)
+    for p in whole:
+        p.data = p.data.to(accelerator.device)
+
+
+def average(accelerator, parameters):
+    """Gradients of whole parameters, over the processes. Those without one have none on any: all run the same model."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if gradients:
+        flat = accelerator.reduce(_flatten_dense_tensors(gradients), "mean")
+        torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
+
+
+def gathered(tree, keep):
+    """A nested state with its split tensors whole, on the CPU. Every process must call; those that do not `keep` get None."""
+
+    def gather(tensor):
+        whole = tensor.full_tensor()
+        return whole.cpu() if keep else None
+
+    return tree_map_only(DTensor, gather, tree)
+
+
+def split_like(parameter, value):
+    """A whole tensor, the same on all processes, split as a parameter is; anything else as it is."""
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        value = value.to(parameter.device)
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
+def whole_part(part):
+    """A copy of a split part with all its weights, on the CPU of the main process, elsewhere empty; a part that is not split
+    is returned as it is. Every process must call."""
+    if not any(isinstance(p, DTensor) for p in part.parameters()):
+        return part
+    state = get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with torch.device("meta"):
+        copy = type(part).from_config(part.config) if hasattr(part, "from_config") else type(part)(part.config)
+    copy.load_state_dict(state, strict=bool(state), assign=True)
+    return copy
