@@ -2,9 +2,8 @@
 
 | | where |
 |---|---|
-| the denoiser, and text encoders that the loss calls | split, block by block (`_no_split_modules`); a block is whole while it runs |
-| what an adapter or a new word trains | whole on every process, being small; its gradients are averaged by `average` |
-| what dreambooth trains | split with all the rest |
+| the denoiser, and all of it that dreambooth trains | split, block by block (`_no_split_modules`); a block is whole while it runs |
+| an adapter, a new word, text encoders that train | whole on every process, being small; their gradients go through `average` |
 
 An adapted layer cannot read its weight between the runs of its block, and so takes the form that calls it instead
 (`deft_kernels.nn.layers`, activation form). Files hold whole tensors: a run may go on with another number of processes, split
@@ -46,9 +45,9 @@ def asked_for(options):
     return plugin
 
 
-def split(plugin, accelerator, parts, whole):
-    """Splits models over the processes, block by block, each on its way to the device; of `whole`, some of their parameters,
-    every process has all. A model is called, or drawn with, by all processes together.
+def split(plugin, accelerator, model, whole):
+    """Splits a model over the processes, block by block, each on its way to the device; but `whole`, parameters of it or of
+    other models, every process has all of. From then on the model is called by all processes together.
 
     UserError for a quantised model.
     """
@@ -60,13 +59,12 @@ def split(plugin, accelerator, parts, whole):
         "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
         "ignored_params": set(whole),
     }
-    for part in parts:
-        if not all(p.is_floating_point() for p in part.parameters()):
-            raise UserError("a quantised base is not split: train it without FSDP")
-        blocks = set(part._no_split_modules or ())
-        for module in reversed([m for m in part.modules() if type(m).__name__ in blocks]):  # inner ones first
-            fully_shard(module, **settings)
-        fully_shard(part, **settings)
+    if not all(p.is_floating_point() for p in model.parameters()):
+        raise UserError("a quantised base is not split: train it without FSDP")
+    blocks = set(model._no_split_modules or ())
+    for module in reversed([m for m in model.modules() if type(m).__name__ in blocks]):  # inner ones first
+        fully_shard(module, **settings)
+    fully_shard(model, **settings)
     for p in whole:
         p.data = p.data.to(accelerator.device)
 

@@ -19,7 +19,6 @@ import resource
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -279,7 +278,6 @@ def _find_resume(options, folder):
             return checkpoints[-1]
         if (folder / CARD).exists():  # which is written last
             raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
-        print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
         return None
     checkpoint = Path(wanted).expanduser()
     if not (checkpoint / STATE).is_file():
@@ -360,7 +358,6 @@ class Objective(torch.nn.Module):
         self.family, self.encodes_text = family, encodes_text
         self.model = family.model
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
-        self.parts = [self.model, *self.text_encoders.values()]
 
     def train(self, mode=True):
         super().train(mode)
@@ -409,11 +406,11 @@ class Run:
         else:
             method.start()
         objective = Objective(family, method.encodes_text)
-        self.split, self.whole = objective.parts if fsdp else [], []
+        self.split, self.whole = fsdp is not None, []
         if fsdp:
-            if not method.trains_base:
-                self.whole = [p for group in method.groups()[0].values() for p in group]
-            sharding.split(fsdp, accelerator, self.split, self.whole)
+            base = set(family.model.parameters()) if method.trains_base else set()
+            self.whole = [p for group in method.groups()[0].values() for p in group if p not in base]
+            sharding.split(fsdp, accelerator, family.model, self.whole)
             method.split()
         groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
@@ -465,29 +462,28 @@ class Run:
         """Writes `checkpoint-<step>` whole or not at all, then drops the oldest beyond the limit."""
         main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.accelerator.wait_for_everyone()
-        state = {
-            "step": self.step,
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "scaler": scaler.state_dict() if scaler else None,
-        }
-        if self.ema:  # the files hold the average
-            state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
-        state = sharding.gathered(state, main)
-        with self._learned():
+        if main:
+            sync(self.folder / LOG)  # a checkpoint is never ahead of it
+        with replacing(self.folder / f"checkpoint-{self.step}") if main else contextlib.nullcontext() as part:
+            self._save_learned(part)
+            state = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler else None,
+            }
+            if self.ema:  # the files hold the average
+                state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
+            state = sharding.gathered(state, main)
             if main:
-                sync(self.folder / LOG)  # a checkpoint is never ahead of it
-                with replacing(self.folder / f"checkpoint-{self.step}") as part:
-                    part.mkdir()
-                    self.method.save(part)
-                    with open(part / STATE, "wb") as file:  # torch's own file hides why it cannot be written
-                        torch.save(state, file)
-                    _write_json(part / SETTINGS, self.settings)
-                if self.options.checkpoints_total_limit:
-                    # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
-                    written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
-                    for old in written[: -self.options.checkpoints_total_limit]:
-                        remove(old)
+                with open(part / STATE, "wb") as file:  # torch's own file does not tell why it cannot be written
+                    torch.save(state, file)
+                _write_json(part / SETTINGS, self.settings)
+        if main and self.options.checkpoints_total_limit:
+            # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
+            written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
+            for old in written[: -self.options.checkpoints_total_limit]:
+                remove(old)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -503,11 +499,12 @@ class Run:
         finally:
             self.ema.restore(self.parameters)
 
-    @contextlib.contextmanager
-    def _learned(self):
-        """While it lasts, the method can save on the main process. Every process takes part."""
+    def _save_learned(self, folder):
+        """Every process takes part; the main one writes into a new folder."""
         with self._averaged(), self.method.whole():
-            yield
+            if self.accelerator.is_main_process:
+                folder.mkdir()
+                self.method.save(folder)
 
     # log
 
@@ -564,8 +561,8 @@ class Run:
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
             with accelerator.accumulate(*([] if self.split else [self.objective])):
-                for part in self.split:
-                    part.set_requires_gradient_sync(accelerator.sync_gradients)
+                if self.split:
+                    self.family.model.set_requires_gradient_sync(accelerator.sync_gradients)
                 batches = [s.batch(range(first, first + batch), accelerator.device) for s in self.samples]
                 with accelerator.autocast():  # which `prepare` adds by itself, but not for FSDP
                     loss = self.objective(batches, (1.0, o.prior_loss_weight))
@@ -636,15 +633,15 @@ class Run:
 
     def finish(self):
         """Writes the adapter, a last drawing, and the card, whose presence says that the run is finished."""
-        with self._learned():
-            if self.accelerator.is_main_process:
-                with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=self.folder) as saved, telling(self.folder):
-                    self.method.save(Path(saved))
-                    for path in Path(saved).iterdir():
-                        with replacing(self.folder / path.name) as part:
-                            os.replace(path, part)
+        main, saved = self.accelerator.is_main_process, self.folder / ".results.part"
+        with telling(self.folder):
+            self._save_learned(saved)
+            for path in saved.iterdir() if main else ():
+                with replacing(self.folder / path.name) as part:
+                    os.replace(path, part)
         self.validate("validation.png")
-        if self.accelerator.is_main_process:
+        if main:
+            remove(saved)
             with replacing(self.folder / CARD) as part:
                 part.write_text(_card(self.options, self.settings, self.log))
 
@@ -771,6 +768,8 @@ def train(options, family=None):
     if not torch.distributed.is_initialized():
         fsdp = None  # one process has nobody to share with
     resume = _agree(resume)
+    if options.resume_from_checkpoint and not resume and accelerator.is_main_process:
+        print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
     with enough_memory(options, "while the base model was loaded", folder):
         if family is None:
             family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
