@@ -39,6 +39,7 @@ def steady_train(options, split=False):
         real(run)
 
     module.Run.train = watched
+    module.VALIDATION = {"num_inference_steps": 2}
     train(options)
 
 

@@ -1,0 +1,191 @@
+"""A run that is killed, at any moment, however often, and resumed by the same command ends as one that was not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from deft_diffusers import train as module
+from deft_diffusers.train import find_checkpoints, train
+from processes import Child, short_run
+from safetensors import safe_open
+from tiny_pipeline import write_picture
+from torch.utils._pytree import tree_map_only
+
+EVERY, KILLS = 2, 20  # steps between checkpoints, lives that end early
+TOUCHING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}  # audit events
+
+
+@pytest.fixture
+def restless(tiny, photos, tmp_path):
+    """Options, in a folder of that name, under which everything that can be random is."""
+    write_picture(photos / "wide.png", 5, size=(60, 34))
+    random_kinds = {"random_flip": True, "dropout": 0.2, "caption_dropout": 0.3, "use_ema": True, "lr_scheduler": "cosine"}
+    every = {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "checkpointing_steps": EVERY}
+    return lambda name, **changes: short_run(
+        tiny, photos, tmp_path / name, **random_kinds | every | {"checkpoints_total_limit": 2} | changes
+    )
+
+
+def at_moments(folder, note):
+    """Calls `note()` whenever something is about to happen to a file in the folder, around every step and every fsync."""
+    inside, busy = f"{folder}{os.sep}", threading.local()
+
+    def once():
+        if not getattr(busy, "on", False):  # else it is `note` itself that touches files
+            busy.on = True
+            note()
+            busy.on = False
+
+    def hook(event, args):
+        if event in TOUCHING and any(isinstance(a, str | os.PathLike) and f"{os.fspath(a)}/".startswith(inside) for a in args):
+            once()
+
+    def around(function):
+        def noted(*args):
+            once()
+            result = function(*args)
+            once()
+            return result
+
+        return noted
+
+    sys.addaudithook(hook)
+    module.Run._train_step = around(module.Run._train_step)
+    os.fsync = around(os.fsync)
+
+
+def counted_train(options, report):
+    """Tells how many moments and seconds there are between two checkpoints."""
+    moments = [0]
+    at_moments(options.output_dir, lambda: moments.__setitem__(0, moments[0] + 1))
+    start = time.perf_counter()
+    train(options)
+    intervals = options.max_train_steps / EVERY
+    Path(report).write_text(json.dumps([moments[0] / intervals, (time.perf_counter() - start) / intervals]))
+
+
+def mortal_train(options, moment=None, delay=None):
+    """Ends at a moment, or so many seconds after its first step began."""
+    left, real = [moment], module.Run.train
+
+    def note():
+        left[0] -= 1
+        if left[0] <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def train_until(run):
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+        real(run)
+
+    if moment is not None:
+        at_moments(options.output_dir, note)
+    else:
+        module.Run.train = train_until
+    train(options)
+
+
+def state_of(folder, parse=False):
+    """All that a run leaves, by name: bytes, or with `parse` values, for a safetensors file has its metadata in any order."""
+    left = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in ("training_args.json", "README.md"):
+            continue
+        if parse and path.name.endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                left[name] = repr(sorted(file.metadata().items())), {k: file.get_tensor(k).numpy().tobytes() for k in file.keys()}
+        elif parse and path.name == module.STATE:
+            state = torch.load(path, weights_only=True)
+            left[name] = tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), state)
+        else:
+            left[name] = path.read_bytes()
+    return left
+
+
+def test_twenty_kills(restless, tmp_path):
+    steps = EVERY * (KILLS + 4)
+    whole = Child(tmp_path / "whole.txt", counted_train, restless("whole", max_train_steps=steps), str(tmp_path / "report"))
+    assert whole.wait() == 0, whole.said
+    moments, seconds = json.loads((tmp_path / "report").read_text())
+    o = restless("killed", max_train_steps=steps, resume_from_checkpoint="latest")
+    draw, lives = random.Random(0), []
+    for life in range(KILLS):
+        early = {"moment": 1 + draw.randrange(int(2 * moments))} if life % 2 else {"delay": draw.uniform(0, 2 * seconds)}
+        child = Child(tmp_path / f"life{life}.txt", mortal_train, o, *[early.get(k) for k in ("moment", "delay")])
+        assert child.wait() == -signal.SIGKILL, child.said
+        kept = find_checkpoints(o.output_dir)
+        lives.append(module._step_of(kept[-1]) if kept else 0)
+    assert lives[0] < lives[-1] < steps and lives == sorted(lives), lives
+    last = Child(tmp_path / "last.txt", train, o)
+    assert last.wait() == 0, last.said
+    killed, uninterrupted = state_of(tmp_path / "killed", parse=True), state_of(tmp_path / "whole", parse=True)
+    assert killed.keys() == uninterrupted.keys()
+    for name in killed:
+        assert killed[name] == uninterrupted[name], name
+
+
+def watched_train(options, snapshots):
+    """Copies the output folder at every moment: what a kill would leave there."""
+    count, module.VALIDATION = [0], {"num_inference_steps": 1}
+
+    def copy():
+        if os.path.isdir(options.output_dir):
+            shutil.copytree(options.output_dir, f"{snapshots}/{count[0]:04d}")
+            count[0] += 1
+
+    at_moments(options.output_dir, copy)
+    train(options)
+
+
+def test_what_a_kill_leaves_at_every_moment(restless, tmp_path):
+    """Whatever bears its final name is whole: checkpoints, results, card."""
+    o = restless("out", max_train_steps=4, checkpoints_total_limit=None, validation_prompt="a cat", num_validation_images=1)
+    child = Child(tmp_path / "out.txt", watched_train, o, str(tmp_path / "snapshots"))
+    assert child.wait() == 0, child.said
+    final = state_of(tmp_path / "out")
+    snapshots = sorted((tmp_path / "snapshots").iterdir())
+    assert len(snapshots) > 60
+    seen = set()
+    for snapshot in snapshots:
+        state = state_of(snapshot)
+        log = state.pop("loss.jsonl", b"")
+        assert final["loss.jsonl"].startswith(log)
+        kept = find_checkpoints(snapshot)
+        assert not kept or log.count(b"\n") >= module._step_of(kept[-1])
+        for name, content in state.items():
+            if not any(part.startswith(".") for part in Path(name).parts):
+                assert content == final[name], (snapshot.name, name)
+        if (snapshot / "README.md").exists():
+            assert state.keys() >= final.keys() - {"loss.jsonl"}
+        seen.add((len(kept), (snapshot / "adapter_model.safetensors").exists(), (snapshot / "README.md").exists()))
+    assert seen >= {(0, False, False), (1, False, False), (2, False, False), (2, True, False), (2, True, True)}
+    assert not [path for path in (tmp_path / "out").rglob(".*")]
+
+
+@pytest.mark.parametrize("files", ["nothing", "no checkpoint", "half a result", "a half-written checkpoint"])
+def test_the_same_command_starts_anew_where_there_is_no_checkpoint(files, restless, tmp_path):
+    o = restless("out", max_train_steps=2, resume_from_checkpoint="latest")
+    folder = tmp_path / "out"
+    if files != "nothing":
+        folder.mkdir()
+        (folder / "training_args.json").write_text("{")
+        (folder / "loss.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"st')
+    if files == "half a result":
+        (folder / "adapter_model.safetensors").write_bytes(b"old")
+    if files == "a half-written checkpoint":
+        (folder / ".checkpoint-2.77.part").mkdir()
+        (folder / ".checkpoint-2.77.part/state.pt").write_bytes(b"half")
+    train(o)
+    assert not list(folder.glob(".*"))
+    assert [json.loads(line)["step"] for line in (folder / "loss.jsonl").read_text().splitlines()] == [1, 2]
+    assert torch.load(folder / "checkpoint-2/state.pt", weights_only=True)["step"] == 2
