@@ -1,13 +1,12 @@
 """FSDP2, for a base that does not fit one device: its weights split over the processes, whole only where they work.
 
-| | where |
+| what | where |
 |---|---|
-| the denoiser, and all of it that dreambooth trains | split, block by block (`_no_split_modules`); a block is whole while it runs |
-| an adapter, a new word, text encoders that train | whole on every process, being small; their gradients go through `average` |
+| the denoiser, also where dreambooth trains it | split, block by block (`_no_split_modules`); a block is whole while it runs |
+| an adapter, a new word, text encoders that train | whole on every process; their gradients go through `average` |
 
-An adapted layer cannot read its weight between the runs of its block, and so takes the form that calls it instead
-(`deft_kernels.nn.layers`, activation form). Files hold whole tensors: a run may go on with another number of processes, split
-or not.
+An adapted layer cannot read its weight before its block runs, and so takes the form that calls it instead (`nn/layers.py` of
+`deft_kernels`, activation form). Files hold whole tensors: a run may go on with more or fewer processes, split or not.
 """
 
 import os
@@ -23,15 +22,21 @@ from torch.utils._pytree import tree_map_only
 
 from . import UserError
 
+LAUNCH = "accelerate launch --use_fsdp --fsdp_version 2"
 
-def asked_for(options):
-    """The plugin for an Accelerator if `accelerate launch --use_fsdp` started this process, else None. UserError names what
-    does not go with it."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+
+def is_asked_for():
+    """Whether `accelerate launch --use_fsdp` started this process."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def plugin_for(options):
+    """The plugin for an Accelerator where FSDP is asked for, else None. UserError names what does not go with it."""
+    if not is_asked_for():
         return None
     plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)  # else the others' text encoders stay empty
     if plugin.fsdp_version != 2:
-        raise UserError("FSDP needs version 2 here: accelerate launch --use_fsdp --fsdp_version 2")
+        raise UserError(f"FSDP needs version 2 here: {LAUNCH}")
     refused = {
         "--fsdp_offload_params": isinstance(plugin.cpu_offload, CPUOffloadPolicy),
         "--method svdiff, whose singular vectors would not be split,": options.method == "svdiff",
@@ -55,7 +60,7 @@ def split(plugin, accelerator, model, whole):
     settings = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "reshard_after_forward": plugin.reshard_after_forward,
-        # autocast casts the inputs, and keeps what needs float32; but a weight that it casts would stay whole till the backward
+        # autocast casts inputs, and keeps what needs float32; but weights that it casts would stay whole till the backward
         "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
         "ignored_params": set(whole),
     }
@@ -78,7 +83,7 @@ def average(accelerator, parameters):
 
 
 def gathered(tree, keep):
-    """A nested state with its split tensors whole, on the CPU. Every process must call; those that do not `keep` get None."""
+    """A nested state with its split tensors whole, on the CPU; None for them without `keep`. Every process must call."""
 
     def gather(tensor):
         whole = tensor.full_tensor()

@@ -635,13 +635,16 @@ class Run:
         """Writes the adapter, a last drawing, and the card, whose presence says that the run is finished."""
         main, saved = self.accelerator.is_main_process, self.folder / ".results.part"
         with telling(self.folder):
-            self._save_learned(saved)
-            for path in saved.iterdir() if main else ():
-                with replacing(self.folder / path.name) as part:
-                    os.replace(path, part)
+            try:
+                self._save_learned(saved)
+                for path in saved.iterdir() if main else ():
+                    with replacing(self.folder / path.name) as part:
+                        os.replace(path, part)
+            finally:
+                if main:
+                    remove(saved)
         self.validate("validation.png")
         if main:
-            remove(saved)
             with replacing(self.folder / CARD) as part:
                 part.write_text(_card(self.options, self.settings, self.log))
 
@@ -672,7 +675,7 @@ def _smaller(options):
         "--optimizer adamw8bit": o.optimizer != "adamw8bit",
         "a smaller --resolution": True,
         f"--rank {o.rank // 2}": kind is Adapter and o.rank > 1,
-        "several GPUs that share the base (accelerate launch --use_fsdp --fsdp_version 2)": kind is not SVDiff,
+        f"several GPUs that share the base ({sharding.LAUNCH})": kind is not SVDiff and not sharding.is_asked_for(),
     }
     return [way for way, helps in ways.items() if helps]
 
@@ -752,7 +755,7 @@ def train(options, family=None):
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
-    fsdp = sharding.asked_for(options)
+    fsdp = sharding.plugin_for(options)
     accelerator = Accelerator(
         fsdp_plugin=fsdp,
         # which a text encoder has whose last layers a pipeline does not use

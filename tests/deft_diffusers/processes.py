@@ -1,4 +1,4 @@
-"""Children forked from a process that has imported all and run nothing: each starts at once, and may be killed or starved."""
+"""Children forked from a process that has imported all and run nothing: they start at once, and may be killed or starved."""
 
 import multiprocessing
 import os
@@ -32,6 +32,16 @@ def short_run(tiny, photos, output_dir, **changes):
     )
 
 
+def words(options):
+    """The command line that asks for these options, after `deft`."""
+    default = TrainOptions(pretrained_model_name_or_path="", instance_data_dir="", output_dir="")
+    said = ["train"]
+    for name, value in vars(options).items():
+        if value != getattr(default, name):
+            said += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return said
+
+
 def _child(function, args, environment, output):
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(sink, 1)
@@ -40,6 +50,8 @@ def _child(function, args, environment, output):
     torch.set_num_threads(1)
     try:
         function(*args)
+    except SystemExit:
+        raise
     except BaseException as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)

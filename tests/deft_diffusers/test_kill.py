@@ -1,5 +1,6 @@
 """A run that is killed, at any moment, however often, and resumed by the same command ends as one that was not."""
 
+import dataclasses
 import json
 import os
 import random
@@ -12,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from deft_diffusers import cli
 from deft_diffusers import train as module
 from deft_diffusers.train import find_checkpoints, train
-from processes import Child, short_run
+from processes import Child, short_run, words
 from safetensors import safe_open
 from tiny_pipeline import write_picture
 from torch.utils._pytree import tree_map_only
@@ -45,7 +47,8 @@ def at_moments(folder, note):
             busy.on = False
 
     def hook(event, args):
-        if event in TOUCHING and any(isinstance(a, str | os.PathLike) and f"{os.fspath(a)}/".startswith(inside) for a in args):
+        names = [os.fspath(a) for a in args if isinstance(a, str | os.PathLike)]
+        if event in TOUCHING and any(f"{name}{os.sep}".startswith(inside) for name in names):
             once()
 
     def around(function):
@@ -95,7 +98,7 @@ def mortal_train(options, moment=None, delay=None):
 
 
 def state_of(folder, parse=False):
-    """All that a run leaves, by name: bytes, or with `parse` values, for a safetensors file has its metadata in any order."""
+    """All that a run leaves, by name: bytes, or with `parse` values (a safetensors file has its metadata in any order)."""
     left = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
@@ -103,7 +106,7 @@ def state_of(folder, parse=False):
             continue
         if parse and path.name.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                left[name] = repr(sorted(file.metadata().items())), {k: file.get_tensor(k).numpy().tobytes() for k in file.keys()}
+                left[name] = file.metadata(), {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}
         elif parse and path.name == module.STATE:
             state = torch.load(path, weights_only=True)
             left[name] = tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), state)
@@ -132,6 +135,35 @@ def test_twenty_kills(restless, tmp_path):
     assert killed.keys() == uninterrupted.keys()
     for name in killed:
         assert killed[name] == uninterrupted[name], name
+
+
+def signalled_main(options, step, number):
+    """The command line, told to stop in a step."""
+    real = module.Run._train_step
+
+    def tell(run):
+        if run.step == step - 1:
+            os.kill(os.getpid(), number)
+        real(run)
+
+    module.Run._train_step = tell
+    raise SystemExit(cli.main(words(options)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_saves_first(number, restless, tmp_path):
+    whole = Child(tmp_path / "whole.txt", train, restless("whole", max_train_steps=6))
+    o = restless("out", max_train_steps=6)
+    stopped = Child(tmp_path / "stopped.txt", signalled_main, o, 3, number)
+    assert (whole.wait(), stopped.wait()) == (0, cli.INTERRUPTED), whole.said + stopped.said
+    assert "deft train: stopped at step 3 of 6, checkpoint written; go on with --resume_from_checkpoint" in stopped.said
+    assert [p.name for p in find_checkpoints(o.output_dir)] == ["checkpoint-2", "checkpoint-3"]
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    again = Child(tmp_path / "again.txt", train, dataclasses.replace(o, resume_from_checkpoint="latest"))
+    assert again.wait() == 0, again.said
+    assert state_of(tmp_path / "out", parse=True)["loss.jsonl"] == state_of(tmp_path / "whole", parse=True)["loss.jsonl"]
+    name = "adapter_model.safetensors"
+    assert state_of(tmp_path / "out", parse=True)[name] == state_of(tmp_path / "whole", parse=True)[name]
 
 
 def watched_train(options, snapshots):
@@ -169,7 +201,7 @@ def test_what_a_kill_leaves_at_every_moment(restless, tmp_path):
             assert state.keys() >= final.keys() - {"loss.jsonl"}
         seen.add((len(kept), (snapshot / "adapter_model.safetensors").exists(), (snapshot / "README.md").exists()))
     assert seen >= {(0, False, False), (1, False, False), (2, False, False), (2, True, False), (2, True, True)}
-    assert not [path for path in (tmp_path / "out").rglob(".*")]
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 @pytest.mark.parametrize("files", ["nothing", "no checkpoint", "half a result", "a half-written checkpoint"])
