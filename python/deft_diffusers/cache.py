@@ -6,6 +6,7 @@ of the picture or text. So an entry that has become stale is never found, and se
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -13,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import UserError
-from .writing import replacing
 
 SAMPLED = 64  # weights of each tensor
 
@@ -53,7 +53,8 @@ class Cache:
             self.found += 1
             return entry
         entry = {name: tensor.contiguous().cpu() for name, tensor in make().items()}
-        with replacing(file) as part:
-            save_file(entry, part)
+        part = file.with_name(f".{file.name}.{os.getpid()}")
+        save_file(entry, part)
+        os.replace(part, file)  # whole or not at all
         self.made += 1
         return entry

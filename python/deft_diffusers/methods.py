@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 import deft_kernels as dk
-from deft_kernels.adapters.files import FOUND, adapter_state_dict, describe, write_adapter
+from deft_kernels.adapters.files import FOUND
 
 from . import UserError, sharding
 
@@ -58,9 +58,6 @@ class Method:
         """What trains, {name: parameters}, and {name: learning rate}."""
         raise NotImplementedError
 
-    def split(self):
-        """Told when FSDP has split the base's weights and brought all to its device."""
-
     def whole(self):
         """A context in which `save` works on the main process though the weights be split: every process enters it."""
         return contextlib.nullcontext()
@@ -87,14 +84,9 @@ class Adapter(Method):
 
     def start(self):
         dk.inject_adapter(self.family.model, self._config())
-        self.description = describe(self.family.model, "default")  # now, while all of the base can be read
 
     def load(self, folder):
         dk.load_adapter(self.family.model, folder, trainable=True)
-        self.description = describe(self.family.model, "default")
-
-    def split(self):
-        dk.set_adapters(self.family.model, "default")  # which brings the strengths to the device
 
     def groups(self):
         groups = {name: parameters for name, parameters in dk.adapter_parameters(self.family.model).items() if parameters}
@@ -102,8 +94,7 @@ class Adapter(Method):
         return groups, {name: rate for name, rate in adapter_rates(self.options).items() if name in groups}
 
     def save(self, folder):
-        config, fingerprint = self.description
-        write_adapter(folder, config, adapter_state_dict(self.family.model), fingerprint)
+        dk.save_adapter(self.family.model, folder)
 
     def describe(self):
         return f"{self.options.method}, rank {self.options.rank}, {self.layers} layers"

@@ -2,7 +2,7 @@
 
 | what | where |
 |---|---|
-| the denoiser, also where dreambooth trains it | split, block by block (`_no_split_modules`); a block is whole while it runs |
+| the denoiser, also where it trains | split, block by block (`_no_split_modules`); a block is whole while it runs |
 | an adapter, a new word, text encoders that train | whole on every process; their gradients go through `average` |
 
 An adapted layer cannot read its weight before its block runs, and so takes the form that calls it instead (`nn/layers.py` of
@@ -19,6 +19,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_map_only
+
+from deft_kernels.adapters.files import sketch_bases
+from deft_kernels.adapters.inject import adapted_layers
 
 from . import UserError
 
@@ -64,6 +67,7 @@ def split(plugin, accelerator, model, whole):
         "mp_policy": MixedPrecisionPolicy(half, torch.float32, cast_forward_inputs=False),
         "ignored_params": set(whole),
     }
+    sketch_bases(model)  # files tell of the base, which cannot be read later
     if not all(p.is_floating_point() for p in model.parameters()):
         raise UserError("a quantised base is not split: train it without FSDP")
     blocks = set(model._no_split_modules or ())
@@ -72,6 +76,8 @@ def split(plugin, accelerator, model, whole):
     fully_shard(model, **settings)
     for p in whole:
         p.data = p.data.to(accelerator.device)
+    for layer in adapted_layers(model).values():
+        layer.set_adapters(layer.strengths)  # which brings the strengths to the device
 
 
 def average(accelerator, parameters):

@@ -4,6 +4,9 @@ Every random draw is a function of the seed and of what is drawn: the order of t
 latent noise, noise and timestep of the number of the sample since the start; dropout of the step and process. So a run that
 was stopped and resumed takes the same steps as one that was not, and, without dropout, n processes with batch b train the
 same adapter as one with batch n·b.
+
+Only the main process writes. On several machines the others need the output folder for nothing but a resumption, and for
+`class_images` where there are any: then it must be one that all of them see.
 """
 
 import collections
@@ -411,7 +414,6 @@ class Run:
             base = set(family.model.parameters()) if method.trains_base else set()
             self.whole = [p for group in method.groups()[0].values() for p in group if p not in base]
             sharding.split(fsdp, accelerator, family.model, self.whole)
-            method.split()
         groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]

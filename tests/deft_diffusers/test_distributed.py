@@ -21,6 +21,7 @@ from deft_diffusers import train as module
 from deft_diffusers.train import find_checkpoints, train
 from PIL import Image
 from processes import Child, short_run, together, words
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_pipeline import python_environment
 from tiny_pipelines import build
@@ -87,6 +88,9 @@ def assert_same_training(one, two, tolerance=1e-6):
     assert distance(final, learned(two)) < max(tolerance * length(final), 100 * tolerance * way)
     assert distance(early, learned(two / "checkpoint-2")) < tolerance * length(early)
     assert distance(learned(two), learned(two / "checkpoint-4")) == 0
+    for file in one.glob("*.safetensors"):
+        with safe_open(file, "pt") as a, safe_open(two / file.name, "pt") as b:
+            assert a.metadata() == b.metadata()  # the base's fingerprint among it
 
 
 DDP_CASES = {

@@ -18,6 +18,7 @@ from deft_diffusers import train as module
 from deft_diffusers.train import find_checkpoints, train
 from processes import Child, short_run, words
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny_pipeline import write_picture
 from torch.utils._pytree import tree_map_only
 
@@ -106,7 +107,7 @@ def state_of(folder, parse=False):
             continue
         if parse and path.name.endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                left[name] = file.metadata(), {key: file.get_tensor(key).numpy().tobytes() for key in file.keys()}
+                left[name] = file.metadata(), {key: file.get_tensor(key).numpy().tobytes() for key in load_file(path)}
         elif parse and path.name == module.STATE:
             state = torch.load(path, weights_only=True)
             left[name] = tree_map_only(torch.Tensor, lambda t: t.numpy().tobytes(), state)
