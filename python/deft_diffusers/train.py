@@ -42,7 +42,7 @@ from .families import load_family
 from .grid import grid
 from .methods import METHODS, Adapter, DreamBooth, SVDiff, TextualInversion
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
-from .writing import PARTS, remove, replacing, sync, telling
+from .writing import PARTS, discard, remove, replacing, sync, telling
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25}
@@ -485,7 +485,7 @@ class Run:
             # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
             written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
             for old in written[: -self.options.checkpoints_total_limit]:
-                remove(old)
+                discard(old)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -591,7 +591,7 @@ class Run:
             return
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
-        with self._averaged():
+        with self._averaged(), enough_memory(o, f"while drawing at step {self.step}", self.folder, drawing=True):
             images = list(generate(self.family, jobs, progress=False, **VALIDATION))
         if not main:
             return
@@ -652,7 +652,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def enough_memory(options, when, folder):
+def enough_memory(options, when, folder, drawing=False):
     """Out of memory inside, of a GPU or not, becomes a UserError that says what to turn down, in order."""
     try:
         yield
@@ -661,16 +661,17 @@ def enough_memory(options, when, folder):
             raise
         kept = find_checkpoints(folder)
         raise UserError(
-            f"out of memory {when}; turn down, in this order: {', '.join(_smaller(options))}"
+            f"out of memory {when}; turn down, in this order: {', '.join(_smaller(options, drawing))}"
             + (f"; last good checkpoint: {kept[-1]}" if kept else "")
         ) from error
 
 
-def _smaller(options):
+def _smaller(options, drawing=False):
     """What makes a run smaller and has not been used yet, what costs least first."""
     o, kind = options, METHODS[options.method]
     batch = o.train_batch_size
     ways = {
+        "--num_validation_images 1": drawing and o.num_validation_images > 1,
         "--gradient_checkpointing": not o.gradient_checkpointing,
         f"--train_batch_size 1 --gradient_accumulation_steps {batch * o.gradient_accumulation_steps}": batch > 1,
         "--mixed_precision bf16": o.mixed_precision in (None, "no"),
@@ -706,9 +707,8 @@ def class_pictures(options, family, accelerator, resolution, folder):
         jobs = [(options.class_prompt, _seed(options.seed, CLASS, k)) for k in seeds]
         drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
         for k, image in zip(seeds, drawn):
-            part = where / f".{k:04d}.png"
-            image.save(part)
-            os.replace(part, where / part.name[1:])
+            with replacing(where / f"{k:04d}.png") as part:
+                image.save(part, "PNG")
     accelerator.wait_for_everyone()
     sources = data.find_sources(where, options.class_prompt)
     return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]

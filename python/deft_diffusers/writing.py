@@ -19,6 +19,19 @@ def remove(path):
         path.unlink(missing_ok=True)
 
 
+def _hide(path):
+    """Takes the name from a file or folder, in one step, and returns the one that it has now."""
+    hidden = path.with_name(f".{path.name}.old.part")
+    remove(hidden)
+    os.replace(path, hidden)
+    return hidden
+
+
+def discard(path):
+    """Removes a folder, of which nobody sees a part."""
+    remove(_hide(path))
+
+
 def sync(path):
     """Waits until a file, or a folder with all that it holds, would survive a power cut."""
     for one in (path, *path.rglob("*")):
@@ -68,12 +81,10 @@ def replacing(target):
 
 
 def _publish(part, target):
-    old = target.with_name(f".{target.name}.old.part")
-    remove(old)
-    if target.is_dir():  # which cannot be replaced in one step
-        os.replace(target, old)
+    old = _hide(target) if target.is_dir() else None  # a folder cannot be replaced in one step
     os.replace(part, target)
-    remove(old)
+    if old:
+        remove(old)
     handle = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -183,6 +183,13 @@ def test_only_what_is_not_turned_down_yet_is_named(changes, ways, run, monkeypat
     assert SHARED not in module._smaller(run(**changes))
 
 
+def test_out_of_memory_while_drawing(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "generate", lambda *args, **kwargs: allocate_tensor())
+    message = "^out of memory while drawing at step 2; turn down, in this order: --num_validation_images 1, --gradient"
+    with pytest.raises(UserError, match=f"{message}.*checkpoint-2$"):
+        train(run(validation_prompt="a cat", validation_steps=2))
+
+
 def test_a_base_that_does_not_fit(run, monkeypatch):
     monkeypatch.setattr(module, "load_family", lambda *args: allocate_tensor())
     with pytest.raises(UserError, match="^out of memory while the base model was loaded; turn down"):
