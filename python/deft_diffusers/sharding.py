@@ -1,9 +1,11 @@
-"""FSDP2, for a base that does not fit one device: its weights split over the processes, whole only where they work.
+"""Several processes: what of the model each of them has. FSDP2 is for a base that does not fit one device.
 
 | what | where |
 |---|---|
-| the denoiser, also where it trains | split, block by block (`_no_split_modules`); a block is whole while it runs |
-| an adapter, a new word, text encoders that train | whole on every process; their gradients go through `average` |
+| without FSDP: all, where dreambooth trains it | whole on every process, in DDP, which averages during the backward |
+| without FSDP: else | whole on every process; gradients of what trains go through `average` |
+| with FSDP: the denoiser, also where it trains | split, block by block (`_no_split_modules`); a block is whole while it runs |
+| with FSDP: adapters, new words, text encoders that train | whole on every process, with `average` |
 
 An adapted layer cannot read its weight before its block runs, and so takes the form that calls it instead (`nn/layers.py` of
 `deft_kernels`, activation form). Files hold whole tensors: a run may go on with more or fewer processes, split or not.
@@ -13,6 +15,7 @@ import os
 
 import torch
 from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import broadcast
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,10 +83,17 @@ def split(plugin, accelerator, model, whole):
         layer.set_adapters(layer.strengths)  # which brings the strengths to the device
 
 
+def align(parameters):
+    """Whole parameters start as the main process's, whatever the others' hardware has rounded otherwise."""
+    for p in parameters:
+        p.data = broadcast(p.data)
+
+
 def average(accelerator, parameters):
-    """Gradients of whole parameters, over the processes. Those without one have none on any: all run the same model."""
+    """Gradients of whole parameters, over the processes. Those without one have none on any: all run the same model. (DDP
+    would give them zeros, which weight decay takes for a gradient.)"""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
+    if gradients and accelerator.num_processes > 1:
         flat = accelerator.reduce(_flatten_dense_tensors(gradients), "mean")
         torch._foreach_copy_(gradients, _unflatten_dense_tensors(flat, gradients))
 

@@ -409,10 +409,10 @@ class Run:
         else:
             method.start()
         objective = Objective(family, method.encodes_text)
-        self.split, self.whole = fsdp is not None, []
+        self.split = fsdp is not None
+        base = set(family.model.parameters()) if method.trains_base else set()
+        self.whole = [p for group in method.groups()[0].values() for p in group if p not in base]
         if fsdp:
-            base = set(family.model.parameters()) if method.trains_base else set()
-            self.whole = [p for group in method.groups()[0].values() for p in group if p not in base]
             sharding.split(fsdp, accelerator, family.model, self.whole)
         groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
@@ -422,10 +422,12 @@ class Run:
             family.model.enable_gradient_checkpointing()
         if options.compile:
             family.model.compile()
-        if fsdp:
-            self.objective, self.optimizer = objective, accelerator.prepare_optimizer(optimizer)
-        else:
+        if method.trains_base and not fsdp:  # so much that it is worth DDP, which averages during the backward
             self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+            self.whole = []
+        else:
+            self.objective, self.optimizer = objective, accelerator.prepare_optimizer(optimizer)
+        sharding.align(self.whole)
         self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         # Not prepared: accelerate would step it once for every process.
         self.schedule = get_scheduler(
@@ -566,7 +568,7 @@ class Run:
                 if self.split:
                     self.family.model.set_requires_gradient_sync(accelerator.sync_gradients)
                 batches = [s.batch(range(first, first + batch), accelerator.device) for s in self.samples]
-                with accelerator.autocast():  # which `prepare` adds by itself, but not for FSDP
+                with accelerator.autocast():
                     loss = self.objective(batches, (1.0, o.prior_loss_weight))
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
@@ -760,7 +762,7 @@ def train(options, family=None):
     fsdp = sharding.plugin_for(options)
     accelerator = Accelerator(
         fsdp_plugin=fsdp,
-        # which a text encoder has whose last layers a pipeline does not use
+        # a text encoder has them whose last layers a pipeline does not use
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=options.train_text_encoder)],
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

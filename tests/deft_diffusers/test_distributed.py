@@ -18,6 +18,7 @@ import pytest
 import torch
 from deft_diffusers import UserError, sharding
 from deft_diffusers import train as module
+from deft_diffusers.families import load_family
 from deft_diffusers.train import find_checkpoints, train
 from PIL import Image
 from processes import Child, short_run, together, words
@@ -123,6 +124,25 @@ def compare(tmp_path, run, split, tolerance=1e-6, **changes):
 def test_two_processes_train_what_one_trains(kind, case, run, tmp_path):
     split = kind == "fsdp"
     compare(tmp_path, run, split, **(FSDP_CASES if split else DDP_CASES)[case])
+
+
+def idle_train(options, split):
+    """With an adapter on a layer, too, that the model never calls."""
+    family = load_family(options.pretrained_model_name_or_path, torch.float32)
+    family.model.idle = torch.nn.Linear(6, 5)
+    torch.nn.init.constant_(family.model.idle.weight, 0.1)
+    module.load_family = lambda *args: family
+    steady_train(options, split)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["ddp", "fsdp"])
+def test_what_gets_no_gradient(split, run, tmp_path):
+    o = run("two", target_modules="to_q,idle", adam_weight_decay=0.1, learning_rate=0.1)
+    pair = together(tmp_path, idle_train, o, split, **FSDP if split else {})
+    one = dataclasses.replace(o, output_dir=str(tmp_path / "one"), train_batch_size=2)
+    alone = Child(tmp_path / "alone.txt", idle_train, one, False)
+    finish(alone, *pair)
+    assert_same_training(tmp_path / "one", tmp_path / "two")
 
 
 def test_the_launcher_starts_it(run, tmp_path):

@@ -316,6 +316,8 @@ def test_what_would_be_another_run_is_not_resumed(restless, uninterrupted, photo
     same = {"output_dir": str(uninterrupted), "resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match="was trained with rank 2, not 4"):
         train(restless(rank=4, **same))
+    with pytest.raises(UserError, match="was trained with method deft, not lora"):
+        train(restless(method="lora", **same))
     with pytest.raises(UserError, match="(images_per_step|gradient_accumulation_steps) 2, not 1"):
         train(restless(gradient_accumulation_steps=1, **same))
     write_picture(photos / "1.png", 77)
