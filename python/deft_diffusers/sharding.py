@@ -4,7 +4,7 @@
 |---|---|
 | without FSDP: all, where dreambooth trains it | whole on every process, in DDP, which averages during the backward |
 | without FSDP: else | whole on every process; gradients of what trains go through `average` |
-| with FSDP: the denoiser, also where it trains | split, block by block (`_no_split_modules`); a block is whole while it runs |
+| with FSDP: the denoiser, also where it trains | split by blocks (`_no_split_modules`); a block is whole while it runs |
 | with FSDP: adapters, new words, text encoders that train | whole on every process, with `average` |
 
 An adapted layer cannot read its weight before its block runs, and so takes the form that calls it instead (`nn/layers.py` of
