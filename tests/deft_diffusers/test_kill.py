@@ -118,10 +118,11 @@ def state_of(folder, parse=False):
 
 def test_twenty_kills(restless, tmp_path):
     steps = EVERY * (KILLS + 4)
-    whole = Child(tmp_path / "whole.txt", counted_train, restless("whole", max_train_steps=steps), str(tmp_path / "report"))
+    short = {"max_train_steps": steps, "gradient_accumulation_steps": 1}
+    whole = Child(tmp_path / "whole.txt", counted_train, restless("whole", **short), str(tmp_path / "report"))
     assert whole.wait() == 0, whole.said
     moments, seconds = json.loads((tmp_path / "report").read_text())
-    o = restless("killed", max_train_steps=steps, resume_from_checkpoint="latest")
+    o = restless("killed", **short, resume_from_checkpoint="latest")
     draw, lives = random.Random(0), []
     for life in range(KILLS):
         early = {"moment": 1 + draw.randrange(int(2 * moments))} if life % 2 else {"delay": draw.uniform(0, 2 * seconds)}
