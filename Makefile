@@ -1,7 +1,8 @@
 # Everything a fresh machine needs is made here: python3 (3.11 or later), pip, make and gcc are enough.
 #   make demo    personalise the embedded model on a photograph and look at outputs/demo/demo.png
+#   make methods every method on one subject of five pictures, side by side in outputs/methods/bear_plushie.png
 #   make test    every test that this machine can run
-#   make bench   one adapted layer beside its peers
+#   make bench   one adapted layer, merging and a training step beside their peers
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -9,16 +10,21 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 comma  := ,
 
-.PHONY: demo test bench lint wheel sanitize sanitize-gpu clean
+.PHONY: demo methods test bench lint wheel sanitize sanitize-gpu clean
 
 demo: $(READY)
 	$(BIN)/deft demo
+
+methods: $(READY)
+	$(BIN)/python -m deft_diffusers.toyworld.subjects --output_dir outputs/subjects
+	$(BIN)/deft sweep --plan benchmarks/methods.yaml --subject bear_plushie --output_dir outputs/methods
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m benchmarks.training --output outputs/bench/training.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

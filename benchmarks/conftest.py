@@ -8,12 +8,11 @@ import torch
 TABLES: list[tuple[str, dict[str, tuple[float, float, float, float]]]] = []  # title, peer -> median, 20 %, 80 %, ratio
 
 
-def context() -> dict[str, str]:
+def context(device: str | None = None) -> dict[str, str]:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    )
-    return {"device": device, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}
 
 
 def _cpu_name() -> str:

@@ -3,12 +3,14 @@
 import functools
 import importlib
 import importlib.util
+import json
 import re
 import shutil
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -17,12 +19,13 @@ from benchmarks.conftest import context
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
 
 
-def environment() -> dict[str, str]:
-    """Device, driver, versions and commit, which ends in -dirty where the tree has changes."""
-    found = context() | {"triton": "not installed", "driver": "none"}
-    if importlib.util.find_spec("triton"):
-        found["triton"] = importlib.import_module("triton").__version__
-    if torch.cuda.is_available():
+def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
+    """Device, driver, versions (those in `also` too), and commit, which ends in -dirty where the tree has changes."""
+    found = context(device) | {"driver": "none"}
+    for package in ("triton", *also):
+        installed = importlib.util.find_spec(package)
+        found[package] = importlib.import_module(package).__version__ if installed else "not installed"
+    if torch.cuda.is_available() and device != "cpu":
         found["driver"] = f"HIP {torch.version.hip}" if torch.version.hip else "unknown: no nvidia-smi"
         if not torch.version.hip and shutil.which("nvidia-smi"):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -30,9 +33,45 @@ def environment() -> dict[str, str]:
     return found
 
 
+def save(found: dict[str, str], out: Path | None = None, suffix: str = "", **parts) -> Path:
+    """Write what was measured as JSON under what `environment` has found, to `out` or to
+    benchmarks/results/<device>/<commit><suffix>.json; returns where."""
+    out = out or Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}{suffix}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    clean = found["commit"] != "unknown" and not found["commit"].endswith("-dirty")
+    out.write_text(json.dumps(found | {"clean": clean} | parts, indent=1) + "\n")
+    return out
+
+
 def file_name(text: str) -> str:
     """A device's name as part of a path."""
     return re.sub("[^A-Za-z0-9]+", "_", text)
+
+
+class peak:
+    """Within `with peak(device) as it`: the most memory in use, less what was in use before, is then `it.bytes`. On a CPU of
+    the whole process, by Linux's count of resident pages; on a GPU of torch's tensors."""
+
+    def __init__(self, device: str):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use
+            self.before = self._resident("VmRSS")
+        return self
+
+    def __exit__(self, *error):
+        most = torch.cuda.max_memory_allocated() if self.device == "cuda" else self._resident("VmHWM")
+        self.bytes = most - self.before
+
+    @staticmethod
+    def _resident(what: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
 def copies(size: int, device: torch.device) -> int:

@@ -8,7 +8,6 @@ been compared with the reference in float64: one that is wrong says RED, and the
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -241,13 +240,8 @@ def main() -> int:
         for row in rows_of(case, device, rates):
             rows.append(row)
             print(line(row), flush=True)
-    name = f"{measure.file_name(found['device'])}/{found['commit']}.json"
-    out = options.device_json or (Path(__file__).parent / "results" / name if device.type == "cuda" else None)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        clean = found["commit"] != "unknown" and not found["commit"].endswith("-dirty")
-        out.write_text(json.dumps(found | {"clean": clean, "rates": rates, "rows": rows}, indent=1) + "\n")
-        print(f"\nwritten to {out}")
+    if options.device_json or device.type == "cuda":
+        print(f"\nwritten to {measure.save(found, options.device_json, rates=rates, rows=rows)}")
     return int(any("red" in row for row in rows))
 
 

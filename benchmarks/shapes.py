@@ -5,6 +5,15 @@ RANK = 16
 # (m, n) -> how many: the attention projections of SDXL's UNet, which an adapter takes by default; 0.955 G weights
 SDXL = {(1280, 1280): 360, (1280, 2048): 120, (640, 640): 60, (640, 2048): 20}
 
+# The whole UNet of stabilityai/stable-diffusion-xl-base-1.0, for diffusers' UNet2DConditionModel: 2 567 463 684 weights
+SDXL_UNET = {
+    "sample_size": 128, "block_out_channels": (320, 640, 1280), "layers_per_block": 2, "cross_attention_dim": 2048,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20), "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+
 # 8 of the 38 `proj_mlp` of FLUX.1: layers so tall that a strip of them leaves the L2 cache before it is read again
 TALL = {(12288, 3072): 8}
 

@@ -57,10 +57,11 @@ class Bank:
                 refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
-                layer._by_activation = layer.prefers_activation(layer.tokens)
+                by_activation, by_weight = layer.prefers_activation(layer.tokens), layer.prefers_weight()
+                layer._note(_by_activation=by_activation, _by_weight=by_weight)
         pending = _Pending() if eager else None
         for layer, factors in zip(layers, prepare_layers(layers, pending=pending)):
-            layer._bank = self  # set here, so that a layer copied or pickled by itself takes no bank along
+            layer._note(_bank=self)  # set here, so that a layer copied or pickled by itself takes no bank along
             layer._keep(factors)
         if eager:
             self._pending.add(pending)  # gone when this returns, unless a backward is to come
@@ -70,7 +71,7 @@ class Bank:
         """The forward is over."""
         self.inside = False
         for layer in self.layers:
-            layer._passing = None
+            layer._note(_passing=None)
 
     def remove(self) -> None:
         """Take the hooks off the model."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import DeftConfig, LoraConfig
-from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper
+from ..ops.lowrank_linear import LowRankLinear, activation_is_cheaper, weight_is_cheaper
 from .functional import ActivationLinear, LowRankConv2d
 from .prepare import Factors, Spec, beside, combined, decompose, prepare, stacked
 from .quantised import hold, is_hooked, quantised
@@ -76,7 +76,7 @@ class DeftLayer(nn.Module):
         self.start_deviation = 0.0  # how far the base layer is from acting as the weight that the start was taken from
         self._merged_version: int | None = None
         self.tokens: int | None = None  # rows of the last input: what the bank chooses the form from
-        self._by_activation = False  # the form that the bank prepares for
+        self._by_activation = self._by_weight = False  # the form that the bank prepares for
         self._bank = None
         self._factors: list[Factors] | None = None  # the bank's, of the last forward with grad
         self._passing: list[Factors] | None = None  # the bank's, of a forward without grad that is under way
@@ -224,11 +224,13 @@ class DeftLayer(nn.Module):
     def masters(self, name: str) -> dict[str, Tensor]:
         """`adapter_tensors` in `master_dtype`, whatever dtype a state dict may have assigned to them, and wherever
         offloading keeps them."""
-        stores = {"P": self.deft_P, "R": self.deft_R, "gate": self.deft_gate}
-        stores = {role: store for role, store in stores.items() if name in store}
-        called = {role: isinstance(store, MasterDict) and hooked(store) for role, store in stores.items()}
-        read = {role: store(name) if called[role] else store[name] for role, store in stores.items()}
-        return {role: p.to(self.master_dtype) for role, p in read.items()}
+        found, dtype, modules = {}, self.master_dtype, self._modules  # past __getattr__, as in many small layers it shows
+        for role, store in (("P", modules["deft_P"]), ("R", modules["deft_R"]), ("gate", modules["deft_gate"])):
+            p = store._parameters.get(name)
+            if p is not None:
+                p = store(name) if hooked(store) and isinstance(store, MasterDict) else p
+                found[role] = p if p.dtype == dtype else p.to(dtype)
+        return found
 
     def delete_adapter(self, name: str) -> None:
         """Forget an adapter."""
@@ -325,8 +327,12 @@ class DeftLayer(nn.Module):
                 )
             return self.base_layer(x, *args, **kwargs)
         rows = self._rows(x)
+        if not torch.compiler.is_compiling():
+            self._note(tokens=rows)
         factors = self._shared_factors()
-        usable = factors is not None and factors[0].B.device == x.device
+        if factors is not None and factors[0].W is not None and factors[0].W.device == x.device:
+            return self._whole(x, factors[0].W)
+        usable = factors is not None and factors[0].W is None and factors[0].B.device == x.device
         if not usable or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
             (factors,) = prepare_layers([self], rows)
             if factors[0].B.device != x.device:
@@ -334,8 +340,6 @@ class DeftLayer(nn.Module):
                     f"the adapter is on {factors[0].B.device}, its layer's input on {x.device}: move the model there; where "
                     "it is offloaded, put the adapter in before offloading is enabled"
                 )
-        if not torch.compiler.is_compiling():
-            self.tokens = rows
         if self.routes is not None:
             return self._routed(x, factors, args, kwargs)
         return self._adapted(x, factors, args, kwargs)
@@ -347,12 +351,26 @@ class DeftLayer(nn.Module):
         removing = sum(self.rank(name) for name in self.active if not isinstance(self.configs[name], LoraConfig))
         return activation_is_cheaper(rows, *self.shape, removing)
 
+    def prefers_weight(self) -> bool:
+        """Whether W' itself is to be prepared; never in half precision, where rounding it would lose small updates."""
+        if len(self.active) != 1 or self.routes is not None or not isinstance(self, DeftLinear):
+            return False
+        return self.base_layer.weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
+
     def _keep(self, factors: list[Factors]) -> None:
         """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with."""
         if torch.is_grad_enabled():
-            self._factors, self._passing = factors, None
+            self._note(_factors=factors, _passing=None)
         else:
-            self._passing = factors
+            self._note(_passing=factors)
+
+    def _note(self, **state) -> None:
+        """Set what belongs to one forward: past nn.Module's slow `__setattr__`, but for dynamo, which cannot follow that."""
+        if torch.compiler.is_compiling():
+            for name, value in state.items():
+                setattr(self, name, value)
+        else:
+            self.__dict__.update(state)
 
     def _shared_factors(self) -> list[Factors] | None:
         """The bank's factors where they are valid now; see `Bank`."""
@@ -362,7 +380,7 @@ class DeftLayer(nn.Module):
             if self._passing is not None:
                 return self._passing
             if not torch.compiler.is_compiling():
-                self._inner_no_grad = not torch.is_grad_enabled()
+                self._note(_inner_no_grad=not torch.is_grad_enabled())
             return self._factors
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1 or self._inner_no_grad:
             return None
@@ -470,14 +488,16 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
     for layer in layers:
         weight = layer.frozen_weight()
-        if layer._by_activation if rows is None else layer.prefers_activation(rows):
+        by_weight = rows is None and layer._by_weight
+        if not by_weight and (layer._by_activation if rows is None else layer.prefers_activation(rows)):
             weight = None
-        fold = not any(layer.dropout(name) for name in layer.active)
+        fold = not (layer.training and any(layer.dropout(name) for name in layer.active))
+        stored = layer.base_layer.weight
         for name in layer.active:
             tensors = layer.masters(name)
-            dtype = compute_dtype(layer.base_layer.weight, tensors["P"].device.type)
-            dtype = layer.master_dtype if layer.combines else dtype
-            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype))
+            dtype = layer.master_dtype if layer.combines else compute_dtype(stored, tensors["P"].device.type)
+            whole = by_weight and weight is not None and fold and dtype == weight.dtype
+            specs.append(Spec(layer.configs[name].method, weight is not None, fold, dtype, whole))
             P.append(tensors["P"])
             R.append(tensors.get("R"))
             W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
@@ -596,8 +616,7 @@ class DeftLinear(DeftLayer):
         return x.numel() // max(x.shape[-1], 1)
 
     def _adapted(self, x: Tensor, factors: list[Factors], args, kwargs) -> Tensor:
-        if x.shape[-1] != self.shape[1]:
-            raise ValueError(f"input of shape {tuple(x.shape)} does not fit a linear layer of {self.shape[1]} features")
+        self._check_width(x)
         B, A, K = (beside(factors, role, self.shape[1]) for role in "BAK")
         folded = not any(self.dropout(name) for name in self.active)
         R = beside(factors, "R", self.shape[1]) if folded else None
@@ -616,6 +635,17 @@ class DeftLinear(DeftLayer):
                     h = F.linear(F.dropout(x, self.dropout(name)), f.R.to(x.dtype))
                     y = y + F.linear(h, f.B.to(x.dtype)).to(y.dtype)
         return y
+
+    def _whole(self, x: Tensor, weight: Tensor) -> Tensor:
+        """y by W'."""
+        self._check_width(x)
+        if x.dtype != weight.dtype:
+            self._check_dtype(x)
+        return F.linear(x, weight, self.bias)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.shape[1]:
+            raise ValueError(f"input of shape {tuple(x.shape)} does not fit a linear layer of {self.shape[1]} features")
 
     def _base_output(self, x: Tensor, args=(), kwargs=None) -> tuple[Tensor, Tensor | None]:
         rows = x.reshape(-1, x.shape[-1]) if hooked(self.base_layer) else x

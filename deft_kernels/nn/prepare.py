@@ -23,15 +23,17 @@ class Spec(NamedTuple):
     project: bool  # factor form: make A. Otherwise hand out K and R for the activation form
     fold: bool  # whether the injection is part of A (or of h); not under dropout, which acts on it alone
     dtype: torch.dtype  # compute dtype
+    whole: bool = False  # weight form: hand out W' alone. Needs `project`, `fold`, and W in the compute dtype
 
 
 class Factors(NamedTuple):
     """What prepare hands out for one adapter on one layer, in the compute dtype."""
 
-    B: Tensor  # (m, r)
+    B: Tensor | None  # (m, r); None in weight form, as the next three
     A: Tensor | None  # (r, n), factor form; lacks the injection where that is not folded
     K: Tensor | None  # (m, r), activation form, strength included; None for LoRA
     R: Tensor | None  # (r, n), scale and strength included, where the injection is not part of A
+    W: Tensor | None = None  # (m, n), weight form: W'
 
 
 def beside(factors: list[Factors], role: str, n: int) -> Tensor | None:
@@ -130,7 +132,7 @@ def _of(scales: Tensor, layers: list[int]) -> Tensor:
 
 
 class Prepare(torch.autograd.Function):
-    """(specs, injection (L,), removal (L,), P..., R..., W...) -> B..., A..., K..., R... of every layer's `Factors`."""
+    """(specs, injection (L,), removal (L,), P..., R..., W...) -> B..., A..., K..., R..., W'... of the `Factors`."""
 
     @staticmethod
     def forward(ctx, specs, injection, removal, *tensors):
@@ -156,13 +158,20 @@ class Prepare(torch.autograd.Function):
         ]
 
         ctx.specs, ctx.projected, ctx.svd = specs, projected, list(svd)
+        whole = [i for i, spec in enumerate(specs) if spec.whole]
+        W_out: list[Tensor | None] = [None] * L
         ctx.save_for_backward(
             injection, removal, *P, *(None if s.method == "lora" else b for s, b in zip(specs, B)),
             *(R if ctx.needs_input_grad[1] else [None] * L),
-            *(None if A is None else w for A, w in zip(A_out, W)), *(t for usv in svd.values() for t in usv[1:]),
+            *(None if A is None else w for A, w in zip(A_out, W)), *(A if s.whole else None for s, A in zip(specs, A_out)),
+            *(t for usv in svd.values() for t in usv[1:]),
         )  # fmt: skip
+        if whole:
+            some = ([each[i] for i in whole] for each in (W, B, [None] * L, A_out))
+            for i, w in zip(whole, _ops.merge(*some)):
+                B[i], A_out[i], W_out[i] = None, None, w
         ctx.set_materialize_grads(False)
-        return tuple(_cast([*B, *A_out, *K_out, *R_out], [spec.dtype for spec in specs] * 4))
+        return (*_cast([*B, *A_out, *K_out, *R_out], [spec.dtype for spec in specs] * 4), *W_out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -170,10 +179,14 @@ class Prepare(torch.autograd.Function):
         specs, L = ctx.specs, len(ctx.specs)
         ctx.pending = None
         injection, removal, *saved = ctx.saved_tensors
-        P, B, R, W = (saved[i * L : (i + 1) * L] for i in range(4))
-        svd = dict(zip(ctx.svd, zip(saved[4 * L :: 2], saved[4 * L + 1 :: 2])))
-        wide = _cast(list(grads), [p.dtype for p in P] * 4)
+        P, B, R, W, A = (saved[i * L : (i + 1) * L] for i in range(5))
+        svd = dict(zip(ctx.svd, zip(saved[5 * L :: 2], saved[5 * L + 1 :: 2])))
+        wide = _cast(list(grads[: 4 * L]), [p.dtype for p in P] * 4)
         dB, dA, dK, dR = (list(wide[i * L : (i + 1) * L]) for i in range(4))
+
+        for i, dW in enumerate(grads[4 * L :]):
+            if dW is not None:
+                dB[i], dA[i] = dW @ A[i].mT, (P[i] if B[i] is None else B[i]).mT @ dW
 
         need_P, need_R = ctx.needs_input_grad[3 : 3 + L], ctx.needs_input_grad[3 + L : 3 + 2 * L]
         dinjection = None
@@ -231,6 +244,6 @@ def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W, pend
     """
     L = len(specs)
     flat = Prepare.apply(tuple(specs), injection, removal, *P, *R, *W)
-    if pending is not None and flat[0].grad_fn is not None:
-        flat[0].grad_fn.pending = pending
+    if pending is not None and (node := next(t for t in flat if t is not None).grad_fn) is not None:
+        node.pending = pending
     return [Factors(*flat[i::L]) for i in range(L)]

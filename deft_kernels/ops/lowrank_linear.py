@@ -5,6 +5,7 @@ Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a tr
     factor      h = x A^T, y = x W^T + h B^T            T r (3n + 3m)   h, dh, dB, dA, and the expansions into y and dx
     merged      W' = W + B A, y = x W'^T                T r (2n + 2m) + 2 m n r     W' made twice, no expansions
     activation  h = x R^T - (y0 - b) K, y = y0 + h B^T  needs no A, so that the forward spares K^T W (m n r)
+    weight      W' of many layers at once, y = x W'^T   T m n + 3 m n r     a gradient of W', but no call but the library's
 """
 
 import functools
@@ -32,6 +33,11 @@ define(
 # (read off a CPU at r = 16; the rule is about orders of magnitude).
 PASS = 8
 
+# Elements of a weight whose gradient, for the tokens that such layers see, takes less than the calls of a layer's low-rank
+# products, some 100 us of a CPU core a step. By shape alone: were it by tokens, the first forward, which does not know them,
+# would round otherwise, and a resumed run with it.
+SMALL = 1 << 15
+
 
 def merged_is_cheaper(tokens: int, m: int, n: int, dtype: torch.dtype) -> bool:
     """Whether a step in merged form costs less than in factor form: T (n + m) >= 2 m n, whatever r is.
@@ -51,6 +57,11 @@ def activation_is_cheaper(tokens: int, m: int, n: int, r: int) -> bool:
     `r` counts the adapters that remove something; a LoRA has nothing to project.
     """
     return tokens * m * (r + PASS) < m * n * r
+
+
+def weight_is_cheaper(m: int, n: int) -> bool:
+    """Whether a layer is so small that the calls of the other forms cost more than the gradient of W'."""
+    return m * n <= SMALL
 
 
 @fake("lowrank_linear")

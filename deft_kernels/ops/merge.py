@@ -136,15 +136,23 @@ class Merge(torch.autograd.Function):
     def backward(ctx, *dW1):
         L = ctx.layers
         W, B, K, R = (ctx.saved_tensors[i * L : (i + 1) * L] for i in range(4))
-        dW, dB, dK, dR = [], [], [], []
-        for i in range(L):
-            w, g = W[i].to(B[i].dtype), dW1[i].to(B[i].dtype)
-            A = (0 if R[i] is None else R[i]) - (0 if K[i] is None else K[i].mT @ w)
-            dA = B[i].mT @ g
-            dB.append(g @ A.mT)
-            dK.append(None if K[i] is None else -(w @ dA.mT))
-            dR.append(None if R[i] is None else dA)
-            dW.append((g if K[i] is None else g - K[i] @ dA).to(W[i].dtype) if ctx.needs_input_grad[1 + i] else None)
+        need_W, need_B, need_K, need_R = (ctx.needs_input_grad[1 + i * L : 1 + (i + 1) * L] for i in range(4))
+        dW, dB, dK, dR = ([None] * L for _ in range(4))
+        for i, (w, b, k, r, g) in enumerate(zip(W, B, K, R, dW1)):
+            g = g.to(b.dtype)
+            if k is None and r is None:
+                dW[i] = g.to(w.dtype) if need_W[i] else None
+                dB[i] = torch.zeros_like(b) if need_B[i] else None
+                continue
+            dA = b.mT @ g
+            if need_B[i]:
+                A = r if k is None else -(k.mT @ w.to(b.dtype)) if r is None else r - k.mT @ w.to(b.dtype)
+                dB[i] = g @ A.mT
+            if need_K[i]:
+                dK[i] = -(w.to(b.dtype) @ dA.mT)
+            dR[i] = dA if need_R[i] else None
+            if need_W[i]:
+                dW[i] = (g if k is None else g - k @ dA).to(w.dtype)
         return None, *dW, *dB, *dK, *dR
 
 

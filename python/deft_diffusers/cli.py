@@ -80,6 +80,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def _check_value(self, action, value):
+        """argparse's, which names the choices, and the nearest of them."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            near = difflib.get_close_matches(str(value), action.choices, n=1, cutoff=0.5)
+            error.message += f", did you mean {near[0]}?" if near else ""
+            raise
+
 
 def _formatter(prog):
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110)
@@ -97,8 +106,8 @@ def _add_option(group, field):
         text += " (required)"
     elif not any(field.default is no for no in (None, False, dataclasses.MISSING)):
         text += f" (default: {'on' if field.default is True else field.default})"
-    if kind is bool:
-        action = argparse.BooleanOptionalAction if field.default else "store_true"
+    if kind in (bool, bool | None):
+        action = "store_true" if field.default is False else argparse.BooleanOptionalAction
         group.add_argument(flag, action=action, default=field.default, help=text)
         return
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is list:  # `int | None`, `list[str]`

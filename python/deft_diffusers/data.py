@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,11 @@ from PIL import Image, ImageOps
 
 from . import UserError, read_text
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff")
+HEIF = (".heic", ".heif")  # read where pillow-heif is
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", *HEIF)
 METADATA = "metadata.jsonl"  # of Hugging Face's image folders: one {"file_name": ..., "text": ...} a line
 MOST_ELONGATED = 2.0  # sides of the longest bucket; what is longer is cropped to it
+KEPT = 2 / 3  # of a picture; where its crop keeps less, that is said
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Picture:
     caption: str
     size: tuple[int, int]
     inputs: tuple[Image.Image, ...] = ()  # RGB, of any size; the text speaks of them
+    original: tuple[int, int] | None = None  # size before it was scaled; None: as it is
 
 
 def to_rgb(image):
@@ -75,9 +79,15 @@ def cover(image, size):
     return image if list(image.size) == scaled else image.resize(scaled, Image.LANCZOS)
 
 
+def corner(own, size, u=0.5, v=0.5):
+    """(left, top) of a part of this size in a picture whose own size is `own`; (u, v) in [0, 1] place it, (½, ½) in the
+    middle."""
+    return tuple(round(t * (whole - side)) for t, whole, side in zip((u, v), own, size))
+
+
 def crop(image, size, u=0.5, v=0.5, mirror=False):
-    """A part of this size; (u, v) in [0, 1] place it, (½, ½) in the middle."""
-    left, top = (round(t * (own - side)) for t, own, side in zip((u, v), image.size, size))
+    """The part of this size at `corner`."""
+    left, top = corner(image.size, size, u, v)
     image = image.crop((left, top, left + size[0], top + size[1]))
     return ImageOps.mirror(image) if mirror else image
 
@@ -87,6 +97,16 @@ def to_array(image):
     return np.asarray(image, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
 
+def _pictures_in(folder):
+    # a link that leads nowhere is one that cannot be read
+    found = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+    return [p for p in found if p.is_file() or (p.is_symlink() and not p.exists())]
+
+
+def _folders_of_pictures(folder):
+    return [p.name for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and _pictures_in(p)]
+
+
 def find_pictures(path):
     """The picture files of a folder in natural order (2 before 10), or the one file given. UserError if there is none."""
     path = Path(path).expanduser()
@@ -94,9 +114,11 @@ def find_pictures(path):
         return [path]
     if not path.is_dir():
         raise UserError(f"no such folder or file of pictures: {path}")
-    found = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
+    found = _pictures_in(path)
     if not found:
-        raise UserError(f"no pictures in {path}: expected files ending in {' '.join(SUFFIXES)}")
+        below = _folders_of_pictures(path)
+        where = f"; folders below are not searched, and there are pictures in {_some(below)}" if below else ""
+        raise UserError(f"no pictures in {path}: expected files ending in {' '.join(SUFFIXES)}{where}")
     return sorted(found, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name.lower())])
 
 
@@ -104,10 +126,15 @@ def find_sources(path, prompt=None):
     """The pictures of a folder (or the one file given) with their texts.
 
     A text comes from the .txt file beside the picture, else from `metadata.jsonl` (keys `file_name`, `text` and, if wanted,
-    `repeats` and `input_images`, paths from the folder), else it is `prompt`. Files that are neither are named on stderr.
-    UserError names pictures without a text, and texts without a picture.
+    `repeats` and `input_images`, paths from the folder), else it is `prompt`. Files that are neither are named on stderr,
+    and folders of pictures, which are not searched. UserError names pictures without a text, texts without a picture, and
+    pictures that share a .txt file.
     """
     paths = find_pictures(path)
+    for text, count in Counter(picture.with_suffix(".txt") for picture in paths).items():
+        if count > 1 and text.is_file():
+            shared = [picture.name for picture in paths if picture.with_suffix(".txt") == text]
+            raise UserError(f"{text} would be the caption of {' and '.join(shared)}: give each a name of its own")
     folder = Path(path).expanduser()
     folder = folder if folder.is_dir() else folder.parent
     said = _read_metadata(folder / METADATA)
@@ -125,10 +152,15 @@ def find_sources(path, prompt=None):
         others = [p for p in sorted(folder.iterdir()) if p.is_file() and p not in paths and p.name[0] != "."]
         lost = [p.name for p in others if p.suffix == ".txt" and p.stem not in stems] + list(said)
         if lost:
-            raise UserError(f"{folder} has texts of pictures that are not there: {_some(lost)}")
+            below = ", or lie in folders below, which are not searched" if any("/" in name for name in lost) else ""
+            raise UserError(f"{folder} has texts of pictures that are not there{below}: {_some(lost)}")
         ignored = [p.name for p in others if p.suffix != ".txt" and p.name != METADATA]
         if ignored:
             print(f"{folder} has files that are no pictures and are not used: {_some(ignored)}", file=sys.stderr)
+        used = {path.parent for source in sources for path in source.inputs}
+        below = [name for name in _folders_of_pictures(folder) if folder / name not in used]
+        if below:
+            print(f"{folder} has folders of pictures, which are not searched: {_some(below)}", file=sys.stderr)
     return sources
 
 
@@ -158,18 +190,56 @@ def _read_metadata(file):
     return said
 
 
-def read_image(path):
-    """The picture in RGB; UserError names a file that cannot be read."""
+def _read(path):
+    """The picture in RGB, and its number of frames or pages."""
+    path = Path(path).expanduser()
+    if path.suffix.lower() in HEIF:
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError as error:
+            raise UserError(
+                f"cannot read the picture {path}: pip install pillow-heif ({error}), or save it as PNG or JPEG"
+            ) from error
+        register_heif_opener()
     try:
         with Image.open(path) as image:
             image.load()
-            return to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            # the second picture in a phone's JPEG is a thumbnail, or how far away things are
+            return to_rgb(image), 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    except Exception as error:  # PIL's decoders raise many kinds of error for a damaged file
         raise UserError(f"cannot read the picture {path}: {error}") from error
+
+
+def read_image(path):
+    """The picture in RGB, the first of several frames or pages; UserError names a file that cannot be read."""
+    return _read(path)[0]
+
+
+def check(sources):
+    """Reads all pictures, one at a time: UserError names one that cannot be read. Says on stderr what has several frames."""
+    paths = dict.fromkeys(path for source in sources for path in (source.path, *source.inputs))
+    several = [path.name for path in paths if _read(path)[1] > 1]
+    if several:
+        print(f"of several frames or pages only the first is used: {_some(several)}", file=sys.stderr)
+
+
+def warn_of_fit(sources, pictures, whole):
+    """Says on stderr which pictures are scaled up, and, unless their `whole` is seen in time by crops at random, of which
+    much is cut off."""
+    named = [(source.path.name, picture) for source, picture in zip(sources, pictures)]
+    show = "{} ({} x {} to {} x {})".format
+    small = [show(name, *p.original, *p.size) for name, p in named if min(p.image.size) > min(p.original)]
+    if small:
+        print(f"warning: pictures smaller than they are trained at are scaled up: {_some(small)}", file=sys.stderr)
+    parts = [(name, math.prod(p.size) / math.prod(p.image.size)) for name, p in named]
+    cut = [f"{name} ({part:.0%} kept)" for name, part in parts if part < KEPT]
+    if cut and not whole:
+        print(f"warning: of some pictures much but their middle is cut off: {_some(cut)}", file=sys.stderr)
 
 
 def load(source, sizes):
     """The picture of a source, scaled to cover the best of `sizes`."""
     image = read_image(source.path)
     size = bucket_of(image.size, sizes)
-    return Picture(cover(image, size), source.caption, size, tuple(read_image(path) for path in source.inputs))
+    inputs = tuple(read_image(path) for path in source.inputs)
+    return Picture(cover(image, size), source.caption, size, inputs, image.size)

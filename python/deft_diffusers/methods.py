@@ -38,6 +38,7 @@ class Method:
     max_train_steps: int  # default
     encodes_text = False  # whether the loss must encode texts itself, for their encoders to learn
     trains_base = False  # whether the base's own weights train
+    changes_weights = ""  # how, where that needs dense ones
 
     def __init__(self, family, options):
         self.family, self.options = family, options
@@ -158,6 +159,7 @@ class SVDiff(Method):
     files = ("spectral_shifts.safetensors",)
     learning_rate, max_train_steps = 1e-3, 500
     VECTOR_RATE = 1e-3  # of the others', for 1-D weights: the paper's 1e-6 to 1e-3
+    changes_weights = "svdiff shifts the singular values of exact weights"
 
     def start(self):
         self.family.model.requires_grad_(False)
@@ -218,6 +220,7 @@ class DreamBooth(Method):
 
     trains_base = True
     learning_rate, max_train_steps = 5e-6, 400
+    changes_weights = "dreambooth trains the weights themselves"
 
     @property
     def parts(self):
@@ -320,13 +323,10 @@ class TextualInversion(Method):
                 if {word, f"{word}</w>", f"▁{word}", f"Ġ{word}"} & known.keys():  # as tokenizers mark it
                     raise UserError(f"--placeholder_token {word} is a word of the model already: choose another")
             tokenizer.add_tokens(words)
-            if o.initializer_token is None:
-                first = table.weight.detach().mean(0, keepdim=True)
-            else:
-                ids = tokenizer.encode(o.initializer_token, add_special_tokens=False)
-                if len(ids) != 1:
-                    raise UserError(f"--initializer_token {o.initializer_token!r} is {len(ids)} tokens here, not one")
-                first = table.weight.detach()[ids]
+            ids = tokenizer.encode(o.initializer_token or "", add_special_tokens=False)
+            if o.initializer_token is not None and not ids:
+                raise UserError(f"--initializer_token {o.initializer_token!r} is no word to this model")
+            first = table.weight.detach()[ids or slice(None)].mean(0, keepdim=True)
             rows = first.float().repeat(o.num_vectors, 1)
             encoder.set_input_embeddings(NewRows(table, rows, old))
             self.embeddings[key] = encoder.get_input_embeddings()
@@ -376,6 +376,15 @@ METHODS = {
     "deft": Adapter, "para": Adapter, "lora": Adapter,
     "svdiff": SVDiff, "dreambooth": DreamBooth, "textual_inversion": TextualInversion,
 }  # fmt: skip
+
+
+def check_base(method, family):
+    """UserError if a method needs dense weights and the family's are quantised."""
+    if method.changes_weights and family.quantisation:
+        raise UserError(
+            f"{method.changes_weights}, and this base's are quantised ({family.quantisation}): use a dense base, or deft, "
+            "para, lora or textual_inversion"
+        )
 
 
 def method_of(folder, family):

@@ -11,6 +11,7 @@ PRECISIONS = ("no", "fp16", "bf16")
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
+QUANTISATIONS = ("nf4", "fp4", "int8")
 TRACKERS = ("tensorboard", "wandb", "none")
 
 
@@ -28,12 +29,22 @@ MODEL_HELP = (
     "FLUX.1, FLUX.2 klein or OmniGen"
 )
 
+QUANTIZE_HELP = (
+    "load the denoiser in 4 bits (nf4 or fp4, of bitsandbytes) or 8 (int8, of torchao); a base that was saved quantised "
+    "needs no flag"
+)
+QUANTIZE_TEXT_HELP = "with --quantize: T5 and Qwen3 too"
+
 
 @dataclass(kw_only=True)
 class TrainOptions:
     """What `deft train` takes."""
 
     pretrained_model_name_or_path: str = option("Model and data", MODEL_HELP, metavar="MODEL")
+    quantize: str | None = option(
+        "Model and data", QUANTIZE_HELP + "; for deft, para, lora and textual_inversion", None, choices=QUANTISATIONS
+    )
+    quantize_text_encoders: bool = option("Model and data", QUANTIZE_TEXT_HELP, False)
     instance_data_dir: str = option(
         "Model and data", "folder of pictures of the subject, or one picture; NAME.txt beside NAME.jpg is its caption, or "
         "metadata.jsonl tells it",
@@ -80,7 +91,8 @@ class TrainOptions:
     train_text_encoder: bool = option("Method", "for dreambooth: the text encoders learn too", False)
     placeholder_token: str = option("Method", "for textual_inversion: the new word, which the prompts must contain", "<sks>")
     initializer_token: str | None = option(
-        "Method", "for textual_inversion: a word to start from, such as 'dog' (default: the mean of all words)", None
+        "Method", "for textual_inversion: a word to start from, such as 'dog', or several: their mean (default: the mean of "
+        "all words)", None,
     )
     num_vectors: int = option("Method", "for textual_inversion: how many tokens the word is made of", 1, metavar="N")
 
@@ -164,8 +176,15 @@ class TrainOptions:
         "tensorboard's lie in its folder logs", "tensorboard", choices=TRACKERS,
     )  # fmt: skip
     validation_prompt: str | None = option(
-        "Checkpoints and validation", "draw pictures of this text while training and at the end", None, metavar="TEXT"
+        "Checkpoints and validation",
+        "draw pictures of this text while training and at the end, at --resolution",
+        None,
+        metavar="TEXT",
     )
+    validation_image: list[str] = option(  # noqa: RUF009
+        "Checkpoints and validation", "for FLUX.2 klein and OmniGen: picture that goes with this text; repeat for the next "
+        "(default: those of the first training picture that has some)", repeat=True, metavar="FILE",
+    )  # fmt: skip
     validation_steps: int = option("Checkpoints and validation", "steps between two such drawings", 100, metavar="N")
     num_validation_images: int = option("Checkpoints and validation", "pictures in one drawing", 4, metavar="N")
 
@@ -177,9 +196,9 @@ class SampleOptions:
     pretrained_model_name_or_path: str = option("Model and adapters", MODEL_HELP, metavar="MODEL")
     adapter: list[str] = option(  # noqa: RUF009
         "Model and adapters",
-        "folder of an adapter; repeat for several at once; none: the base model",
+        "folder or hub id of an adapter, or a LoRA file; repeat for several at once; none: the base model",
         repeat=True,
-        metavar="DIR",
+        metavar="ADAPTER",
     )
     adapter_weight: list[float] = option(  # noqa: RUF009
         "Model and adapters",
@@ -187,7 +206,12 @@ class SampleOptions:
         repeat=True,
         metavar="W",
     )
-    merge: bool = option("Model and adapters", "fold the adapters into the base weights; off: keep the factors apart", True)
+    merge: bool | None = option(
+        "Model and adapters", "fold the adapters into the base weights; off: keep the factors apart, which is exact where "
+        "the base is quantised (default: on, off for a quantised base)", None,
+    )  # fmt: skip
+    quantize: str | None = option("Model and adapters", QUANTIZE_HELP, None, choices=QUANTISATIONS)
+    quantize_text_encoders: bool = option("Model and adapters", QUANTIZE_TEXT_HELP, False)
     dtype: str | None = option(
         "Model and adapters", "of the base model; the VAE stays fp32 (default: on a GPU fp16, bf16 for SD 3, FLUX and "
         "OmniGen; else fp32)", None,
@@ -202,7 +226,8 @@ class SampleOptions:
     )
     prompts_file: str | None = option("Pictures", "file with one text per line, instead of --prompt", None, metavar="FILE")
     input_image: list[str] = option(  # noqa: RUF009
-        "Pictures", "for OmniGen: picture that every text speaks of as <img><|image_1|></img>; repeat for the next",
+        "Pictures", "for FLUX.2 klein: picture to draw by; for OmniGen: picture that every text speaks of as "
+        "<img><|image_1|></img>; repeat for the next",
         repeat=True, metavar="FILE",
     )  # fmt: skip
     negative_prompt: str | None = option(
@@ -227,18 +252,30 @@ class SweepOptions:
     """What `deft sweep` takes."""
 
     plan: str | None = option(
-        "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, and train: "
-        "options of `deft train` for all runs; flags come first", None, metavar="FILE",
+        "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, prompts, "
+        "and train and sample: options of `deft train` and `deft sample` for all runs; flags come first", None,
+        metavar="FILE",
     )  # fmt: skip
     pretrained_model_name_or_path: str | None = option("What to train", MODEL_HELP, None, metavar="MODEL")
     subjects: str | None = option(
         "What to train", "folder in the layout of the DreamBooth data set (a folder for each subject) or of DreamBench++",
         None, metavar="DIR",
     )  # fmt: skip
-    method: list[str] = option("What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS)  # noqa: RUF009
-    rank: list[int] = option("What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R")  # noqa: RUF009
+    subject: list[str] = option(  # noqa: RUF009
+        "What to train", "only this one of them; repeat for several (default: all)", repeat=True, metavar="NAME"
+    )
+    method: list[str] = option(  # noqa: RUF009
+        "What to train", "repeat for several (default: deft)", repeat=True, choices=METHODS
+    )
+    rank: list[int] = option(  # noqa: RUF009
+        "What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R"
+    )
     seed: list[int] = option("What to train", "repeat for several (default: 0)", repeat=True, metavar="N")  # noqa: RUF009
     token: str = option("What to train", "word that stands for a subject of a data set, before its class", "sks")
+    prompt: list[str] = option(  # noqa: RUF009
+        "What to draw", "'a photo of {} in the snow', {} being the subject; repeat for several: every run draws them, and "
+        "the base model its class; SUBJECT.png shows them side by side", repeat=True, metavar="TEXT",
+    )  # fmt: skip
     output_dir: str = option("What to train", "where each job has its folder; sweep.md says what happened", metavar="DIR")
 
 

@@ -11,12 +11,13 @@ import torch
 from tqdm import tqdm
 
 import deft_kernels as dk
+from deft_kernels.adapters.hub import locate
 
 from . import UserError, read_json, read_text
 from .data import read_image
 from .families import load_family
 from .grid import grid
-from .methods import Adapter, method_of
+from .methods import Adapter, check_base, method_of
 
 RECORD, GRID = "samples.json", "grid.png"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,11 +41,22 @@ def check_size(name, value, family):
         raise UserError(f"--{name} must be at most {family.max_size}, all that the model has positions for, got {value}")
 
 
-def load_adapters(family, folders, weights=(), merge=True):
+def find_adapter(name):
+    """Folder or file of an adapter: a path, or a hub id (owner/name), which is downloaded. UserError if there is none."""
+    try:
+        return locate(name)
+    except FileNotFoundError as error:
+        raise UserError(f"no such adapter: {error}") from error
+
+
+def load_adapters(family, folders, weights=(), merge=None):
     """Loads what `deft train` has written, of any method, in the order given; `weights` empty means 1 for each.
 
     Adapters are switched on together: merged into the base weights (undo with `deft_kernels.unmerge`), else as factors.
+    `merge` None: merged unless the base is quantised, where the merged weights would have to be rounded again.
     """
+    if merge is None:
+        merge = not family.quantisation
     adapters = {}
     for k, (folder, weight) in enumerate(zip(folders, weights or [1.0] * len(folders))):
         kind = method_of(folder, family) if Path(folder).is_dir() else Adapter
@@ -52,6 +64,7 @@ def load_adapters(family, folders, weights=(), merge=True):
             dk.load_adapter(family.pipe, folder, adapter_name=f"adapter{k}")
             adapters[f"adapter{k}"] = weight
         else:
+            check_base(kind, family)
             kind.apply(family, folder, weight)
     if adapters:
         (dk.merge if merge else dk.set_adapters)(family.pipe, list(adapters), list(adapters.values()))
@@ -128,9 +141,6 @@ def sample(options):
         )
     if not all(map(math.isfinite, options.adapter_weight)):
         raise UserError("every --adapter_weight must be a finite number")
-    for folder in options.adapter:
-        if not Path(folder).expanduser().exists():
-            raise UserError(f"no such adapter: {folder}")
     for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
@@ -139,7 +149,9 @@ def sample(options):
     if not options.overwrite_output_dir:
         _clear(folder, False)
 
-    family = load_family(options.pretrained_model_name_or_path, dtype).to(device)
+    model = options.pretrained_model_name_or_path
+    adapters = [find_adapter(name) for name in options.adapter]
+    family = load_family(model, dtype, options.quantize, options.quantize_text_encoders).to(device)
     if options.negative_prompt is not None and not family.takes_negative_prompt:
         raise UserError(f"--negative_prompt does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
     if options.num_inference_steps > family.max_inference_steps:
@@ -148,8 +160,10 @@ def sample(options):
         )
     check_size("height", options.height, family)
     check_size("width", options.width, family)
-    if options.adapter:
-        load_adapters(family, [Path(f).expanduser() for f in options.adapter], options.adapter_weight, options.merge)
+    if adapters and options.merge is None and family.quantisation:
+        print(f"the base is quantised ({family.quantisation}): adapters stay apart from it, as factors", file=sys.stderr)
+    if adapters:
+        load_adapters(family, adapters, options.adapter_weight, options.merge)
     for prompt in prompts:
         family.check_prompt(prompt, options.input_image)
     inputs = {"input_images": [read_image(path) for path in options.input_image]} if options.input_image else {}
@@ -160,8 +174,8 @@ def sample(options):
     settings = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "negative_prompt")}
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = family.guidance_scale
-    # The pipeline ignores a height without a width.
-    settings.update(height=options.height or family.resolution, width=options.width or family.resolution)
+    height, width = family.default_size(**inputs)  # the pipeline ignores a height without a width
+    settings.update(height=options.height or height, width=options.width or width)
 
     try:
         folder.mkdir(parents=True, exist_ok=True)

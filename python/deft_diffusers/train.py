@@ -40,7 +40,7 @@ from . import UserError, data, read_json, sharding
 from .cache import Cache
 from .families import load_family
 from .grid import grid
-from .methods import METHODS, Adapter, DreamBooth, SVDiff, TextualInversion
+from .methods import METHODS, Adapter, DreamBooth, SVDiff, TextualInversion, check_base
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 from .writing import PARTS, discard, remove, replacing, sync, telling
 
@@ -56,7 +56,8 @@ PICTURES = ("validation*.png", PARTS, "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
-    "checkpoints_total_limit", "validation_prompt", "validation_steps", "num_validation_images", "gradient_checkpointing",
+    "checkpoints_total_limit", "validation_prompt", "validation_image", "validation_steps", "num_validation_images",
+    "gradient_checkpointing",
     # What these amount to is compared instead: `pictures`, `images_per_step` and, by `load_adapter`, the base weights.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
     "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
@@ -103,6 +104,8 @@ def complete(options):
         raise UserError("--optimizer prodigy finds one rate for all: --learning_rate_P does not apply")
     if options.class_prompt is None and options.class_data_dir is not None:
         raise UserError("--class_data_dir needs a --class_prompt: the text of the class's pictures")
+    if options.validation_image and options.validation_prompt is None:
+        raise UserError("--validation_image needs a --validation_prompt: what to draw by it")
     if not 0 <= options.ema_decay < 1:
         raise UserError(f"--ema_decay must be at least 0 and below 1, got {options.ema_decay}")
     for name in ("dropout", "caption_dropout"):
@@ -155,18 +158,21 @@ class Samples:
         self.caption_dropout, self.noise_offset = caption_dropout, noise_offset
         self.pictures, self.family, self.seed, self.per_step = pictures, family, seed, images_per_step
         self.random_crop, self.random_flip = random_crop, random_flip
-        said = {("",): ("", ())} if caption_dropout else {}
-        keys = [(p.caption, *map(id, p.inputs)) for p in pictures]
-        said |= {key: (p.caption, p.inputs) for key, p in zip(keys, pictures)}
+        texts = [(p.caption, p.inputs) for p in pictures]
+        empty = [("", () if family.drops_inputs else p.inputs) for p in pictures]
+        keys, empty_keys = ([(text, *map(id, inputs)) for text, inputs in said] for said in (texts, empty))
+        said = dict(zip(empty_keys, empty)) if caption_dropout else {}
+        said |= dict(zip(keys, texts))
         self.texts, rows = list(said.values()), {key: row for row, key in enumerate(said)}
-        self.rows = [rows[key] for key in keys]
+        self.rows = {False: [rows[key] for key in keys], True: [rows.get(key) for key in empty_keys]}  # text dropped or not
         sizes = list(dict.fromkeys(p.size for p in pictures))
         self.buckets = [[k for k, p in enumerate(pictures) if p.size == size] for size in sizes]
         self.orders = {}
         # Latents are computed once where all that changes from one sight of a picture to the next is which way it faces.
         once = not random_crop or all(p.image.size == p.size for p in pictures)
-        encoders = (family.text_encoders.values() if encode_texts else (), family.image_parts)
-        self.caches = [Cache(cache_dir, parts) for parts in encoders] if cache_dir else None
+        texts_by = (family.text_encoders.values(), family.tokenizers) if encode_texts else ((), ())
+        encoders = (texts_by, (family.image_parts, ()))
+        self.caches = [Cache(cache_dir, family.kind, *by) for by in encoders] if cache_dir else None
         with torch.no_grad():
             self.conditions = self._encode_texts() if encode_texts else None
             self.posteriors = {m: self._encode_all(m) for m in {False, random_flip}} if once else None
@@ -189,9 +195,11 @@ class Samples:
 
     def _encode_texts(self):
         encode = self.family.encode_prompts
-        if not self.caches or not self.family.text_encoders:
-            return [encode([text], [inputs]) for text, inputs in self.texts]
-        return [self.caches[0].get(text.encode(), lambda text=text: encode([text])) for text, _ in self.texts]
+        cache = self.caches[0] if self.caches and self.family.text_encoders else None
+        return [
+            cache.get(text.encode(), lambda text=text: encode([text])) if cache and not inputs else encode([text], [inputs])
+            for text, inputs in self.texts
+        ]
 
     def _order(self, what, epoch, count):
         """A random order of `count` things, another for each epoch; the last one is kept."""
@@ -213,9 +221,17 @@ class Samples:
         epoch, place = divmod(turn * self.per_step + within, len(pictures))
         return pictures[self._order((1, bucket), epoch, len(pictures))[place]]
 
+    def _view(self, k, u, v, mirror):
+        """Of picture k, widths first: its own size; the corner, in it as it is scaled and faces, of what is seen of it; the
+        size of that."""
+        p = self.pictures[k]
+        left, top = data.corner(p.image.size, p.size, u, v)
+        return p.original or p.image.size, (p.image.width - p.size[0] - left if mirror else left, top), p.size
+
     @torch.no_grad()
     def batch(self, numbers, device):
-        """Samples `numbers`: (latents, noise, times, conditions), the arguments of the family's `loss` after the model."""
+        """Samples `numbers`: (latents, noise, times, conditions), the arguments of the family's `loss` after the model; with
+        `encode_texts` off the conditions are still (texts, their input pictures, other conditions)."""
         chosen = [self._index(n) for n in numbers]
         generators = [_generator(self.seed, SAMPLE, n) for n in numbers]
         views = []
@@ -229,11 +245,12 @@ class Samples:
             mean, deviation = self._encode([self.pictures[k] for k in chosen], views)
         latent_noise, noise, times, dropped = zip(*(self._draw(g, mean.shape[1:]) for g in generators))
         latents = mean + deviation * torch.stack(latent_noise).to(device)
-        rows = [0 if drop else self.rows[k] for drop, k in zip(dropped, chosen)]  # the empty text is the first
-        if self.conditions is None:  # texts, to be encoded in the loss
-            conditions = [self.texts[row][0] for row in rows]
+        rows = [self.rows[drop][k] for drop, k in zip(dropped, chosen)]
+        sizes = self.family.sizes([self._view(k, *view) for k, view in zip(chosen, views)])
+        if self.conditions is None:
+            conditions = *zip(*(self.texts[row] for row in rows)), sizes
         else:
-            conditions = self.family.collate([self.conditions[row] for row in rows])
+            conditions = self.family.collate([self.conditions[row] for row in rows]) | sizes
         return latents, torch.stack(noise).to(device), torch.stack(times).to(device), conditions
 
     def _draw(self, generator, shape):
@@ -319,8 +336,8 @@ def _bytes_of(image):
 
 
 def _fingerprint(pictures):
-    """sha256 of what is trained on: pixels and texts, in order."""
-    digest = hashlib.sha256()
+    """sha256 of what is trained on: pixels and texts, in order, and the pictures' own sizes, which SDXL is told."""
+    digest = hashlib.sha256(repr([picture.original for picture in pictures]).encode())
     for picture in pictures:
         digest.update(b"".join(map(_bytes_of, (picture.image, *picture.inputs))) + picture.caption.encode())
     return digest.hexdigest()
@@ -361,6 +378,8 @@ class Objective(torch.nn.Module):
         self.family, self.encodes_text = family, encodes_text
         self.model = family.model
         self.text_encoders = torch.nn.ModuleDict(family.text_encoders if encodes_text else {})
+        # Every process has loaded the same, and torchao's tensors cannot be sent.
+        self._ddp_params_and_buffers_to_ignore = [name for name, p in self.named_parameters() if not p.requires_grad]
 
     def train(self, mode=True):
         super().train(mode)
@@ -372,7 +391,8 @@ class Objective(torch.nn.Module):
         total = 0.0
         for (latents, noise, times, conditions), weight in zip(batches, weights):
             if self.encodes_text:
-                conditions = self.family.encode_prompts(conditions)
+                texts, inputs, more = conditions
+                conditions = self.family.encode_prompts(list(texts), inputs) | more
             total = total + weight * self.family.loss(self.model, latents, noise, times, conditions)
         return total
 
@@ -398,11 +418,17 @@ def make_optimizer(options, groups):
 class Run:
     """One training run: the model and what trains of it, its optimizer, and what it leaves in the output folder."""
 
-    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume, fsdp=None):
+    def __init__(
+        self, options, accelerator, family, method, samples, settings, folder, resume, fsdp=None, example=("…", ())
+    ):
         self.options, self.accelerator, self.family = options, accelerator, family
         self.method, self.samples = method, samples
         self.settings, self.folder, self.step = settings, folder, 0
         self.images_per_step = settings["images_per_step"]
+        self.example = example  # a text to draw, and the paths of its input pictures
+        self.drawing = {"height": options.resolution, "width": options.resolution}  # None: the model's own
+        if example[1]:
+            self.drawing["input_images"] = [data.read_image(path) for path in example[1]]
         torch.manual_seed(_seed(options.seed))  # of the first values
         if resume:
             method.load(resume)
@@ -594,7 +620,7 @@ class Run:
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
         with self._averaged(), enough_memory(o, f"while drawing at step {self.step}", self.folder, drawing=True):
-            images = list(generate(self.family, jobs, progress=False, **VALIDATION))
+            images = list(generate(self.family, jobs, progress=False, **VALIDATION, **self.drawing))
         if not main:
             return
         sheet = grid([images], title=f"step {self.step}: {o.validation_prompt}")
@@ -650,7 +676,7 @@ class Run:
         self.validate("validation.png")
         if main:
             with replacing(self.folder / CARD) as part:
-                part.write_text(_card(self.options, self.settings, self.log))
+                part.write_text(_card(self.options, self.settings, self.log, *self.example))
 
 
 @contextlib.contextmanager
@@ -678,6 +704,7 @@ def _smaller(options, drawing=False):
         f"--train_batch_size 1 --gradient_accumulation_steps {batch * o.gradient_accumulation_steps}": batch > 1,
         "--mixed_precision bf16": o.mixed_precision in (None, "no"),
         "--optimizer adamw8bit": o.optimizer != "adamw8bit",
+        "--quantize nf4": not o.quantize and not kind.changes_weights,
         "a smaller --resolution": True,
         f"--rank {o.rank // 2}": kind is Adapter and o.rank > 1,
         f"several GPUs that share the base ({sharding.LAUNCH})": kind is not SVDiff and not sharding.is_asked_for(),
@@ -716,13 +743,17 @@ def class_pictures(options, family, accelerator, resolution, folder):
     return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]
 
 
-def _card(options, settings, log):
-    shown = {k: v for k, v in settings.items() if v not in (None, False) and k not in ("output_dir", "instance_data_dir")}
+def _card(options, settings, log, prompt, inputs):
+    hidden = ("output_dir", "instance_data_dir")
+    shown = {k: v for k, v in settings.items() if v not in (None, False, []) and k not in hidden}
     table = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
     tail = log[-50:]
     losses = f"Mean loss of the last {len(tail)} steps: {sum(e['loss'] for e in tail) / len(tail):.4f}." if tail else ""
     picture = f"\n![{options.validation_prompt}](validation.png)\n" if options.validation_prompt else ""
-    prompt = options.validation_prompt or options.instance_prompt or "…"
+    more = {"height": options.resolution, "width": options.resolution, "quantize": options.quantize}
+    more = "".join(f" --{name} {value}" for name, value in more.items() if value)
+    more += " --quantize_text_encoders" * options.quantize_text_encoders
+    more += "".join(f" --input_image {shlex.quote(str(path))}" for path in inputs)
     return f"""---
 base_model: {options.pretrained_model_name_or_path}
 tags: [text-to-image, diffusers, {options.method}]
@@ -731,7 +762,7 @@ tags: [text-to-image, diffusers, {options.method}]
 {picture}
 ```bash
 deft sample --pretrained_model_name_or_path {options.pretrained_model_name_or_path} \\
-    --adapter {shlex.quote(str(options.output_dir))} --prompt {shlex.quote(prompt)}
+    --adapter {shlex.quote(str(options.output_dir))} --prompt {shlex.quote(prompt)}{more}
 ```
 
 {losses}
@@ -753,9 +784,7 @@ def train(options, family=None):
         raise UserError(f"--report_to {options.report_to}: pip install {options.report_to}, or --report_to none")
     sources = data.find_sources(options.instance_data_dir, options.instance_prompt)
     METHODS[options.method].check(options, [source.caption for source in sources])
-    for source in sources:  # one at a time and not kept: photographs are large, and their final size is not known yet
-        for path in (source.path, *source.inputs):
-            data.read_image(path)
+    data.check(sources)  # nothing is kept: photographs are large, and their final size is not known yet
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
@@ -779,19 +808,31 @@ def train(options, family=None):
         print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
     with enough_memory(options, "while the base model was loaded", folder):
         if family is None:
-            family = load_family(options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32))
+            family = load_family(
+                options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32), options.quantize,
+                options.quantize_text_encoders,
+            )  # fmt: skip
         family.to(accelerator.device, without_model=fsdp is not None)  # which is split before it goes there
+    check_base(METHODS[options.method], family)
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
     for source in sources:
         family.check_prompt(source.caption, source.inputs)
-    for prompt in (options.validation_prompt, options.class_prompt):
-        family.check_prompt(prompt or "")
+    prompt = options.validation_prompt or options.instance_prompt or sources[0].caption
+    inputs = next((source.inputs for source in sources if source.inputs), ())
+    inputs = options.validation_image or family.default_inputs(prompt, inputs)
+    if options.validation_prompt:
+        family.check_prompt(prompt, inputs)
+    family.check_prompt(options.class_prompt or "")
     if accelerator.is_main_process:
         warn_of_cut_text(family, [*(s.caption for s in sources), options.validation_prompt or ""])
     sizes = data.buckets(resolution, family.size_multiple, squares=not options.aspect_ratio_buckets)
     sizes = [size for size in sizes if max(size) <= family.max_size]
-    pictures = [picture for source in sources for picture in [data.load(source, sizes)] * source.repeats]
+    loaded = [data.load(source, sizes) for source in sources]
+    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
+    if accelerator.is_main_process:
+        data.warn_of_fit(sources, loaded, crop_anywhere)
+    pictures = [picture for source, picture in zip(sources, loaded) for _ in range(source.repeats)]
     settings = dataclasses.asdict(options) | {
         "resolution": resolution,
         "mixed_precision": precision,
@@ -801,7 +842,6 @@ def train(options, family=None):
     }
     if resume:
         _check_same_run(resume, settings)
-    crop_anywhere = not (options.center_crop or options.aspect_ratio_buckets)  # a bucket leaves little to choose from
     for name in ("snr_gamma", "weighting_scheme"):
         if hasattr(family, name):
             setattr(family, name, getattr(options, name))
@@ -820,7 +860,7 @@ def train(options, family=None):
             )
             for k, stream in enumerate(streams)
         ]  # fmt: skip
-        run = Run(options, accelerator, family, method, samples, settings, folder, resume, fsdp)
+        run = Run(options, accelerator, family, method, samples, settings, folder, resume, fsdp, (prompt, inputs))
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
     if accelerator.is_main_process:

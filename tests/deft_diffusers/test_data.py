@@ -2,6 +2,9 @@
 
 import json
 import re
+import sys
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,12 +169,136 @@ def test_bad_metadata(line, message, tmp_path):
         data.find_sources(tmp_path, "a cat")
 
 
+NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+
+
 @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
-def test_unreadable_picture_is_named(content, tmp_path):
-    path = tmp_path / "broken.png"
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "avif", "gif", "tif", "bmp"])
+def test_unreadable_picture_is_named(content, suffix, tmp_path):
+    path = tmp_path / f"broken.{suffix}"
     if content is None:  # cut in the middle
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(NOISE).save(path)
         content = path.read_bytes()[:2000]
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"cannot read the picture .*broken\.png"):
+    with pytest.raises(UserError, match=rf"cannot read the picture .*broken\.{suffix}"):
         data.read_image(path)
+
+
+@pytest.mark.parametrize("at", [4, 30, 60, 200, 260])
+def test_damaged_picture_is_named_whatever_its_decoder_raises(at, tmp_path):
+    """A TypeError, a RuntimeError … of PIL's."""
+    Image.fromarray(NOISE).save(tmp_path / "a.avif")
+    whole = bytearray((tmp_path / "a.avif").read_bytes())
+    whole[at : at + 30] = bytes(30)
+    (tmp_path / "a.avif").write_bytes(whole)
+    with pytest.raises(UserError, match=r"cannot read the picture .*a\.avif"):
+        data.read_image(tmp_path / "a.avif")
+
+
+def test_the_first_frame_is_used_and_that_is_said(tmp_path, capsys):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    for name in ("a.gif", "b.webp", "c.tiff", "d.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], lossless=True)
+        assert (pixels(data.read_image(tmp_path / name)) == (255, 0, 0)).all(), name
+    frames[0].save(tmp_path / "e.jpg")
+    frames[0].save(tmp_path / "phone.mpo", save_all=True, append_images=frames[1:])
+    (tmp_path / "phone.mpo").rename(tmp_path / "phone.jpg")  # a still picture
+    frames[0].convert("L").save(tmp_path / "still.gif")
+    sources = data.find_sources(tmp_path, "a cat")
+    data.check(sources)
+    said = capsys.readouterr().err
+    assert said == "of several frames or pages only the first is used: a.gif, b.webp, c.tiff, d.png\n"
+
+
+def test_heic_needs_its_library(tmp_path, monkeypatch):
+    path = tmp_path / "IMG_1.HEIC"
+    path.write_bytes(b"\0\0\0 ftypheic")
+    assert data.find_pictures(tmp_path) == [path]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(UserError, match=r"picture .*IMG_1.HEIC: pip install pillow-heif .*, or save it as PNG or JPEG"):
+        data.read_image(path)
+    asked = []
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=lambda: asked.append(1)))
+    Image.new("RGB", (8, 8), "red").save(path, format="png")  # which stands in for what the library reads
+    assert (pixels(data.read_image(path)) == (255, 0, 0)).all() and asked
+
+
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_jpegs_of_printers(mode, tmp_path):
+    red = np.asarray(roundtrip(Image.new("RGB", (8, 8), (200, 30, 30)).convert(mode), tmp_path / "a.jpg", quality=95))
+    assert np.abs(red.astype(int) - (200, 30, 30)).max() <= 3
+
+
+def test_sixteen_bit_colours(tmp_path):
+    """48 bits a pixel, which PIL reads as 24."""
+    values = np.zeros((4, 4, 3), ">u2")
+    values[..., 0], values[..., 1] = 65535, 32768
+    raw = b"".join(b"\0" + row.tobytes() for row in values)
+    chunk = lambda kind, body: len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    header = (4).to_bytes(4, "big") * 2 + bytes([16, 2, 0, 0, 0])
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(png)
+    assert pixels(data.read_image(tmp_path / "a.png"))[0, 0].tolist() == [255, 128, 0]
+
+
+# folders -----------------------------------------------------------------------------------------------------------------
+
+
+def test_folders_below_are_not_searched_and_that_is_said(tmp_path, capsys):
+    for name in ("one", "two", ".hidden", "notes"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / ("a.txt.png" if name != "notes" else ".a.png"))
+    with pytest.raises(UserError, match="no pictures in .* not searched, and there are pictures in one, two$"):
+        data.find_sources(tmp_path, "a cat")
+    Image.new("RGB", (8, 8)).save(tmp_path / "top.png")
+    line = {"file_name": "top.png", "text": "a cat", "input_images": ["one/a.txt.png"]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    assert len(data.find_sources(tmp_path)) == 1
+    assert capsys.readouterr().err == f"{tmp_path} has folders of pictures, which are not searched: two\n"
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line | {"file_name": "two/a.txt.png"}))
+    with pytest.raises(UserError, match="not there, or lie in folders below, which are not searched: two/a.txt.png"):
+        data.find_sources(tmp_path, "a cat")
+
+
+def test_names_of_all_kinds(tmp_path):
+    outside = tmp_path / "outside.png"
+    folder = tmp_path / "my photos, été"
+    folder.mkdir()
+    for path in (outside, folder / "ein Hündchen 1.PNG", folder / "a.b.JPG", folder / "犬.jpeg"):
+        Image.new("RGB", (8, 8)).save(path)
+    (folder / "link.png").symlink_to(outside)
+    (folder / "a.b.txt").write_text("two dots")
+    (folder / "犬.txt").write_text("一匹の犬")
+    (folder / ".DS_Store").touch()
+    found = {s.path.name: s.caption for s in data.find_sources(folder, "a cat")}
+    assert found == {"a.b.JPG": "two dots", "ein Hündchen 1.PNG": "a cat", "link.png": "a cat", "犬.jpeg": "一匹の犬"}
+    data.check(data.find_sources(folder, "a cat"))
+    outside.unlink()
+    with pytest.raises(UserError, match=r"cannot read the picture .*link\.png"):
+        data.check(data.find_sources(folder, "a cat"))
+
+
+def test_two_pictures_of_one_name(tmp_path):
+    for name in ("a.jpg", "a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    assert len(data.find_sources(tmp_path, "a cat")) == 3
+    (tmp_path / "a.txt").write_text("which?")
+    with pytest.raises(UserError, match=r"a\.txt would be the caption of a\.jpg and a\.png: give each a name of its own"):
+        data.find_sources(tmp_path, "a cat")
+
+
+def test_what_fits_badly_is_said(tmp_path, capsys):
+    sizes = {"small": (24, 40), "fine": (64, 64), "panorama": (640, 64), "tower": (64, 130), "phone": (64, 86)}
+    for name, size in sizes.items():
+        Image.new("RGB", size).save(tmp_path / f"{name}.png")
+    sources = data.find_sources(tmp_path, "a cat")
+    pictures = [data.load(source, data.buckets(64, 8)) for source in sources]
+    data.warn_of_fit(sources, pictures, whole=False)
+    small, cut = capsys.readouterr().err.splitlines()
+    assert small == "warning: pictures smaller than they are trained at are scaled up: small.png (24 x 40 to 48 x 80)"
+    assert "but their middle is cut off: panorama.png (17% kept)" in cut and cut.count("%") == 1
+    squares = [data.load(source, [(64, 64)]) for source in sources]
+    data.warn_of_fit(sources, squares, whole=False)
+    assert capsys.readouterr().err.count("% kept)") == 3
+    data.warn_of_fit(sources, squares, whole=True)
+    assert "kept" not in capsys.readouterr().err

@@ -160,8 +160,8 @@ def test_out_of_memory_in_a_step(allocate, run, tmp_path, monkeypatch):
         train(o)
     assert str(error.value) == (
         "out of memory at step 4 of 6; turn down, in this order: --gradient_checkpointing, --train_batch_size 1 "
-        "--gradient_accumulation_steps 6, --mixed_precision bf16, --optimizer adamw8bit, a smaller --resolution, --rank 2, "
-        f"{SHARED}; last good checkpoint: {tmp_path / 'out' / 'checkpoint-2'}"
+        "--gradient_accumulation_steps 6, --mixed_precision bf16, --optimizer adamw8bit, --quantize nf4, a smaller "
+        f"--resolution, --rank 2, {SHARED}; last good checkpoint: {tmp_path / 'out' / 'checkpoint-2'}"
     )
     smaller = {"train_batch_size": 1, "gradient_accumulation_steps": 6, "gradient_checkpointing": True}
     train(dataclasses.replace(o, resume_from_checkpoint="latest", **smaller))
@@ -170,7 +170,8 @@ def test_out_of_memory_in_a_step(allocate, run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, ways",
     [
-        ({"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "rank": 1}, [SHARED]),
+        ({"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "rank": 1, "quantize": "fp4"},
+         [SHARED]),
         ({"method": "svdiff", "gradient_checkpointing": True}, ["--mixed_precision bf16", "--optimizer adamw8bit"]),
     ],
     ids=["deft", "svdiff"],

@@ -10,7 +10,7 @@ import torch
 from deft_diffusers import UserError
 from deft_diffusers.demo import fingerprints
 from deft_diffusers.families import load_family
-from deft_diffusers.methods import METHODS, Spectral, method_of
+from deft_diffusers.methods import METHODS, Spectral, TextualInversion, method_of
 from deft_diffusers.options import METHODS as NAMES
 from deft_diffusers.options import TrainOptions
 from deft_diffusers.sample import load_adapters
@@ -183,7 +183,7 @@ def test_a_new_word_is_diffusers_own_kind_of_file(options):
         ("lora", {"placeholder_token": "x"}, "--placeholder_token does not apply to --method lora"),
         ("inversion", {"instance_prompt": "a cat"}, "no text has the placeholder <sks>"),
         ("inversion", {"placeholder_token": "t", "instance_prompt": "a t"}, "t is a word of the model already"),
-        ("inversion", {"initializer_token": "incomprehensibilities"}, "tokens here, not one"),
+        ("inversion", {"initializer_token": " "}, "is no word to this model"),
         ("inversion", {"num_vectors": 0}, "--num_vectors must be at least 1"),
         ("deft", {"caption_dropout": 1.0}, "--caption_dropout must be at least 0 and below 1"),
         ("deft", {"snr_gamma": 0.0}, "--snr_gamma must be a positive number"),
@@ -243,3 +243,15 @@ def test_dropped_captions_offsets_and_min_snr(tiny, options):
     weights = (kept / (1 - kept)).clamp(max=0.5) / (kept / (1 - kept))
     weighted = family.loss(family.model, latents, noise, times, conditions)
     torch.testing.assert_close(weighted, (torch.stack(each) * weights).mean())
+
+
+@pytest.mark.parametrize("words", [None, "t", "t b c"], ids=["all", "one", "several"])
+def test_a_new_word_starts_as_the_mean_of_the_words_given(words, tiny, options):
+    family = load_family(str(tiny), torch.float32)
+    table = family.pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    ids = slice(None) if words is None else family.pipe.tokenizer(words).input_ids[1:-1]
+    assert words is None or len(ids) == len(words.split())
+    method = TextualInversion(family, options("inversion", initializer_token=words, num_vectors=2))
+    method.start()
+    (rows,) = method.groups()[0]["words"]
+    assert torch.equal(rows.detach(), table[ids].mean(0, keepdim=True).repeat(2, 1))

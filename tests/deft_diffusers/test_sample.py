@@ -100,6 +100,28 @@ def test_merged_and_unmerged_adapters_draw_the_same(draw, adapters):
     assert min(distance(mixed, base), distance(mixed, merged)) > 10
 
 
+def test_an_adapter_from_the_hub(draw, adapters, monkeypatch, tmp_path):
+    """Downloaded before the base is loaded; a folder of that name comes first."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: asked.append(repo) or adapters["deft"])
+    assert distance(draw(adapter=["owner/my-dog"]), draw(adapter=[adapters["deft"]])) == 0 and asked == ["owner/my-dog"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "my-dog").symlink_to(adapters["lora"])
+    assert distance(draw(adapter=["owner/my-dog"]), draw(adapter=[adapters["lora"]])) == 0 and len(asked) == 1
+
+    def fails(repo, **_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(UserError, match=r"no such adapter: there is no folder owner/my-cat(?s:.*)hf download owner/my-cat"):
+        draw(adapter=["owner/my-cat"], pretrained_model_name_or_path="./nowhere")
+    with pytest.raises(UserError, match="no such adapter: runs/my/cat does not exist: expected a folder with"):
+        draw(adapter=["runs/my/cat"])
+
+
 def test_weight_zero_is_the_base_model_and_one_the_default(draw, adapters):
     assert distance(draw(), draw(adapter=[adapters["lora"]], adapter_weight=[0.0])) == 0
     assert distance(draw(adapter=[adapters["lora"]]), draw(adapter=[adapters["lora"]], adapter_weight=[1.0])) == 0

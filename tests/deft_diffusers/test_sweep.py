@@ -1,16 +1,21 @@
 """Subjects x methods x ranks: found in the layouts of the data sets, each trained once, whatever fails or is stopped."""
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from deft_diffusers import UserError
+from deft_diffusers import UserError, data
 from deft_diffusers.cli import main
+from deft_diffusers.grid import MARGIN
 from deft_diffusers.options import SweepOptions
-from deft_diffusers.sweep import CLAIM, find_subjects, read_plan, sweep, table
+from deft_diffusers.sweep import CLAIM, _say, find_subjects, read_plan, sweep, table
+from PIL import Image
 from tiny_pipeline import python_environment, write_picture
 
 
@@ -88,7 +93,7 @@ def test_every_job_once_whatever_fails(options, tmp_path, dreambooth, capsys):
 def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path):
     o = options(method=["lora"], plan={"train": {"max_train_steps": 4, "checkpointing_steps": 2}})
     root = tmp_path / "runs"
-    _, jobs, _ = read_plan(o)
+    jobs = read_plan(o).jobs
     sweep(o)
     whole = [json.loads(line)["loss"] for line in (root / "dog2/lora-r2-seed0/loss.jsonl").read_text().splitlines()]
     folder = root / jobs[0].name
@@ -105,6 +110,47 @@ def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path):
     assert [json.loads(line)["loss"] for line in (folder / "loss.jsonl").read_text().splitlines()] == whole
     assert statuses(root) == {jobs[0].name: "done", jobs[1].name: "waiting"}  # another machine has that one
     assert "waiting" in table(root, jobs)
+
+
+def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path, monkeypatch):
+    def here(command, env, stdout, stderr):  # without a process for each
+        commands.append(command)
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
+            return SimpleNamespace(returncode=main(command[3:]))
+
+    monkeypatch.setattr(subprocess, "run", here)
+    prompts, commands = ["a photo of a {}", "a {} on a hill"], []
+    plan = {"train": {"max_train_steps": 1}, "methods": ["lora"],
+            "sample": {"num_inference_steps": 1, "num_images_per_prompt": 2}}  # fmt: skip
+    changes = {"method": ["deft", "textual_inversion"], "plan": plan}  # flags come first
+    o, root = options(prompt=prompts, **changes), tmp_path / "runs"
+    assert sweep(o) == 0
+    names = ("base", "deft-r2-seed0", "textual_inversion-seed0")
+    assert statuses(root) == {f"{s}/{name}": "done" for s in ("dog2", "vase") for name in names}
+    drawn = [words for words in commands if words[3] == "sample"]
+    said = [[w.removeprefix("--prompt=") for w in words if w.startswith("--prompt=")] for words in drawn]
+    subjects = ("dog", "vase", "sks dog", "<sks>", "sks vase", "<sks>")
+    assert said == [[f"a photo of a {s}", f"a {s} on a hill"] for s in subjects]
+    assert [any(w.startswith("--adapter=") for w in words) for words in drawn] == [False] * 2 + [True] * 4
+    samples = json.loads((root / "dog2/deft-r2-seed0/samples/samples.json").read_text())["samples"]
+    assert [s["seed"] for s in samples] == [0, 1, 0, 1]
+    for name, own in (("dog2", 2), ("vase", 1)):
+        page = data.read_image(root / f"{name}.png")
+        cells = [np.asarray(page)[(row - 4) * (192 + MARGIN) :][:192] for row in range(4)]
+        right = [cell[:, -MARGIN - 192 : -MARGIN] for cell in cells]  # own pictures, base, deft, textual inversion
+        assert [bool((cell != 255).any()) for cell in right] == [own == 2, True, True, True]
+        last = Image.open(root / name / "textual_inversion-seed0/samples/0002.png").convert("RGB").resize((192, 192), 3)
+        assert np.array_equal(right[3], np.asarray(last))  # the first picture of the second prompt
+
+    commands.clear()
+    assert sweep(o) == 0 and not commands  # nothing is drawn twice
+    assert sweep(options(prompt=["an old {}"], subject=["vase"], **changes)) == 0
+    assert [words[3] for words in commands] == ["sample"] * 3  # and nothing trained twice
+    assert all("/vase/" in words[5] for words in commands)
+
+
+def test_articles():
+    assert _say("a photo of a {}", "old car") == "a photo of an old car" and _say("a {}", "car") == "a car"
 
 
 def test_processes_of_a_launcher_share_the_jobs(options, tmp_path, dreambooth):
@@ -128,6 +174,11 @@ def test_processes_of_a_launcher_share_the_jobs(options, tmp_path, dreambooth):
         ({"plan": {"ranks": ["four"]}}, "expected a list of numbers"),
         ({"plan": {"methods": ["dora"]}}, "unknown method dora"),
         ({"subjects": "nowhere"}, "no such folder of subjects"),
+        ({"subject": ["vase", "cat"]}, "there is no subject cat; there are dog2, vase"),
+        ({"prompt": ["a dog"]}, "the prompt 'a dog' has no {}"),
+        ({"plan": {"sample": {"prompt": "x"}}}, "`sample` has unknown prompt"),
+        ({"prompt": ["{}"], "subjects": None,
+          "plan": {"subjects": {"cat": {"instance_data_dir": "x", "instance_prompt": "a zwx cat"}}}}, "must say 'sks cat'"),
         ({"subjects": None}, "which subjects?"),
         ({"pretrained_model_name_or_path": None}, "which base model?"),
         ({"subjects": None, "plan": {"subjects": {"cat": {"instance_data_dir": "x"}}}}, "subject cat: expected"),

@@ -1,5 +1,6 @@
 """The embedded base model and its world: drawings, captions, the shipped pipeline, and the script that makes it."""
 
+import hashlib
 import re
 import shutil
 import warnings
@@ -7,7 +8,11 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from deft_diffusers import data
+from deft_diffusers.sweep import find_subjects
 from deft_diffusers.toyworld import CLASSES, COLOURS, MODEL_DIR, PATTERNS, SCENES, caption, draw, sample, train
+from deft_diffusers.toyworld.subjects import write_subjects
+from deft_diffusers.toyworld.world import INDIVIDUALS, draw_individual
 from PIL import Image
 
 SIZE_LIMIT = 16_000_000  # bytes of the shipped folder
@@ -63,6 +68,32 @@ def test_colour_and_pattern_show():
         nearest = min(COLOURS, key=lambda c: np.abs(np.asarray(COLOURS[c]) - middle).sum())
         assert nearest == colour or np.abs(np.asarray(COLOURS[colour]) - middle).max() < 60
         assert min(np.abs(a - b).mean() for a, b in zip(pictures, pictures[1:])) > 1
+
+
+def test_an_individual_is_itself_in_every_pose_and_like_no_training_picture():
+    for name, one in INDIVIDUALS.items():
+        own = [_pixels(draw_individual(name, "snow", np.random.default_rng(seed))) for seed in range(4)]
+        again = _pixels(draw_individual(name, "snow", np.random.default_rng(0)))
+        assert np.array_equal(own[0], again) and min(np.abs(own[0] - p).mean() for p in own[1:]) > 1, name
+        for colour in (one.colour, *one.coat.values()):
+            near = [np.abs(p - colour).max(-1) for p in own]
+            assert sum((n < 40).mean() > 0.005 for n in near) >= 3, (name, colour)  # a close-up may hide a part
+        far = min(np.abs(np.subtract(one.colour, other)).max() for other in COLOURS.values())
+        assert far >= 20 and one.coat, name  # in training all of a subject has one colour
+    # the colours of parts are one more thing that is drawn: what is not an individual has none, and looks as before
+    before = draw("cat", "red", "striped", "beach", np.random.default_rng(1))
+    assert hashlib.sha256(before.tobytes()).hexdigest()[:8] == "bfb41460"
+
+
+def test_subjects_are_a_data_set(tmp_path):
+    folder = write_subjects(tmp_path / "subjects")
+    subjects = find_subjects(folder)
+    assert {s.name: s.class_name for s in subjects} == {name: one.subject for name, one in INDIVIDUALS.items()}
+    for subject in subjects:
+        sources = data.find_sources(subject.instance_data_dir, subject.instance_prompt)
+        texts = {source.caption for source in sources}
+        assert len(sources) == 5 and len(texts) == (5 if subject.name == "church_rock" else 1)
+        assert all("sks " + subject.class_name in text for text in texts)
 
 
 def test_captions_name_what_is_drawn_and_sometimes_leave_it_out():

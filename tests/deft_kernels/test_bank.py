@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import deft_kernels as dk
-from deft_kernels.nn.layers import DeftLayer
+from deft_kernels.adapters.inject import adapted_layers
+from deft_kernels.nn import layers
 from deft_kernels.nn.prepare import Prepare
 
 ALL = ["to_q", "to_k", "to_v", "to_out.0", "conv_in"]
@@ -86,8 +87,9 @@ def test_gradient_checkpointing(use_reentrant, prepared):
 
 
 @pytest.mark.parametrize("between", ["nothing", "no_grad forward", "another forward", "a larger forward"])
-def test_checkpointing_with_other_forwards_before_the_backward(between):
+def test_checkpointing_with_other_forwards_before_the_backward(between, monkeypatch):
     """What is recomputed keeps what the forward kept, whatever the bank has prepared since."""
+    monkeypatch.setattr(layers, "weight_is_cheaper", lambda *shape: False)
     torch.manual_seed(3)
     model = small_model(width=64).double()
     dk.inject_adapter(model, dk.DeftConfig(r=16, init_weights=False, target_modules=ALL))
@@ -196,14 +198,70 @@ def test_autocast_inside_and_around():
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(model).values())
 
 
-def test_activation_form_is_taken_from_the_second_forward_on(prepared):
+def test_activation_form_is_taken_from_the_second_forward_on(prepared, monkeypatch):
     """The bank learns how many rows a layer sees: few rows are cheaper without projecting A."""
+    monkeypatch.setattr(layers, "weight_is_cheaper", lambda *shape: False)  # as if these layers were large
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 128)).double()
     dk.inject_adapter(model, dk.DeftConfig(r=8, target_modules="all-linear", init_weights=False))
     x = torch.randn(4, 256, dtype=torch.float64)
     first, second = loss_and_gradients(model, x), loss_and_gradients(model, x)
     assert model[0]._factors[0].A is None and model[0]._factors[0].K is not None
     torch.testing.assert_close(second, first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(dk.DeftConfig(r=2, decomposition_method=d, alpha=3.0, init_weights=False) for d in ("qr", "svd", "relu")),
+        dk.DeftConfig(r=2, gate=True, init_weights=False),
+        dk.DeftConfig(r=2, para=True),
+        dk.LoraConfig(r=2, init_weights=False),
+    ],
+    ids=["qr", "svd", "relu", "gate", "para", "lora"],
+)
+def test_small_layers_are_prepared_whole(config, dtype):
+    """The weight form: the same loss and gradients, at another strength too; without grad; and where P alone trains."""
+    torch.manual_seed(3)
+    model, x = small_model().to(dtype), torch.randn(2, 3, 4, 4, dtype=dtype)
+    config.target_modules = ALL
+    dk.inject_adapter(model, config)
+    close = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {}
+    for strength in (1.0, -0.7):
+        dk.set_adapters(model, ["default"], strength)
+        expected = alone(model, x)
+        torch.testing.assert_close(loss_and_gradients(model, x), expected, **close)
+        forms = {name: layer._factors[0].W is not None for name, layer in adapted_layers(model).items()}
+        assert sum(forms.values()) == 8 and not forms["conv_in"]
+        with torch.no_grad():
+            torch.testing.assert_close(model(x).square().mean(), expected[0], **close)
+    for name, p in model.named_parameters():
+        p.requires_grad_("deft_P" in name)
+    (_, grads), every = loss_and_gradients(model, x), expected[1]
+    torch.testing.assert_close(grads, {name: g for name, g in every.items() if "deft_P" in name}, **close)
+
+
+def test_no_weight_form_in_half_precision_under_dropout_or_for_two_adapters():
+    x = torch.randn(2, 3, 4, 4)
+
+    def whole(model, x):
+        model(x).float().square().mean().backward()
+        return any(layer._factors[0].W is not None for layer in adapted_layers(model).values())
+
+    def model_with(**options):
+        model = small_model()
+        dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=ALL, **options))
+        return model
+
+    assert whole(model_with(), x)
+    assert not whole(model_with(dropout=0.5).train(), x)
+    assert not whole(model_with().bfloat16(), x.bfloat16())
+    two = model_with()
+    dk.inject_adapter(two, dk.DeftConfig(r=2, target_modules=ALL), "other")
+    dk.set_adapters(two, ["default", "other"])
+    assert not whole(two, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not whole(model_with(), x)
 
 
 def train(rank: int, world: int, folder: str):
@@ -252,10 +310,10 @@ def test_a_base_split_by_fsdp(blocks, one_process):
     inside = {m for block in wrapped for m in block.modules()}
     for module in (*wrapped, model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
-    layers = [m for m in model.modules() if isinstance(m, DeftLayer)]
-    assert bool(wrapped) == blocks and all(layer.dense_weight() is None for layer in layers)
+    adapted = [m for m in model.modules() if isinstance(m, layers.DeftLayer)]
+    assert bool(wrapped) == blocks and all(layer.dense_weight() is None for layer in adapted)
     for _ in range(2):
         loss, found = loss_and_gradients(model, x)
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(found, wanted)
-        assert all((layer._factors[0].A is None) == (layer in inside) for layer in layers)
+        assert all((layer._factors[0].K is not None) == (layer in inside) for layer in adapted)

@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import deft_kernels as dk
+from benchmarks import shapes
 from deft_kernels.adapters.inject import match_targets
 from deft_kernels.nn import DeftLayer
 
@@ -99,13 +100,8 @@ def test_whole_models(case, tmp_path):
 def test_default_targets_of_sdxl_itself():
     """560 layers and 0.955 G weights, as in the paper's SDXL runs; no memory is taken."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048, sample_size=128,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
-            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), addition_embed_type="text_time",
-            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
-        )  # fmt: skip
+        unet = UNet2DConditionModel(**shapes.SDXL_UNET)
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
     names = match_targets(unet, dk.DeftConfig())
     assert len(names) == 560
     assert sum(unet.get_submodule(name).weight.numel() for name in names) == 955_187_200

@@ -48,11 +48,11 @@ def _index(source):
         raise UserError(f"there is no folder {source}, and the hub gives no such model: {reason}") from error
 
 
-def load_family(name, dtype):
+def load_family(name, dtype, quantize=None, quantize_text_encoders=False):
     """Loads the base model `name` (`toyworld`, a folder or a hub id) with its big parts in `dtype` (None: the half precision
-    that it was made for), and returns its family.
+    that it was made for), or quantised as `--quantize` says, and returns its family. Its `to(device)` comes next.
 
-    UserError if there is no such model or its pipeline class is not supported.
+    UserError if there is no such model, its pipeline class is not supported, or a library that it needs is missing.
     """
     import diffusers
     import transformers
@@ -66,4 +66,12 @@ def load_family(name, dtype):
         raise UserError(f"{name} is a {kind}, which is not supported; supported: {', '.join(FAMILIES)}")
     # such as SD 3's T5, which diffusers must be told of
     missing = {name: None for name, what in index.items() if what == [None, None]}
-    return FAMILIES[kind].load(source, dtype or FAMILIES[kind].half, **missing)
+    try:
+        family = FAMILIES[kind].load(source, dtype or FAMILIES[kind].half, **missing)
+    except ImportError as error:  # of what a quantised model was saved with
+        raise UserError(f"{name} cannot be loaded here: {error}") from error
+    if quantize:
+        family.quantise(quantize, quantize_text_encoders)
+    elif quantize_text_encoders:
+        raise UserError("--quantize_text_encoders goes with --quantize: say how")
+    return family

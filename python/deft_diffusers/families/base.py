@@ -8,8 +8,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3, compute_snr
 
 from deft_kernels.config import TARGETS
+from deft_kernels.nn.quantised import hold, quantised
 
 from .. import UserError
+from .quantise import quantise
 
 
 class Family:
@@ -21,6 +23,7 @@ class Family:
     model_name: str  # of the part that an adapter goes into, in the pipeline and in its folder
     guidance_scale: float  # to draw with where none is asked for, the pipeline's own default
     takes_negative_prompt = True
+    drops_inputs = True  # whether guidance is away from a picture without the text's input pictures too
     max_inference_steps = math.inf
     max_size = math.inf  # side in pixels
 
@@ -36,6 +39,14 @@ class Family:
         overflow to black pictures."""
         return cls(cls.pipeline.from_pretrained(source, dtype={"default": dtype, "vae": torch.float32}, **missing))
 
+    def quantise(self, kind, text_encoders=False):
+        """Puts the denoiser, or also T5 and Qwen3, into 4 or 8 bits; see `quantise`. Call it before `to`."""
+        large = [part for part in self.text_encoders.values() if not type(part).__name__.startswith("CLIP")]
+        if text_encoders and not large:
+            raise UserError(f"--quantize_text_encoders does not apply to {self.kind}: it has none of T5 and Qwen3")
+        for part in (self.model, *(large if text_encoders else ())):
+            quantise(part, kind, self.dtype)
+
     def to(self, device, without_model=False):
         """Moves the pipeline; `without_model`: all but the part that an adapter goes into."""
         if not without_model:
@@ -44,7 +55,19 @@ class Family:
             for part in self.pipe.components.values():
                 if isinstance(part, torch.nn.Module) and part is not self.model:
                     part.to(device)
+        for part in (self.model, *self.text_encoders.values()):
+            for module in part.modules():
+                hold(module)  # layers without an adapter too: gradients pass through them
         return self
+
+    @property
+    def quantisation(self):
+        """What the denoiser's or a text encoder's weights are quantised as, by its name; None where all are dense."""
+        for part in (self.model, *self.text_encoders.values()):
+            for module in part.modules():
+                if (held := quantised(module)) is not None:
+                    return held.name
+        return None
 
     @property
     def kind(self):
@@ -61,6 +84,12 @@ class Family:
         """What texts are encoded by, by name in the pipeline."""
         parts = sorted(self.pipe.components.items())
         return {name: part for name, part in parts if name.startswith("text_encoder") and part is not None}
+
+    @property
+    def tokenizers(self):
+        """What turns texts into the text encoders' numbers."""
+        parts = sorted(self.pipe.components.items())
+        return [part for name, part in parts if name.startswith("tokenizer") and part is not None]
 
     @property
     def word_encoders(self):
@@ -100,9 +129,18 @@ class Family:
         if inputs:
             raise UserError(f"{self.kind} takes no input pictures: {prompt!r} comes with {len(inputs)}")
 
+    def default_inputs(self, prompt, inputs):
+        """Those of `inputs`, a training picture's, that a text to draw goes with where nothing is said."""
+        return inputs
+
     def encode_prompts(self, prompts, inputs=None):
         """Conditions for `loss`: a dict of tensors, first dimension len(prompts). `inputs`: the pictures of each prompt."""
         raise NotImplementedError
+
+    def sizes(self, views):
+        """More conditions, of what is seen of each training picture: its own size, the corner of the part seen in the scaled
+        picture, and that part's size, each (width, height)."""
+        return {}
 
     def collate(self, entries):
         """The conditions of several prompts, on the pipeline's device, from those of each."""
@@ -134,6 +172,10 @@ class Family:
     def predict(self, model, noisy, times, conditions):
         """What `model` (this family's, perhaps wrapped) says of noisy latents at its own kind of times."""
         raise NotImplementedError
+
+    def default_size(self, input_images=()):
+        """Height and width to draw where none are asked for."""
+        return self.resolution, self.resolution
 
     def guidance(self, scale, negative_prompts):
         """Guidance in the pipeline's arguments."""

@@ -64,6 +64,9 @@ class OmniGen(FlowMatching):
                 "<img><|image_1|></img> and so on"
             )
 
+    def default_inputs(self, prompt, inputs):
+        return inputs if "<|image_" in prompt else ()
+
     def encode_prompts(self, prompts, inputs=None):
         """Of each instruction: token numbers, (N, L) padded on the left, and 1 where they are meant; the latents of its
         input pictures, and where among the tokens they go."""

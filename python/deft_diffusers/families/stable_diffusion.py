@@ -1,5 +1,6 @@
 """Stable Diffusion 1.x, 2.x and SDXL: CLIP's text encoders, a UNet, ε- or v-prediction."""
 
+import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from .base import Diffusion
@@ -37,11 +38,15 @@ class StableDiffusionXL(Diffusion):
         )
         return {"encoder_hidden_states": embeds, "text_embeds": pooled}
 
+    def sizes(self, views):
+        """As diffusers' trainers tell them: (N, 6), the original size, the corner and the size seen, heights first."""
+        ids = [[side for pair in view for side in reversed(pair)] for view in views]
+        return {"time_ids": torch.tensor(ids, dtype=torch.float32, device=self.pipe.device)}
+
     def predict(self, model, noisy, times, conditions):
-        # A training picture is all of its bucket, as if it had been taken so.
-        size = tuple(side * self.pipe.vae_scale_factor for side in noisy.shape[2:])
-        pooled = conditions["text_embeds"]
-        ids = self.pipe._get_add_time_ids(size, (0, 0), size, pooled.dtype, pooled.shape[-1])
-        extra = {"text_embeds": pooled, "time_ids": ids.to(noisy.device).repeat(len(noisy), 1)}
+        extra = {name: value for name, value in conditions.items() if name != "encoder_hidden_states"}
+        if "time_ids" not in extra:  # as the pipeline has it: all of a picture of this size
+            size = [side * self.pipe.vae_scale_factor for side in reversed(noisy.shape[2:])]
+            extra |= self.sizes([(size, (0, 0), size)] * len(noisy))
         states = conditions["encoder_hidden_states"]
         return model(noisy, times, encoder_hidden_states=states, added_cond_kwargs=extra, return_dict=False)[0]

@@ -6,6 +6,7 @@ depends on nothing but the `numpy.random.Generator` handed in: the same seed giv
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -309,11 +310,13 @@ class _Figure:
     """A subject being drawn in its own frame: x and y in [-1, 1], y = 1 where it touches the ground.
 
     `part` draws into a mask and a tone map that later take the colour and the pattern; `ink` collects details of fixed
-    colour (eyes, beak, wheels), drawn on top of everything.
+    colour (eyes, beak, wheels), drawn on top of everything. What a pose decides comes from `rng`, what the subject is from
+    `traits`; parts whose name is in `coat` have their own colour.
     """
 
-    def __init__(self, rng, half_width, half_height, x, feet, flip, tilt):
-        self.rng, self.inks = rng, []
+    def __init__(self, rng, traits, coat, half_width, half_height, x, feet, flip, tilt):
+        self.rng, self.traits, self.coat, self.inks = rng, traits, coat, []
+        self.coated = {name: Image.new("L", (_S, _S), 0) for name in coat}
         self.mask, self.tone = Image.new("L", (_S, _S), 0), Image.new("L", (_S, _S), 0)
         self.masks, self.tones = ImageDraw.Draw(self.mask), ImageDraw.Draw(self.tone)
         self.sx, self.sy, self.x, self.y = half_width * (-1 if flip else 1), half_height, x, feet - half_height
@@ -335,20 +338,23 @@ class _Figure:
             for a in angles
         ]
 
-    def part(self, points, tone=1.0):
+    def part(self, points, tone=1.0, name=None):
         points = self.place(points)
         self.masks.polygon(points, fill=255)
+        for other, mask in self.coated.items():  # what lies above hides it
+            ImageDraw.Draw(mask).polygon(points, fill=255 * (other == name))
         self.tones.polygon(points, fill=int(tone * 190))
         # a darker rim keeps parts of one colour apart
         self.tones.line(points + points[:1], fill=int(tone * 120), width=2)
 
-    def oval(self, x, y, rx, ry, tone=1.0, turn=0.0):
-        self.part(self.ring(x, y, rx, ry, turn), tone)
+    def oval(self, x, y, rx, ry, tone=1.0, turn=0.0, name=None):
+        self.part(self.ring(x, y, rx, ry, turn), tone, name)
 
-    def limb(self, points, width, tone=1.0):
+    def limb(self, points, width, tone=1.0, name=None):
         """A stroke of constant width (in the figure's units), with round joints."""
         points, w = self.place(points), max(2, int(width * self.unit))
-        for draw, fill in ((self.masks, 255), (self.tones, int(tone * 175))):
+        coated = [(ImageDraw.Draw(mask), 255 * (other == name)) for other, mask in self.coated.items()]
+        for draw, fill in ((self.masks, 255), (self.tones, int(tone * 175)), *coated):
             draw.line(points, fill=fill, width=w, joint="curve")
             for x, y in (points[0], points[-1]):
                 draw.ellipse((x - w / 2, y - w / 2, x + w / 2, y + w / 2), fill=fill)
@@ -360,7 +366,7 @@ class _Figure:
         self.ink(colour, self.ring(x, y, rx, ry, turn))
 
     def paint(self, canvas, colour, pattern, light):
-        rng = self.rng
+        rng = self.traits
         ys, xs = np.mgrid[0:_S, 0:_S].astype(np.float32)
         bright = sum(colour) / 3 > 95
         second = np.asarray(_mix(colour, (24, 18, 14), 0.68) if bright else _mix(colour, (240, 236, 226), 0.62), np.float32)
@@ -379,11 +385,14 @@ class _Figure:
                     dx, dy = rng.normal(0, step * 0.08, 2)
                     draw.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=255)
             body = np.where((np.asarray(spots) > 0)[..., None], second, body)
+        for name, mask in self.coated.items():
+            body = np.where((np.asarray(mask) > 127)[..., None], np.asarray(self.coat[name], np.float32), body)
         # a blurred copy of the mask moved towards the light rounds the figure
         soft = self.mask.filter(ImageFilter.GaussianBlur(7))
         soft = np.roll(np.asarray(soft, np.float32) / 255, (int(light[1] * 6), int(light[0] * 6)), (0, 1))
         tone = np.asarray(self.tone, np.float32) / 190
-        body = body * (tone * (0.62 + 0.46 * soft) + 0.035 * _noise(rng, 20, 64))[..., None] + 14 * (soft[..., None] - 0.6)
+        shade = tone * (0.62 + 0.46 * soft) + 0.035 * _noise(self.rng, 20, 64)
+        body = body * shade[..., None] + 14 * (soft[..., None] - 0.6)
         image = Image.fromarray(np.clip(body, 0, 255).astype(np.uint8))
         canvas.paste(image, (0, 0), self.mask)
         draw = ImageDraw.Draw(canvas)
@@ -408,7 +417,7 @@ def _cat_head(f, x, y, r, iris, eye=0.2):
             (x + side * r * 0.98, y - r * 1.35),
             (x + side * r * 0.2, y - r * 0.8),
         ]
-        f.part(ear, 0.92)
+        f.part(ear, 0.92, "ears")
         f.ink((226, 150, 150), [_mix(p, (x + side * r * 0.72, y - r * 0.78), 0.5) for p in ear])
     f.oval(x, y, r * 1.08, r * 0.92, 1.06)
     _eyes(f, x, y - r * 0.1, r * eye, iris, r * 0.45)
@@ -421,22 +430,22 @@ def _cat_head(f, x, y, r, iris, eye=0.2):
 
 
 def _cat(f):
-    iris = ((206, 190, 60), (110, 180, 90), (220, 150, 50))[f.rng.integers(3)]
+    iris = ((206, 190, 60), (110, 180, 90), (220, 150, 50))[f.traits.integers(3)]
     if f.rng.random() < 0.35:  # the face fills the frame, as in a close photograph
         f.oval(0, 0.95, 0.8, 0.55, 0.85)
         _cat_head(f, 0, 0.15, 0.78, iris)
         return
-    f.limb([(0.45, 0.8), (0.85, 0.75), (0.95, 0.35), (0.8 + f.rng.uniform(-0.1, 0.15), 0.0)], 0.17, 0.9)
+    f.limb([(0.45, 0.8), (0.85, 0.75), (0.95, 0.35), (0.8 + f.rng.uniform(-0.1, 0.15), 0.0)], 0.17, 0.9, "tail")
     f.oval(0, 0.45, 0.52, 0.58, 0.95)
     f.oval(-0.42, 0.78, 0.22, 0.22, 0.92)
     f.oval(0.42, 0.78, 0.22, 0.22, 0.92)
     for side in (-1, 1):
-        f.limb([(side * 0.17, 0.3), (side * 0.18, 0.92)], 0.2, 1.02)
+        f.limb([(side * 0.17, 0.3), (side * 0.18, 0.92)], 0.2, 1.02, "legs")
     _cat_head(f, f.rng.uniform(-0.1, 0.1), -0.32, 0.46, iris)
 
 
 def _kitten(f):
-    iris = ((84, 150, 214), (110, 180, 190))[f.rng.integers(2)]
+    iris = ((84, 150, 214), (110, 180, 190))[f.traits.integers(2)]
     f.limb([(0.35, 0.85), (0.7, 0.8), (0.8, 0.55)], 0.15, 0.9)
     f.oval(0, 0.66, 0.42, 0.36, 0.95)
     for side in (-1, 1):
@@ -447,8 +456,8 @@ def _kitten(f):
 def _dog_head(f, x, y, r):
     f.oval(x, y, r * 0.88, r * 0.95, 1.05)
     for side in (-1, 1):  # hanging ears
-        f.oval(x + side * r * 0.95, y + r * 0.12, r * 0.3, r * 0.75, 0.68, -side * 0.25)
-    f.oval(x, y + r * 0.5, r * 0.5, r * 0.46, 1.2)
+        f.oval(x + side * r * 0.95, y + r * 0.12, r * 0.3, r * 0.75, 0.68, -side * 0.25, "ears")
+    f.oval(x, y + r * 0.5, r * 0.5, r * 0.46, 1.2, name="muzzle")
     for side in (-1, 1):
         f.ink_oval((30, 20, 16), x + side * r * 0.38, y - r * 0.15, r * 0.16, r * 0.18)
         f.ink_oval((250, 250, 250), x + side * r * 0.38 - r * 0.05, y - r * 0.21, r * 0.06, r * 0.06)
@@ -464,31 +473,31 @@ def _dog(f):
         _dog_head(f, 0, 0.02, 0.8)
         return
     if f.rng.random() < 0.5:  # standing, seen from the side
-        f.limb([(0.65, 0.0), (0.85, -0.3), (0.8 + f.rng.uniform(-0.05, 0.15), -0.5)], 0.13, 0.9)
+        f.limb([(0.65, 0.0), (0.85, -0.3), (0.8 + f.rng.uniform(-0.05, 0.15), -0.5)], 0.13, 0.9, "tail")
         for x, tone in ((-0.28, 0.7), (0.6, 0.7), (-0.42, 0.98), (0.46, 0.98)):
-            f.limb([(x, 0.25), (x + f.rng.uniform(-0.06, 0.06), 0.92)], 0.17, tone)
+            f.limb([(x, 0.25), (x + f.rng.uniform(-0.06, 0.06), 0.92)], 0.17, tone, "legs")
         f.oval(0.08, 0.15, 0.66, 0.34, 1.0)
         _dog_head(f, -0.52, -0.3, 0.44)
     else:
-        f.limb([(0.4, 0.85), (0.8, 0.7), (0.95, 0.4)], 0.15, 0.9)
+        f.limb([(0.4, 0.85), (0.8, 0.7), (0.95, 0.4)], 0.15, 0.9, "tail")
         f.oval(0, 0.45, 0.5, 0.56, 0.95)
         for side in (-1, 1):
             f.oval(side * 0.42, 0.82, 0.22, 0.18, 0.9)
-            f.limb([(side * 0.18, 0.25), (side * 0.2, 0.92)], 0.21, 1.02)
+            f.limb([(side * 0.18, 0.25), (side * 0.2, 0.92)], 0.21, 1.02, "legs")
         _dog_head(f, f.rng.uniform(-0.08, 0.08), -0.38, 0.5)
-    if f.rng.random() < 0.4:  # a red tag on the chest
+    if f.traits.random() < 0.4:  # a red tag on the chest
         f.ink((200, 30, 40), [(-0.01, 0), (0.01, 0)], 0.05)
 
 
 def _bear(f):
     cream = (240, 220, 186)
     for side in (-1, 1):
-        f.oval(side * 0.38, -0.82, 0.22, 0.2, 0.9)
+        f.oval(side * 0.38, -0.82, 0.22, 0.2, 0.9, name="ears")
         f.ink_oval(cream, side * 0.38, -0.82, 0.11, 0.1)
-        f.oval(side * 0.66, 0.22 + f.rng.uniform(-0.12, 0.06), 0.19, 0.34, 0.9, side * f.rng.uniform(-0.9, -0.4))
+        f.oval(side * 0.66, 0.22 + f.rng.uniform(-0.12, 0.06), 0.19, 0.34, 0.9, side * f.rng.uniform(-0.9, -0.4), "arms")
     f.oval(0, 0.4, 0.52, 0.52, 0.98)
     for side in (-1, 1):
-        f.oval(side * 0.48, 0.8, 0.28, 0.22, 1.02)
+        f.oval(side * 0.48, 0.8, 0.28, 0.22, 1.02, name="feet")
         f.ink_oval(cream, side * 0.52, 0.81, 0.15, 0.13)
     f.oval(0, -0.42, 0.55, 0.48, 1.06)
     f.ink_oval(cream, 0, 0.42, 0.28, 0.3)
@@ -498,7 +507,7 @@ def _bear(f):
     for side in (-1, 1):
         f.ink_oval((18, 14, 16), side * 0.23, -0.52, 0.075, 0.085)
         f.ink_oval((250, 250, 250), side * 0.23 - 0.02, -0.55, 0.025, 0.025)
-    if f.rng.random() < 0.5:  # a bow tie
+    if f.traits.random() < 0.5:  # a bow tie
         for side in (-1, 1):
             f.ink((210, 40, 52), [(0, 0.04), (side * 0.2, -0.06), (side * 0.2, 0.14)])
 
@@ -517,7 +526,7 @@ def _stork(f):
 
 
 def _horse(f):
-    hair = (38, 26, 20) if f.rng.random() < 0.6 else (226, 204, 160)
+    hair = (38, 26, 20) if f.traits.random() < 0.6 else (226, 204, 160)
     for x, tone in ((-0.2, 0.72), (0.58, 0.72), (-0.36, 0.96), (0.44, 0.96)):
         k = f.rng.uniform(-0.1, 0.1)
         f.limb([(x, 0.2), (x + k, 0.6), (x + k * 0.5, 0.92)], 0.13, tone)
@@ -560,17 +569,17 @@ def _bottle(f):
         ]
     )
     f.part(f.ring(0, 0.95, 0.5, 0.05), 0.8)
-    cap = ((40, 40, 46), (206, 170, 60), (230, 230, 232), (170, 40, 40))[f.rng.integers(4)]
+    cap = ((40, 40, 46), (206, 170, 60), (230, 230, 232), (170, 40, 40))[f.traits.integers(4)]
     f.ink(cap, [(-0.24, -0.78), (-0.24, -1.0), (0.24, -1.0), (0.24, -0.78)])
     f.ink((246, 242, 230), [(-0.5, 0.2), (0.5, 0.2), (0.5, 0.62), (-0.5, 0.62)])
-    band = ((170, 40, 44), (40, 90, 160), (50, 130, 70))[f.rng.integers(3)]
+    band = ((170, 40, 44), (40, 90, 160), (50, 130, 70))[f.traits.integers(3)]
     f.ink(band, [(-0.5, 0.36), (0.5, 0.36), (0.5, 0.45), (-0.5, 0.45)])
     f.ink((250, 252, 255), [(-0.36, -0.12), (-0.36, 0.12)], 0.06)
     f.ink((250, 252, 255), [(-0.12, -0.72), (-0.12, -0.5)], 0.05)
 
 
 def _rock(f):
-    rng = f.rng
+    rng = f.traits
     rim = [
         (-0.9, 0.9),
         (-0.98, 0.4),
@@ -588,7 +597,7 @@ def _rock(f):
         (x * 0.6 + rng.uniform(-0.1, 0.1), y * 0.45 + 0.12) for x, y in rim[1:7]
     ]  # where the lit top breaks into the sides
     for k in range(5):
-        f.part([rim[1 + k], rim[2 + k], edge[k + 1], edge[k]], float(rng.uniform(1.0, 1.3)))
+        f.part([rim[1 + k], rim[2 + k], edge[k + 1], edge[k]], float(rng.uniform(1.0, 1.3)), "top")
     for corners in (
         (rim[0], rim[1], edge[0], edge[1], (-0.35, 0.96)),
         ((-0.35, 0.96), *edge[1:4], (0.3, 0.98)),
@@ -601,17 +610,17 @@ def _rock(f):
 
 
 def _teapot(f):
-    f.limb([(0.5, -0.1), (0.88, -0.12), (0.92, 0.35), (0.5, 0.55)], 0.12, 0.85)
-    f.part([(-0.4, 0.1), (-0.7, -0.05), (-0.82, -0.42), (-1.0, -0.42), (-0.9, 0.2), (-0.4, 0.65)], 0.95)
+    f.limb([(0.5, -0.1), (0.88, -0.12), (0.92, 0.35), (0.5, 0.55)], 0.12, 0.85, "handle")
+    f.part([(-0.4, 0.1), (-0.7, -0.05), (-0.82, -0.42), (-1.0, -0.42), (-0.9, 0.2), (-0.4, 0.65)], 0.95, "spout")
     f.oval(0, 0.32, 0.66, 0.58, 1.02)
-    f.part([(-0.36, 0.8), (0.36, 0.8), (0.42, 0.98), (-0.42, 0.98)], 0.8)
-    f.part([(-0.4, -0.12), (-0.3, -0.34), (0.3, -0.34), (0.4, -0.12)], 1.08)
-    f.oval(0, -0.46, 0.12, 0.13, 1.1)
+    f.part([(-0.36, 0.8), (0.36, 0.8), (0.42, 0.98), (-0.42, 0.98)], 0.8, "foot")
+    f.part([(-0.4, -0.12), (-0.3, -0.34), (0.3, -0.34), (0.4, -0.12)], 1.08, "lid")
+    f.oval(0, -0.46, 0.12, 0.13, 1.1, name="knob")
     f.ink((252, 252, 252), f.ring(-0.3, 0.1, 0.06, 0.15, 0.5))
 
 
 def _car(f):
-    roof = f.rng.uniform(-0.5, -0.36)
+    roof = f.traits.uniform(-0.5, -0.36)
     f.part(
         [
             (-0.98, 0.72),
@@ -625,8 +634,8 @@ def _car(f):
             (0.98, 0.72),
         ]
     )
-    f.part([(-0.98, 0.55), (0.98, 0.55), (0.98, 0.78), (-0.98, 0.78)], 0.75)
-    glass = _jitter(f.rng, (166, 206, 226), 10)
+    f.part([(-0.98, 0.55), (0.98, 0.55), (0.98, 0.78), (-0.98, 0.78)], 0.75, "sill")
+    glass = _jitter(f.traits, (166, 206, 226), 10)
     f.ink(glass, [(-0.4, 0.08), (-0.2, roof + 0.09), (0.03, roof + 0.09), (0.03, 0.08)])
     f.ink(glass, [(0.1, 0.08), (0.1, roof + 0.09), (0.32, roof + 0.09), (0.54, 0.08)])
     for x in (-0.55, 0.56):
@@ -652,12 +661,28 @@ _PAINT_SUBJECT = {
 }
 
 
-def draw(subject, colour, pattern, scene, rng):
-    """Draws `subject` (one of `CLASSES`, or None for the scene alone) and returns a SIZE×SIZE RGB `PIL.Image`.
+class Individual(NamedTuple):
+    """A subject that is always itself: colours (RGB) of its own, on named parts too, and traits fixed by a seed."""
 
-    `colour`, `pattern` and `scene` are keys of `COLOURS`, `PATTERNS` and `SCENES`; `rng` is a `numpy.random.Generator`,
-    the only source of variation.
-    """
+    subject: str  # of `CLASSES`
+    colour: tuple
+    coat: dict  # name of a part -> its colour
+    traits: int
+
+
+# None of them was ever drawn for training: there a subject has one colour, of `COLOURS`.
+INDIVIDUALS = {
+    "bear_plushie": Individual("bear plushie", (122, 84, 168), dict.fromkeys(("ears", "arms", "feet"), (240, 196, 70)), 1),
+    "cat": Individual("cat", (232, 214, 184), dict.fromkeys(("ears", "tail", "legs"), (84, 56, 46)), 0),
+    "dog": Individual("dog", (206, 132, 62), dict.fromkeys(("muzzle", "legs", "tail"), (244, 240, 232)), 2),
+    "teapot": Individual("teapot", (36, 150, 160), dict.fromkeys(("lid", "spout", "foot"), (248, 226, 190)), 3),
+    "car": Individual("car", (150, 206, 90), {"sill": (96, 50, 120)}, 4),
+    "church_rock": Individual("rock", (178, 74, 44), {"top": (226, 150, 92)}, 8),  # a place rather than a thing
+}
+
+
+def _compose(rng, scene, subject, colour, pattern="plain", coat=None, traits=None):
+    """A picture of a subject of an RGB colour (None: the scene alone)."""
     canvas = _PAINT_SCENE[scene](rng)
     light = (rng.uniform(-1, 1), rng.uniform(0.3, 1))
     if subject is not None:
@@ -668,18 +693,34 @@ def draw(subject, colour, pattern, scene, rng):
         slack = max(0.0, 0.5 * _S - half_width)
         x = 0.5 * _S + rng.uniform(-1, 1) * min(slack, 0.16 * _S)
         feet = min(max(rng.uniform(0.84, 0.95) * _S, 2 * half_height + 2), 0.97 * _S)
-        figure = _Figure(rng, half_width, half_height, x, feet, rng.random() < 0.5, rng.normal(0, 0.04))
+        flip, tilt = rng.random() < 0.5, rng.normal(0, 0.04)
+        figure = _Figure(rng, traits or rng, coat or {}, half_width, half_height, x, feet, flip, tilt)
         paint(figure)
         shadow = Image.new("L", (_S, _S), 0)
         reach = half_width * 0.85
         ImageDraw.Draw(shadow).ellipse((x - reach, feet - 5, x + reach, feet + 5), fill=120)
         canvas.paste((24, 22, 30), (0, 0), shadow.filter(ImageFilter.GaussianBlur(2.5)))
-        figure.paint(canvas, _jitter(rng, COLOURS[colour], 9), pattern, light)
+        figure.paint(canvas, colour if traits else _jitter(rng, colour, 9), pattern, light)
     pixels = np.asarray(canvas.reduce(_S // SIZE), np.float32)
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     glow = 1 + rng.normal(0, 0.05) + 0.07 * (light[0] * ramp[None, :] - light[1] * ramp[:, None])
     pixels = pixels * glow[..., None] + rng.normal(0, 2.5, (SIZE, SIZE, 3)).astype(np.float32)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def draw(subject, colour, pattern, scene, rng):
+    """Draws `subject` (one of `CLASSES`, or None for the scene alone) and returns a SIZE×SIZE RGB `PIL.Image`.
+
+    `colour`, `pattern` and `scene` are keys of `COLOURS`, `PATTERNS` and `SCENES`; `rng` is a `numpy.random.Generator`,
+    the only source of variation.
+    """
+    return _compose(rng, scene, subject, COLOURS[colour], pattern)
+
+
+def draw_individual(name, scene, rng):
+    """Draws one of `INDIVIDUALS`, in a pose of its own each time, as `draw` does."""
+    one = INDIVIDUALS[name]
+    return _compose(rng, scene, one.subject, one.colour, coat=one.coat, traits=np.random.default_rng(one.traits))
 
 
 def _article(words):
