@@ -170,8 +170,16 @@ def test_out_of_memory_in_a_step(allocate, run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "changes, ways",
     [
-        ({"gradient_checkpointing": True, "mixed_precision": "bf16", "optimizer": "adamw8bit", "rank": 1, "quantize": "fp4"},
-         [SHARED]),
+        (
+            {
+                "gradient_checkpointing": True,
+                "mixed_precision": "bf16",
+                "optimizer": "adamw8bit",
+                "rank": 1,
+                "quantize": "fp4",
+            },
+            [SHARED],
+        ),
         ({"method": "svdiff", "gradient_checkpointing": True}, ["--mixed_precision bf16", "--optimizer adamw8bit"]),
     ],
     ids=["deft", "svdiff"],
