@@ -22,6 +22,7 @@ from ..nn.layers import DeftConv2d
 from ..nn.quantised import quantised
 from .inject import (
     adaptable,
+    adapted_layers,
     attach,
     match_targets,
     outer_modules,
@@ -429,7 +430,16 @@ def _dense(layer: nn.Module) -> Tensor | None:
     return weight if plain else None
 
 
+def sketch_bases(model: nn.Module) -> None:
+    """Have the adapted layers remember a sketch of their base weights, for `base_fingerprint` once these cannot be read:
+    before FSDP splits them over processes."""
+    for layer in adapted_layers(model).values():
+        layer.sketch = _sketch(layer)
+
+
 def _is_readable(layer: nn.Module) -> bool:
+    if getattr(layer, "sketch", None) is not None:
+        return True
     return _dense(layer) is not None or quantised(getattr(layer, "base_layer", layer)) is not None
 
 
@@ -441,7 +451,7 @@ def _sketch(layer: nn.Module) -> list[float] | dict[str, list[float]] | None:
         held = quantised(getattr(layer, "base_layer", layer))
         weight = None if held is None else held.dequantise(getattr(layer, "_pristine", None))
         if weight is None:
-            return None
+            return getattr(layer, "sketch", None)
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, SAMPLED, dtype=torch.float64).long().to(flat.device)
     values = flat[index].float().cpu().tolist()

@@ -72,6 +72,7 @@ class DeftLayer(nn.Module):
         self.merged: dict[str, float] = {}  # adapters that this base weight holds now; empty where it has none of them
         # the base weight as it was before the merge; of a quantised one, all its tensors
         self._pristine: Tensor | list[Tensor] | None = None
+        self.sketch = None  # of the base weight, where that will be out of reach; see `sketch_bases` in adapters/files.py
         self.start_deviation = 0.0  # how far the base layer is from acting as the weight that the start was taken from
         self._merged_version: int | None = None
         self.tokens: int | None = None  # rows of the last input: what the bank chooses the form from

@@ -35,6 +35,7 @@ COMMANDS = (
     --instance_prompt "a photo of sks cat" --output_dir outputs/cat --rank 8 --max_train_steps 300
 
   several processes:  accelerate launch -m deft_diffusers train …
+  one base for all:   accelerate launch --use_fsdp --fsdp_version 2 -m deft_diffusers train …
   go on after a stop: the same command with --resume_from_checkpoint latest""",
     ),
     Command(

@@ -9,6 +9,7 @@
 | textual_inversion | the embedding of a new word (arXiv 2208.01618) | `learned_embeds.safetensors` |
 """
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import deft_kernels as dk
 from deft_kernels.adapters.files import FOUND
 
-from . import UserError
+from . import UserError, sharding
 
 WORD = "placeholder_token"  # key of a file's metadata
 P_RATE = 0.1  # of R's learning rate, for an orthogonal basis: the reference trainer's ratio
@@ -40,6 +41,7 @@ class Method:
 
     files: tuple[str, ...] = ()  # that `save` writes; the first tells a folder of this method
     encodes_text = False  # whether the loss must encode texts itself, for their encoders to learn
+    trains_base = False  # whether the base's own weights train
     changes_weights = ""  # how, where that needs dense ones
 
     def __init__(self, family, options):
@@ -65,6 +67,10 @@ class Method:
     def groups(self):
         """What trains, {name: parameters}, and {name: learning rate}."""
         raise NotImplementedError
+
+    def whole(self):
+        """A context in which `save` works on the main process though the weights be split: every process enters it."""
+        return contextlib.nullcontext()
 
     def save(self, folder):
         """Writes what has been learned into an existing folder."""
@@ -253,6 +259,7 @@ def _check_shifts(file, model, read, sizes):
 class DreamBooth(Method):
     """The whole denoiser; with `--train_text_encoder` the text encoders too."""
 
+    trains_base = True
     changes_weights = "dreambooth trains the weights themselves"
 
     @staticmethod
@@ -311,8 +318,14 @@ class DreamBooth(Method):
         text_rate = o.learning_rate if o.text_encoder_lr is None else o.text_encoder_lr
         return groups, dict.fromkeys(groups, text_rate) | {self.family.model_name: o.learning_rate}
 
+    @contextlib.contextmanager
+    def whole(self):
+        self.saved = {name: sharding.whole_part(part) for name, part in self.parts.items()}
+        yield
+        del self.saved
+
     def save(self, folder):
-        for name, part in self.parts.items():
+        for name, part in self.saved.items():
             part.save_pretrained(Path(folder) / name)
 
 

@@ -188,7 +188,7 @@ class TrainOptions:
     )
     resume_from_checkpoint: str | None = option(
         "Checkpoints and validation",
-        "`latest` (of the output folder) or a checkpoint's folder",
+        "`latest` (of the output folder; from the beginning if there is none) or a checkpoint's folder",
         None,
         metavar="latest|DIR",
     )

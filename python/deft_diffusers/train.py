@@ -4,6 +4,9 @@ Every random draw is a function of the seed and of what is drawn: the order of t
 latent noise, noise and timestep of the number of the sample since the start; dropout of the step and process. So a run that
 was stopped and resumed takes the same steps as one that was not, and, without dropout, n processes with batch b train the
 same adapter as one with batch n·b.
+
+Only the main process writes. On several machines the others need the output folder for nothing but a resumption, and for
+`class_images` where there are any: then it must be one that all of them see.
 """
 
 import collections
@@ -18,7 +21,6 @@ import os
 import pickle
 import resource
 import shlex
-import shutil
 import signal
 import sys
 import threading
@@ -27,20 +29,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.memory import should_reduce_batch_size
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from deft_kernels.adapters.files import PIPELINE_WEIGHTS, base_fingerprint
 from deft_kernels.adapters.inject import adaptable, adapted_layers
 
-from . import UserError, cut_mix, data, read_json
+from . import UserError, cut_mix, data, read_json, sharding
 from .cache import Cache
 from .families import load_family
 from .grid import grid
-from .methods import METHODS, Adapter, DreamBooth, TextualInversion, check_base
+from .methods import METHODS, Adapter, DreamBooth, SVDiff, TextualInversion, check_base
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
+from .writing import PARTS, discard, remove, replacing, sync, telling
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25}
@@ -50,7 +56,7 @@ RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.
            PIPELINE_WEIGHTS, "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
 CLASS_IMAGES = "class_images"
-PICTURES = ("validation*.png", ".checkpoint-[0-9]*", "logs", CLASS_IMAGES)
+PICTURES = ("validation*.png", PARTS, "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
@@ -339,9 +345,8 @@ def _find_resume(options, folder):
         checkpoints = find_checkpoints(folder)
         if checkpoints:
             return checkpoints[-1]
-        if _existing(folder, RESULTS):
+        if (folder / CARD).exists():  # which is written last
             raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
-        print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
         return None
     checkpoint = Path(wanted).expanduser()
     if not (checkpoint / STATE).is_file():
@@ -349,6 +354,14 @@ def _find_resume(options, folder):
     if checkpoint.resolve().parent != folder.resolve() and taken and not options.overwrite_output_dir:
         raise UserError(f"{folder} holds another run; add --overwrite_output_dir to replace it")
     return checkpoint
+
+
+def _agree(resume):
+    """The main process's checkpoint, for all; UserError on a machine that does not see it."""
+    (agreed,) = broadcast_object_list([resume])
+    if agreed and not (agreed / STATE).is_file():
+        raise UserError(f"{agreed} is not on this machine: resuming on several needs a folder that all of them see")
+    return agreed
 
 
 def _check_same_run(checkpoint, settings):
@@ -393,16 +406,6 @@ def _fingerprint_of_base(family):
 
 def _write_json(path, value):
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _publish(part, target):
-    """Puts the finished folder `part` in place of `target` in one step, so that nobody ever sees half of it."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(part, target)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 # training -----------------------------------------------------------------------------------------------------------
@@ -483,7 +486,9 @@ def make_optimizer(options, groups):
 class Run:
     """One training run: the model and what trains of it, its optimizer, and what it leaves in the output folder."""
 
-    def __init__(self, options, accelerator, family, method, samples, settings, folder, resume, example=("…", ())):
+    def __init__(
+        self, options, accelerator, family, method, samples, settings, folder, resume, fsdp=None, example=("…", ())
+    ):
         self.options, self.accelerator, self.family = options, accelerator, family
         self.method, self.samples = method, samples
         self.settings, self.folder, self.step = settings, folder, 0
@@ -497,16 +502,27 @@ class Run:
             method.load(resume)
         else:
             method.start()
+        objective = Objective(family, method.encodes_text)
+        self.split = fsdp is not None
+        base = set(family.model.parameters()) if method.trains_base else set()
+        self.whole = [p for group in method.groups()[0].values() for p in group if p not in base]
+        if fsdp:
+            sharding.split(fsdp, accelerator, family.model, self.whole)
         groups, rates = method.groups()
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]
         optimizer = make_optimizer(options, [{"params": groups[name], "lr": rates[name]} for name in self.names])
-        self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         if options.gradient_checkpointing:
             family.model.enable_gradient_checkpointing()
         if options.compile:
             family.model.compile()
-        self.objective, self.optimizer = accelerator.prepare(Objective(family, method.encodes_text), optimizer)
+        if method.trains_base and not fsdp:  # so much that it is worth DDP, which averages during the backward
+            self.objective, self.optimizer = accelerator.prepare(objective, optimizer)
+            self.whole = []
+        else:
+            self.objective, self.optimizer = objective, accelerator.prepare_optimizer(optimizer)
+        sharding.align(self.whole)
+        self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
         # Not prepared: accelerate would step it once for every process.
         self.schedule = get_scheduler(
             options.lr_scheduler,
@@ -526,12 +542,15 @@ class Run:
             state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(f"cannot read {checkpoint / STATE}: {error}") from error
+        for k, values in state["optimizer"]["state"].items():
+            state["optimizer"]["state"][k] = {n: sharding.split_like(self.parameters[k], v) for n, v in values.items()}
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema:
-            self.ema.load_state_dict(state["ema"])
+            averages = [sharding.split_like(p, v) for p, v in zip(self.parameters, state["ema"]["shadow_params"])]
+            self.ema.load_state_dict(state["ema"] | {"shadow_params": averages})
             with torch.no_grad():
                 for p, value in zip(self.parameters, state["parameters"]):
-                    p.copy_(value)
+                    p.copy_(sharding.split_like(p, value))
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -539,13 +558,12 @@ class Run:
 
     def save_checkpoint(self):
         """Writes `checkpoint-<step>` whole or not at all, then drops the oldest beyond the limit."""
+        main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            part = self.folder / f".checkpoint-{self.step}.part"
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
+        if main:
+            sync(self.folder / LOG)  # a checkpoint is never ahead of it
+        with replacing(self.folder / f"checkpoint-{self.step}") if main else contextlib.nullcontext() as part:
             self._save_learned(part)
-            scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
                 "optimizer": self.optimizer.state_dict(),
@@ -554,14 +572,16 @@ class Run:
             }
             if self.ema:  # the files hold the average
                 state |= {"ema": self.ema.state_dict(), "parameters": [p.detach() for p in self.parameters]}
-            torch.save(state, part / STATE)
-            _write_json(part / SETTINGS, self.settings)
-            _publish(part, self.folder / f"checkpoint-{self.step}")
-            if self.options.checkpoints_total_limit:
-                # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
-                written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
-                for old in written[: -self.options.checkpoints_total_limit]:
-                    shutil.rmtree(old)
+            state = sharding.gathered(state, main)
+            if main:
+                with open(part / STATE, "wb") as file:  # torch's own file does not tell why it cannot be written
+                    torch.save(state, file)
+                _write_json(part / SETTINGS, self.settings)
+        if main and self.options.checkpoints_total_limit:
+            # Later ones, left by a run that was resumed from an earlier one, do not push out what is being written.
+            written = [p for p in find_checkpoints(self.folder) if _step_of(p) <= self.step]
+            for old in written[: -self.options.checkpoints_total_limit]:
+                discard(old)
         self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
@@ -578,8 +598,11 @@ class Run:
             self.ema.restore(self.parameters)
 
     def _save_learned(self, folder):
-        with self._averaged():
-            self.method.save(folder)
+        """Every process takes part; the main one writes into a new folder."""
+        with self._averaged(), self.method.whole():
+            if self.accelerator.is_main_process:
+                folder.mkdir()
+                self.method.save(folder)
 
     # log
 
@@ -590,7 +613,8 @@ class Run:
             lines = path.read_text().splitlines()
             entries = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave half a line
             self.log = [entry for entry in entries if entry["step"] <= self.step]
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
+        with replacing(path) as part:
+            part.write_text("".join(json.dumps(entry) + "\n" for entry in self.log))
 
     def read_losses(self, asked=()):
         """Reads the losses since the last call, logs them, and agrees between the processes whether to stop.
@@ -610,11 +634,12 @@ class Run:
         bad = next((e["step"] for e in new if not all(math.isfinite(e[name]) for name in watched)), None)
         good = [entry for entry in new if bad is None or entry["step"] < bad]
         self.log += good
-        for entry in good:
-            self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if self.accelerator.is_main_process:
-            with open(self.folder / LOG, "a") as file:
+            with telling(self.folder / LOG), open(self.folder / LOG, "a") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in good)
+        with telling(self.folder / "logs"):
+            for entry in good:
+                self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=entry["step"])
         if bad is not None:
             kept = find_checkpoints(self.folder)
             raise UserError(
@@ -633,14 +658,20 @@ class Run:
         for micro in range(o.gradient_accumulation_steps):
             first = self.step * self.images_per_step + (micro * processes + rank) * batch
             torch.manual_seed(_seed(o.seed, STEP, self.step, micro, rank))  # of dropout
-            with accelerator.accumulate(self.objective):
+            with accelerator.accumulate(*([] if self.split else [self.objective])):
+                if self.split:
+                    self.family.model.set_requires_gradient_sync(accelerator.sync_gradients)
                 numbers = range(first, first + batch)
                 batches = [s.batch(numbers, accelerator.device) for s in self.samples]
-                loss = self.objective(batches, (1.0, o.prior_loss_weight), [s.pairs(numbers) for s in self.samples])
+                pairs = [s.pairs(numbers) for s in self.samples]
+                with accelerator.autocast():
+                    loss = self.objective(batches, (1.0, o.prior_loss_weight), pairs)
                 accelerator.backward(loss)
                 total = total + loss.detach() / o.gradient_accumulation_steps
                 if accelerator.sync_gradients:
+                    sharding.average(accelerator, self.whole)
                     norm = accelerator.clip_grad_norm_(self.parameters, o.max_grad_norm)
+                    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         rates = {f"lr_{name}": rate for name, rate in zip(self.names, self.schedule.get_last_lr())}
@@ -651,15 +682,20 @@ class Run:
         self.unread.append((self.step, (total, norm), rates))
 
     def validate(self, name):
-        """Main process: draws the validation prompt with the adapter as it stands, always from the same noise."""
-        if self.options.validation_prompt is None or not self.accelerator.is_main_process:
+        """Draws the validation prompt with the adapter as it stands, always from the same noise. Every process may call; of
+        a base that is split, all draw and the main one keeps the picture."""
+        main = self.accelerator.is_main_process
+        if self.options.validation_prompt is None or not (main or self.split):
             return
         o = self.options
         jobs = [(o.validation_prompt, o.seed + k) for k in range(o.num_validation_images)]
-        with self._averaged():
+        with self._averaged(), enough_memory(o, f"while drawing at step {self.step}", self.folder, drawing=True):
             images = list(generate(self.family, jobs, progress=False, **VALIDATION, **self.drawing))
+        if not main:
+            return
         sheet = grid([images], title=f"step {self.step}: {o.validation_prompt}")
-        sheet.save(self.folder / name)
+        with replacing(self.folder / name) as part:
+            sheet.save(part, "PNG")
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"validation": np.asarray(sheet.convert("RGB"))[None]}, step=self.step, **layout)
@@ -672,7 +708,8 @@ class Run:
         start, first = time.perf_counter(), self.step
         with bar, _stop_signals() as asked:
             while self.step < o.max_train_steps:
-                self._train_step()
+                with enough_memory(self.options, f"at step {self.step + 1} of {o.max_train_steps}", self.folder):
+                    self._train_step()
                 bar.update()
                 last = self.step == o.max_train_steps
                 save = self.step % o.checkpointing_steps == 0
@@ -695,14 +732,56 @@ class Run:
                     self.validate(f"validation-{self.step}.png")
 
     def finish(self):
-        """Main process: writes the adapter, its settings, a last drawing and the card."""
+        """Writes the adapter, a last drawing, and the card, whose presence says that the run is finished."""
         if unmix := self.accelerator.unwrap_model(self.objective).unmix:
             unmix.remove()
-        if not self.accelerator.is_main_process:
-            return
-        self._save_learned(self.folder)
+        main, saved = self.accelerator.is_main_process, self.folder / ".results.part"
+        with telling(self.folder):
+            try:
+                self._save_learned(saved)
+                for path in saved.iterdir() if main else ():
+                    with replacing(self.folder / path.name) as part:
+                        os.replace(path, part)
+            finally:
+                if main:
+                    remove(saved)
         self.validate("validation.png")
-        (self.folder / CARD).write_text(_card(self.options, self.settings, self.log, *self.example))
+        if main:
+            with replacing(self.folder / CARD) as part:
+                part.write_text(_card(self.options, self.settings, self.log, *self.example))
+
+
+@contextlib.contextmanager
+def enough_memory(options, when, folder, drawing=False):
+    """Out of memory inside, of a GPU or not, becomes a UserError that says what to turn down, in order."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        kept = find_checkpoints(folder)
+        raise UserError(
+            f"out of memory {when}; turn down, in this order: {', '.join(_smaller(options, drawing))}"
+            + (f"; last good checkpoint: {kept[-1]}" if kept else "")
+        ) from error
+
+
+def _smaller(options, drawing=False):
+    """What makes a run smaller and has not been used yet, what costs least first."""
+    o, kind = options, METHODS[options.method]
+    batch = o.train_batch_size
+    ways = {
+        "--num_validation_images 1": drawing and o.num_validation_images > 1,
+        "--gradient_checkpointing": not o.gradient_checkpointing,
+        f"--train_batch_size 1 --gradient_accumulation_steps {batch * o.gradient_accumulation_steps}": batch > 1,
+        "--mixed_precision bf16": o.mixed_precision in (None, "no"),
+        "--optimizer adamw8bit": o.optimizer != "adamw8bit",
+        "--quantize nf4": not o.quantize and not kind.changes_weights,
+        "a smaller --resolution": True,
+        f"--rank {o.rank // 2}": kind is Adapter and o.rank > 1,
+        f"several GPUs that share the base ({sharding.LAUNCH})": kind is not SVDiff and not sharding.is_asked_for(),
+    }
+    return [way for way, helps in ways.items() if helps]
 
 
 def _memory():
@@ -729,9 +808,8 @@ def class_pictures(options, family, accelerator, resolution, folder):
         jobs = [(options.class_prompt, _seed(options.seed, CLASS, k)) for k in seeds]
         drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
         for k, image in zip(seeds, drawn):
-            part = where / f".{k:04d}.png"
-            image.save(part)
-            os.replace(part, where / part.name[1:])
+            with replacing(where / f"{k:04d}.png") as part:
+                image.save(part, "PNG")
     accelerator.wait_for_everyone()
     sources = data.find_sources(where, options.class_prompt)
     return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]
@@ -788,7 +866,11 @@ def train(options, family=None):
     folder = Path(options.output_dir).expanduser()
     resume = _find_resume(options, folder)
 
+    fsdp = sharding.plugin_for(options)
     accelerator = Accelerator(
+        fsdp_plugin=fsdp,
+        # a text encoder has them whose last layers a pipeline does not use
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=options.train_text_encoder)],
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         log_with=None if options.report_to == "none" else options.report_to,
@@ -797,12 +879,18 @@ def train(options, family=None):
     precision = accelerator.mixed_precision
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU; use no on a CPU")
-    if family is None:
-        family = load_family(
-            options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32), options.quantize,
-            options.quantize_text_encoders,
-        )  # fmt: skip
-    family.to(accelerator.device)
+    if not torch.distributed.is_initialized():
+        fsdp = None  # one process has nobody to share with
+    resume = _agree(resume)
+    if options.resume_from_checkpoint and not resume and accelerator.is_main_process:
+        print(f"no checkpoint in {folder}: starting from the beginning", file=sys.stderr)
+    with enough_memory(options, "while the base model was loaded", folder):
+        if family is None:
+            family = load_family(
+                options.pretrained_model_name_or_path, DTYPES.get(precision, torch.float32), options.quantize,
+                options.quantize_text_encoders,
+            )  # fmt: skip
+        family.to(accelerator.device, without_model=fsdp is not None)  # which is split before it goes there
     check_base(METHODS[options.method], family)
     check_size("resolution", options.resolution, family)
     resolution = options.resolution or family.resolution
@@ -843,23 +931,27 @@ def train(options, family=None):
     streams = [pictures]
     if options.class_prompt:
         streams.append(class_pictures(options, family, accelerator, resolution, folder))
-    samples = [
-        Samples(
-            stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
-            options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
-            encode_texts=not method.encodes_text, cut_mix_prob=options.cut_mix_prob,
-        )
-        for k, stream in enumerate(streams)
-    ]  # fmt: skip
-    run = Run(options, accelerator, family, method, samples, settings, folder, resume, (prompt, inputs))
+    with enough_memory(options, "before the first step", folder):
+        samples = [
+            Samples(
+                stream, family, _seed(options.seed, k), crop_anywhere, options.random_flip, settings["images_per_step"],
+                options.cache_dir, caption_dropout=options.caption_dropout, noise_offset=options.noise_offset,
+                encode_texts=not method.encodes_text, cut_mix_prob=options.cut_mix_prob,
+            )
+            for k, stream in enumerate(streams)
+        ]  # fmt: skip
+        run = Run(options, accelerator, family, method, samples, settings, folder, resume, fsdp, (prompt, inputs))
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         if options.overwrite_output_dir and not (resume and resume.resolve().parent == folder.resolve()):
             for path in _existing(folder, (*MARKS, *PICTURES)):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _write_json(folder / SETTINGS, settings)
+                remove(path)
+        for path in folder.glob(PARTS):
+            remove(path)
+        with replacing(folder / SETTINGS) as part:
+            _write_json(part, settings)
         run.open_log(resume)
         if options.report_to != "none":
             shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}

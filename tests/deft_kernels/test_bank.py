@@ -9,6 +9,8 @@ import torch
 import torch.multiprocessing as mp
 from common import gradients, small_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import deft_kernels as dk
 from deft_kernels.adapters.inject import adapted_layers
@@ -287,3 +289,31 @@ def test_two_processes_equal_one():
         mp.spawn(train, (2, folder), nprocs=2)
         one, two = (torch.load(f"{folder}/{n}.pt") for n in (1, 2))
     torch.testing.assert_close(two, one)
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("blocks", [True, False], ids=["block by block", "the model alone"])
+def test_a_base_split_by_fsdp(blocks, one_process):
+    """Inside a block weights appear only while it runs, so that its layers go by its output; the model's own are there."""
+    model, x = adapted_model()
+    expected, wanted = loss_and_gradients(model, x)
+    mesh = init_device_mesh("cpu", (1,))
+    adapters = {p for p in model.parameters() if p.requires_grad}
+    wrapped = [m for m in model.modules() if type(m).__name__ == "Block"] if blocks else []
+    inside = {m for block in wrapped for m in block.modules()}
+    for module in (*wrapped, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=adapters)
+    adapted = [m for m in model.modules() if isinstance(m, layers.DeftLayer)]
+    assert bool(wrapped) == blocks and all(layer.dense_weight() is None for layer in adapted)
+    for _ in range(2):
+        loss, found = loss_and_gradients(model, x)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(found, wanted)
+        assert all((layer._factors[0].K is not None) == (layer in inside) for layer in adapted)

@@ -17,6 +17,8 @@ from test_inject import assert_untouched, fingerprint
 from transformers.pytorch_utils import Conv1D
 
 import deft_kernels as dk
+from deft_kernels.adapters.files import base_fingerprint, sketch_bases
+from deft_kernels.adapters.inject import adapted_layers
 from deft_kernels.adapters.lora import lora_factors
 from deft_kernels.nn.layers import DeftLayer
 
@@ -443,3 +445,17 @@ def test_a_layer_of_conv1d_in_a_file(tmp_path):
     other = build()
     dk.load_adapter(other, tmp_path)
     assert torch.equal(other(x), model(x))
+
+
+def test_a_base_that_cannot_be_read_any_more_keeps_its_fingerprint():
+    model = seeded_model()
+    dk.inject_adapter(model, dk.DeftConfig(r=2, target_modules=TARGETS))
+    layers = adapted_layers(model)
+    known = base_fingerprint(layers)
+    sketch_bases(model)
+    for layer in layers.values():
+        layer.base_layer.weight = torch.nn.Parameter(layer.weight.detach().to("meta"), requires_grad=False)
+    assert base_fingerprint(layers) == known
+    for layer in layers.values():
+        layer.sketch = None
+    assert base_fingerprint(layers) is None

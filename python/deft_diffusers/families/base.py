@@ -47,8 +47,14 @@ class Family:
         for part in (self.model, *(large if text_encoders else ())):
             quantise(part, kind, self.dtype)
 
-    def to(self, device):
-        self.pipe.to(device)
+    def to(self, device, without_model=False):
+        """Moves the pipeline; `without_model`: all but the part that an adapter goes into."""
+        if not without_model:
+            self.pipe.to(device)
+        else:
+            for part in self.pipe.components.values():
+                if isinstance(part, torch.nn.Module) and part is not self.model:
+                    part.to(device)
         for part in (self.model, *self.text_encoders.values()):
             for module in part.modules():
                 hold(module)  # layers without an adapter too: gradients pass through them
