@@ -69,7 +69,7 @@ class Method:
         raise NotImplementedError
 
     def whole(self):
-        """A context in which `save` works on the main process though the weights be split: every process enters it."""
+        """The context that `save` needs: every process enters it, so that the main one has split weights whole."""
         return contextlib.nullcontext()
 
     def save(self, folder):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from deft_diffusers import UserError, cache
 from deft_diffusers.families import load_family
-from deft_diffusers.train import Samples
+from deft_diffusers.samples import Samples
 from test_family_training import build
 from tiny_pipeline import picture
 from torchao.quantization import Int8WeightOnlyConfig, quantize_

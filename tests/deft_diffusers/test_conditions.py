@@ -11,7 +11,8 @@ from deft_diffusers import UserError, cli, data
 from deft_diffusers.families import load_family
 from deft_diffusers.options import SampleOptions, TrainOptions
 from deft_diffusers.sample import sample
-from deft_diffusers.train import Objective, Samples, train
+from deft_diffusers.samples import Samples
+from deft_diffusers.train import Objective, train
 from PIL import Image, ImageOps
 from test_family_training import build, pixels, states_of, watch
 from tiny_pipeline import write_picture

@@ -10,7 +10,8 @@ import torch
 from deft_diffusers import UserError, cut_mix, data
 from deft_diffusers.families import load_family
 from deft_diffusers.options import TrainOptions
-from deft_diffusers.train import Objective, Samples, find_checkpoints, train
+from deft_diffusers.samples import Samples
+from deft_diffusers.train import Objective, find_checkpoints, train
 from diffusers.models.attention_processor import Attention, AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file

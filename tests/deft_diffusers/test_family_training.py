@@ -20,7 +20,8 @@ from deft_diffusers.families import flux, load_family
 from deft_diffusers.methods import METHODS, Adapter, method_of
 from deft_diffusers.options import SampleOptions, TrainOptions
 from deft_diffusers.sample import load_adapters, sample
-from deft_diffusers.train import Objective, Samples, complete, make_optimizer, train
+from deft_diffusers.samples import Samples
+from deft_diffusers.train import Objective, complete, make_optimizer, train
 from safetensors.torch import load_file
 from tiny_pipeline import write_picture
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -187,7 +188,8 @@ def test_each_method_on_each_family(family, case, families, models, photos, tmp_
         ends = fingerprints(parameters)
         assert sum(ends[k] != start for k, start in starts[name].items()) >= 0.5 * len(ends), name
 
-    trained.save(tmp_path)
+    with trained.whole():
+        trained.save(tmp_path)
     expected = draw(wrapped)
     assert abs(expected - plain).max() >= 1
     for merge in (False, True)[: 1 + (METHODS[method] is Adapter)]:

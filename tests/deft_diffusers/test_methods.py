@@ -16,7 +16,8 @@ from deft_diffusers.methods import METHODS, Spectral, TextualInversion, method_o
 from deft_diffusers.options import METHODS as NAMES
 from deft_diffusers.options import ConvertOptions, TrainOptions
 from deft_diffusers.sample import generate, load_adapters
-from deft_diffusers.train import Objective, Samples, complete, find_checkpoints, make_optimizer, train
+from deft_diffusers.samples import Samples
+from deft_diffusers.train import Objective, complete, find_checkpoints, make_optimizer, train
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import picture
 from torch import nn

@@ -12,7 +12,8 @@ from deft_diffusers.families import load_family
 from deft_diffusers.families.quantise import quantise
 from deft_diffusers.options import SampleOptions, TrainOptions
 from deft_diffusers.sample import sample
-from deft_diffusers.train import Samples, train
+from deft_diffusers.samples import Samples
+from deft_diffusers.train import train
 from diffusers import FluxTransformer2DModel, PipelineQuantizationConfig, TorchAoConfig
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from diffusers.quantizers.quantization_config import BitsAndBytesConfig

@@ -15,7 +15,8 @@ from deft_diffusers.demo import fingerprints
 from deft_diffusers.families import load_family
 from deft_diffusers.methods import adapter_rates
 from deft_diffusers.options import TrainOptions
-from deft_diffusers.train import Samples, complete, find_checkpoints, train
+from deft_diffusers.samples import Samples, seed_of
+from deft_diffusers.train import complete, find_checkpoints, train
 from safetensors.torch import load_file
 from tiny_pipeline import picture, write_picture
 
@@ -428,7 +429,7 @@ def test_prior_preservation(options, tiny, tmp_path, capsys):
     for name, source, text in (("subject", o.instance_data_dir, "a cat"), ("class", str(classes), "a dog")):
         family = load_family(str(tiny), torch.float32)
         pictures = [picture(p, text) for p in data.find_pictures(source)]
-        samples = Samples(pictures, family, module._seed(o.seed, name == "class"), False, False)
+        samples = Samples(pictures, family, seed_of(o.seed, name == "class"), False, False)
         with torch.no_grad():
             alone[name] = [family.loss(family.model, *samples.batch([n], torch.device("cpu"))).item() for n in range(3)]
     expected = [a + 0.5 * b for a, b in zip(alone["subject"], alone["class"])]
