@@ -83,6 +83,7 @@ class DeftLayer(nn.Module):
         self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
         # No buffers: offloading would put an old strength back.
         self._scales = torch.empty(2, 0)
+        self._unit = True  # whether all of `_scales` is 1
         self._route_index: Tensor | None = None  # (samples,), index among the active ones
         self._route_weight: Tensor | None = None  # (samples,)
         if config is not None:
@@ -269,6 +270,7 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
+        self._unit = all(scale == 1 for row in rows for scale in row)
         self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
         self._write_routes()
 
@@ -351,10 +353,12 @@ class DeftLayer(nn.Module):
         return activation_is_cheaper(rows, *self.shape, removing)
 
     def prefers_weight(self) -> bool:
-        """Whether W' itself is to be prepared; never in half precision, where rounding it would lose small updates."""
+        """Whether W' itself is to be prepared: on the CPU only, since it was not measured elsewhere; never in half precision,
+        where rounding it would lose small updates."""
         if len(self.active) != 1 or self.routes is not None or not isinstance(self, DeftLinear):
             return False
-        return self.base_layer.weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
+        weight = self.base_layer.weight
+        return weight.is_cpu and weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
 
     def _keep(self, factors: list[Factors]) -> None:
         """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with."""
@@ -485,6 +489,8 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
     """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known. The node
     holds `pending` until its backward has run."""
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
+    # In eager mode on the CPU alone: elsewhere a recorded graph shall follow a new strength.
+    unit = not torch.compiler.is_compiling()
     for layer in layers:
         weight = layer.frozen_weight()
         by_weight = rows is None and layer._by_weight
@@ -503,13 +509,15 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
             gates.append(tensors.get("gate"))
         scales.append(layer._scales.to(tensors["P"].device))
         counts.append(len(layer.active))
+        unit = unit and layer._unit and layer._scales.is_cpu
     if not specs:
         return []
     injection, removal = torch.cat(scales, 1) if len(scales) > 1 else scales[0]
     if any(gate is not None for gate in gates):
+        unit = False
         one = torch.ones((), device=injection.device, dtype=injection.dtype)
         injection = injection * torch.stack([one if g is None else torch.sigmoid(g) for g in gates])
-    flat = iter(prepare(specs, injection, removal, P, R, W, pending))
+    flat = iter(prepare(specs, injection, removal, P, R, W, pending, unit))
     prepared = [[next(flat) for _ in range(count)] for count in counts]
     return [_together(layer, factors) if layer.combines else factors for layer, factors in zip(layers, prepared)]
 
