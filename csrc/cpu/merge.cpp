@@ -10,7 +10,20 @@ using Layer = std::variant<Merge<float>, Merge<bfloat16>, Merge<float16>>;
 template <class T>
 struct MergeBackward {      // W' = W + B A, A = R - K^T W
   Project<T> dA, A;         // B^T dW' and A, (r, n); A.A null: R is A
+  bool dR;                  // whether dA is wanted as the gradient of R
   ProjectBackward<T> dB, dK;  // dW' A^T and -W dA^T, (m, r); dK.W null: none
+
+  // Puts what it makes on the way into `memory`; null: only says how many floats that takes.
+  int64_t place(float* memory, const Kernels& best) {
+    int64_t used = 0;
+    const auto take = [&](float*& p, int64_t count) { p = memory ? memory + used : nullptr, used += count; };
+    const int64_t n = A.n, r = A.r;
+    take(dB.packed, n * best.padded(r));
+    if (dK.W) take(dK.packed, n * best.padded(r));
+    if (!dR) take(dA.A, best.padded(r * n));
+    if (A.K || !A.R) take(A.A, best.padded(r * n));
+    return used;
+  }
 };
 using Backward = std::variant<MergeBackward<float>, MergeBackward<bfloat16>, MergeBackward<float16>>;
 
@@ -84,7 +97,7 @@ void merge_backward(Tensors dB, OptionalTensors dK, OptionalTensors dR, Tensors 
 
   const Kernels& best = kernels();
   std::vector<Backward> all;
-  std::vector<Strip> strips, parts;  // of W's columns, all where a layer is one job; and of its rows
+  std::vector<Strip> strips, parts;  // of W's columns, where it is not all one job, and of its rows
   std::vector<std::pair<Matrix, Argument>> reads;
   Writes writes;
   int64_t scratch = 0, memory = 0;
@@ -108,14 +121,11 @@ void merge_backward(Tensors dB, OptionalTensors dK, OptionalTensors dR, Tensors 
       Project<T> a{w.as<T>(), w.ld, nullptr, nullptr, nullptr, 1, 1, m, n, r};
       ProjectBackward<T> out{dw.as<T>(), dw.ld, db.as<float>(), nullptr, nullptr, nullptr, 0, 0, m, n, r};
       ProjectBackward<T> removed{nullptr, 0, nullptr, nullptr, nullptr, nullptr, 0, 0, m, n, r};
-      offsets.push_back(memory);
-      memory += n * best.padded(r);
       if (K[i]) {
         const Matrix k = matrix(*K[i], k_arg), dk = matrix(*dK[i], dk_arg);
         check_shape(k, k_arg, m, r), check_shape(dk, dk_arg, m, r);
         a.K = k.as<float>(), removed.W = w.as<T>(), removed.ldw = w.ld, removed.dK = dk.as<float>();
         reads.push_back({k, k_arg}), writes.add(dk, dk_arg);
-        memory += n * best.padded(r);
       }
       if (R[i]) {
         const Matrix given = matrix(*R[i], r_arg), dr = matrix(*dR[i], dr_arg);
@@ -123,45 +133,47 @@ void merge_backward(Tensors dB, OptionalTensors dK, OptionalTensors dR, Tensors 
         a.R = given.as<float>(), da.A = dr.as<float>();
         reads.push_back({given, r_arg}), writes.add(dr, dr_arg);
       }
-      memory += ((a.K || !a.R) + !da.A) * best.padded(r * n);
-      scratch = std::max(scratch, r * best.of<T>().strip);
+      MergeBackward<T> layer{da, a, R[i].has_value(), out, removed};
+      const int64_t sums = best.padded(r * best.of<T>().strip), more = layer.place(nullptr, best);
+      offsets.push_back(memory);
+      if (at_once(m, n)) {
+        scratch = std::max(scratch, sums + more);
+        cut(strips, i, 1, 1);
+      } else {
+        scratch = std::max(scratch, sums), memory += more;
+        cut(strips, i, n, best.of<T>().strip), cut(parts, i, m, ROWS);
+      }
       work += (K[i] ? 4.0 : 2.0) * m * n * r;
-      cut(strips, i, n, at_once(m, n) ? std::max<int64_t>(n, 1) : best.of<T>().strip);
-      if (n == 0 || !at_once(m, n)) cut(parts, i, m, ROWS);
-      all.push_back(MergeBackward<T>{da, a, out, removed});
+      all.push_back(layer);
     });
   }
   writes.done();
   for (const auto& [m, arg] : reads) writes.check(m, arg);
 
-  const Memory own = floats(memory);
-  for (size_t i = 0; i < layers; ++i)
-    std::visit([&](auto& layer) {
-      const int64_t n = layer.A.n, r = layer.A.r;
-      float* next = own.get() + offsets[i];
-      layer.dB.packed = next, next += n * best.padded(r);
-      if (layer.dK.W) layer.dK.packed = next, next += n * best.padded(r);
-      if (!layer.dA.A) layer.dA.A = next, next += best.padded(r * n);
-      if (layer.A.K || !layer.A.R) layer.A.A = next;
-    }, all[i]);
+  const auto through_columns = [&](const auto& layer, int64_t c, int64_t width, float* sums) {
+    const auto& typed = best.of<weight_type<decltype(layer.A)>>();
+    const int64_t n = layer.A.n, r = layer.A.r, row = c * best.padded(r);
+    typed.project(layer.dA, c, width, sums);
+    if (layer.A.A) typed.project(layer.A, c, width, sums);
+    best.pack((layer.A.A ? layer.A.A : layer.A.R) + c, n, r, width, 1, layer.dB.packed + row);
+    if (layer.dK.W) best.pack(layer.dA.A + c, n, r, width, -1, layer.dK.packed + row);
+  };
   const auto through_rows = [&](const auto& layer, int64_t first, int64_t rows) {
     const auto& typed = best.of<weight_type<decltype(layer.A)>>();
     typed.project_backward(layer.dB, first, rows);
     if (layer.dK.W) typed.project_backward(layer.dK, first, rows);
   };
+  const Memory own = floats(memory);
+  for (const Strip& part : parts)
+    if (part.first == 0) std::visit([&](auto& layer) { layer.place(own.get() + offsets[part.layer], best); }, all[part.layer]);
   run(int64_t(strips.size()), scratch, work, [&](int64_t job, float* sums) {
     const Strip& s = strips[job];
-    std::visit([&](const auto& layer) {
-      const auto& typed = best.of<weight_type<decltype(layer.A)>>();
-      const int64_t m = layer.A.m, n = layer.A.n, r = layer.A.r, end = s.first + s.width;
-      for (int64_t c = s.first; c < end; c += typed.strip) {
-        const int64_t width = std::min(typed.strip, end - c), row = c * best.padded(r);
-        typed.project(layer.dA, c, width, sums);
-        if (layer.A.A) typed.project(layer.A, c, width, sums);
-        best.pack((layer.A.A ? layer.A.A : layer.A.R) + c, n, r, width, 1, layer.dB.packed + row);
-        if (layer.dK.W) best.pack(layer.dA.A + c, n, r, width, -1, layer.dK.packed + row);
-      }
-      if (at_once(m, n)) through_rows(layer, 0, m);
+    std::visit([&](auto& layer) {
+      const int64_t m = layer.A.m, n = layer.A.n, strip = best.of<weight_type<decltype(layer.A)>>().strip;
+      if (!at_once(m, n)) return through_columns(layer, s.first, s.width, sums);
+      layer.place(sums + best.padded(layer.A.r * strip), best);
+      for (int64_t c = 0; c < n; c += strip) through_columns(layer, c, std::min(strip, n - c), sums);
+      through_rows(layer, 0, m);
     }, all[s.layer]);
   });
   run(int64_t(parts.size()), 0, work, [&](int64_t job, float*) {

@@ -94,6 +94,11 @@ class DeftLayer(nn.Module):
     # The base layer --------------------------------------------------------------------------------------------------
 
     @property
+    def base_layer(self) -> nn.Module:
+        """The frozen layer."""
+        return self._modules["base_layer"]  # past nn.Module's `__getattr__`, as in many small layers it shows
+
+    @property
     def weight(self) -> Tensor:
         """The base layer's weight as it is stored (merged, where an adapter is merged)."""
         return self.base_layer.weight
@@ -144,7 +149,8 @@ class DeftLayer(nn.Module):
 
     def frozen_weight(self) -> Tensor | None:
         """`dense_weight` for the factor form, which gives the weight no gradient: None while the base layer trains."""
-        return None if self.base_layer.weight.requires_grad else self.dense_weight()
+        weight = self.base_layer._parameters.get("weight")
+        return None if weight is None or weight.requires_grad else self.dense_weight()
 
     def pristine_weight(self) -> Tensor | None:
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
@@ -360,12 +366,13 @@ class DeftLayer(nn.Module):
         weight = self.base_layer.weight
         return weight.is_cpu and weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
 
-    def _keep(self, factors: list[Factors]) -> None:
-        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with."""
+    def _keep(self, bank, factors: list[Factors]) -> None:
+        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with. The
+        bank is set here, so that a layer copied or pickled by itself takes none along."""
         if torch.is_grad_enabled():
-            self._note(_factors=factors, _passing=None)
+            self._note(_bank=bank, _factors=factors, _passing=None)
         else:
-            self._note(_passing=factors)
+            self._note(_bank=bank, _passing=factors)
 
     def _note(self, **state) -> None:
         """Set what belongs to one forward: past nn.Module's slow `__setattr__`, but for dynamo, which cannot follow that."""
@@ -509,10 +516,11 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
             gates.append(tensors.get("gate"))
         scales.append(layer._scales.to(tensors["P"].device))
         counts.append(len(layer.active))
-        unit = unit and layer._unit and layer._scales.is_cpu
+        unit = unit and layer._unit
     if not specs:
         return []
     injection, removal = torch.cat(scales, 1) if len(scales) > 1 else scales[0]
+    unit = unit and injection.is_cpu
     if any(gate is not None for gate in gates):
         unit = False
         one = torch.ones((), device=injection.device, dtype=injection.dtype)

@@ -162,14 +162,16 @@ class Prepare(torch.autograd.Function):
             if s.project and not s.whole and (K[i] is not None or (s.fold and R[i] is not None))
         ]
         A_out: list[Tensor | None] = [None] * L
-        for i, A in zip(projected, _ops.project(
-            [K[i] for i in projected],
-            [W[i] for i in projected],
-            [R[i] if specs[i].fold else None for i in projected],
-            _of(injection, projected),
-            _of(removal, projected),
-        )):  # fmt: skip
-            A_out[i] = A
+        if projected:
+            made = _ops.project(
+                [K[i] for i in projected],
+                [W[i] for i in projected],
+                [R[i] if specs[i].fold else None for i in projected],
+                _of(injection, projected),
+                _of(removal, projected),
+            )
+            for i, A in zip(projected, made):
+                A_out[i] = A
         K_out = [None if s.project or k is None else removal[i].to(k.dtype) * k for i, (s, k) in enumerate(zip(specs, K))]
         R_out = [
             None if r is None or (s.project and s.fold) else injection[i].to(r.dtype) * r
@@ -231,15 +233,16 @@ class Prepare(torch.autograd.Function):
         dK, dR = (_scaled(given, None if ctx.unit else scales) for given, scales in ((dK, removal), (dR, injection)))
         # and through A: one pass over every W
         through_A = [i for i in ctx.projected if dA[i] is not None]
-        moved = _ops.project_backward(
-            [dA[i].contiguous() for i in through_A],
-            [W[i] if need_P[i] and specs[i].method != "lora" else None for i in through_A],
-            _of(injection, through_A),
-            _of(removal, through_A),
-        )
-        for i, gK, gR in zip(through_A, *moved):
-            dK[i] = gK if gK.numel() else None
-            dR[i] = gR if specs[i].fold else dR[i]
+        if through_A:
+            moved = _ops.project_backward(
+                [dA[i].contiguous() for i in through_A],
+                [W[i] if need_P[i] and specs[i].method != "lora" else None for i in through_A],
+                _of(injection, through_A),
+                _of(removal, through_A),
+            )
+            for i, gK, gR in zip(through_A, *moved):
+                dK[i] = gK if gK.numel() else None
+                dR[i] = gR if specs[i].fold else dR[i]
         dR = [g if need else None for g, need in zip(dR, need_R)]
 
         # dP: through the decomposition, B's and K's shares added
