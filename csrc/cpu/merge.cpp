@@ -9,9 +9,9 @@ using Layer = std::variant<Merge<float>, Merge<bfloat16>, Merge<float16>>;
 
 template <class T>
 struct MergeBackward {      // W' = W + B A, A = R - K^T W
-  Project<T> dA, A;         // B^T dW' and A, (r, n); A.A null: R is A
-  bool dR;                  // whether dA is wanted as the gradient of R
-  ProjectBackward<T> dB, dK;  // dW' A^T and -W dA^T, (m, r); dK.W null: none
+  bool removes, injects;      // whether there is a K, and an R
+  Project<T> dA, A;           // B^T dW', which is dR, and A, (r, n); without a K, R is A
+  ProjectBackward<T> dB, dK;  // dW' A^T and -W dA^T, (m, r)
 
   // Puts what it makes on the way into `memory`; null: only says how many floats that takes.
   int64_t place(float* memory, const Kernels& best) {
@@ -19,9 +19,9 @@ struct MergeBackward {      // W' = W + B A, A = R - K^T W
     const auto take = [&](float*& p, int64_t count) { p = memory ? memory + used : nullptr, used += count; };
     const int64_t n = A.n, r = A.r;
     take(dB.packed, n * best.padded(r));
-    if (dK.W) take(dK.packed, n * best.padded(r));
-    if (!dR) take(dA.A, best.padded(r * n));
-    if (A.K || !A.R) take(A.A, best.padded(r * n));
+    if (removes) take(dK.packed, n * best.padded(r));
+    if (!injects) take(dA.A, best.padded(r * n));
+    if (removes || !injects) take(A.A, best.padded(r * n));
     return used;
   }
 };
@@ -133,7 +133,7 @@ void merge_backward(Tensors dB, OptionalTensors dK, OptionalTensors dR, Tensors 
         a.R = given.as<float>(), da.A = dr.as<float>();
         reads.push_back({given, r_arg}), writes.add(dr, dr_arg);
       }
-      MergeBackward<T> layer{da, a, R[i].has_value(), out, removed};
+      MergeBackward<T> layer{K[i].has_value(), R[i].has_value(), da, a, out, removed};
       const int64_t sums = best.padded(r * best.of<T>().strip), more = layer.place(nullptr, best);
       offsets.push_back(memory);
       if (at_once(m, n)) {
@@ -153,15 +153,16 @@ void merge_backward(Tensors dB, OptionalTensors dK, OptionalTensors dR, Tensors 
   const auto through_columns = [&](const auto& layer, int64_t c, int64_t width, float* sums) {
     const auto& typed = best.of<weight_type<decltype(layer.A)>>();
     const int64_t n = layer.A.n, r = layer.A.r, row = c * best.padded(r);
+    const bool made = layer.removes || !layer.injects;
     typed.project(layer.dA, c, width, sums);
-    if (layer.A.A) typed.project(layer.A, c, width, sums);
-    best.pack((layer.A.A ? layer.A.A : layer.A.R) + c, n, r, width, 1, layer.dB.packed + row);
-    if (layer.dK.W) best.pack(layer.dA.A + c, n, r, width, -1, layer.dK.packed + row);
+    if (made) typed.project(layer.A, c, width, sums);
+    best.pack((made ? layer.A.A : layer.A.R) + c, n, r, width, 1, layer.dB.packed + row);
+    if (layer.removes) best.pack(layer.dA.A + c, n, r, width, -1, layer.dK.packed + row);
   };
   const auto through_rows = [&](const auto& layer, int64_t first, int64_t rows) {
     const auto& typed = best.of<weight_type<decltype(layer.A)>>();
     typed.project_backward(layer.dB, first, rows);
-    if (layer.dK.W) typed.project_backward(layer.dK, first, rows);
+    if (layer.removes) typed.project_backward(layer.dK, first, rows);
   };
   const Memory own = floats(memory);
   for (const Strip& part : parts)

@@ -57,9 +57,7 @@ class Bank:
                 refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
-                by_weight = layer.prefers_weight()
-                by_activation = not by_weight and layer.prefers_activation(layer.tokens)
-                layer._note(_by_activation=by_activation, _by_weight=by_weight)
+                layer.choose_form()
         pending = _Pending() if eager else None
         for layer, factors in zip(layers, prepare_layers(layers, pending=pending)):
             layer._keep(self, factors)

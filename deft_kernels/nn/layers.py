@@ -133,8 +133,7 @@ class DeftLayer(nn.Module):
         base = self.base_layer
         weight = base._parameters.get("weight")
         plain = (
-            weight is not None
-            and type(weight) is nn.Parameter
+            type(weight) is nn.Parameter
             and weight.is_floating_point()
             and not weight.is_meta
             and self.forward_is_plain(base)
@@ -351,6 +350,11 @@ class DeftLayer(nn.Module):
             return self._routed(x, factors, args, kwargs)
         return self._adapted(x, factors, args, kwargs)
 
+    def choose_form(self) -> None:
+        """The form that the bank prepares for, from here on."""
+        by_weight = self.prefers_weight()
+        self._note(_by_weight=by_weight, _by_activation=not by_weight and self.prefers_activation(self.tokens))
+
     def prefers_activation(self, rows: int | None) -> bool:
         """Whether the activation form is the cheaper one for so many rows; False where they are not known yet."""
         if rows is None or not isinstance(self, DeftLinear):
@@ -514,7 +518,8 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
             R.append(tensors.get("R"))
             W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
             gates.append(tensors.get("gate"))
-        scales.append(layer._scales.to(tensors["P"].device))
+        device = tensors["P"].device
+        scales.append(layer._scales if layer._scales.device == device else layer._scales.to(device))
         counts.append(len(layer.active))
         unit = unit and layer._unit
     if not specs:

@@ -122,6 +122,8 @@ def decompose(P: list[Tensor], methods: list[str]):
 
 def _cast(tensors: list[Tensor | None], dtypes: list[torch.dtype]) -> list[Tensor | None]:
     """Every tensor in its dtype, by one launch for all that change."""
+    if all(t is None for t in tensors):
+        return tensors
     out = [t if t is None or t.dtype == d else torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes)]
     changed = [(o, t) for o, t in zip(out, tensors) if o is not t]
     if changed:

@@ -153,7 +153,7 @@ def _merge_on_cuda(out, W, B, K, R):
         native_cuda.merge(out, W, contiguous(B), contiguous(K), contiguous(R), stream)
 
 
-triton_kernels("merge", "merge", "merge_into")
+triton_kernels("merge", "merge", "merge_into", "merge_backward")
 
 
 class Merge(torch.autograd.Function):
