@@ -363,7 +363,7 @@ class DeftLayer(nn.Module):
         return activation_is_cheaper(rows, *self.shape, removing)
 
     def prefers_weight(self) -> bool:
-        """Whether W' itself is to be prepared: on the CPU only, since it was not measured elsewhere; never in half precision,
+        """Whether W' itself is to be prepared: on the CPU only, as it was not measured elsewhere; never in half precision,
         where rounding it would lose small updates."""
         if len(self.active) != 1 or self.routes is not None or not isinstance(self, DeftLinear):
             return False
@@ -371,8 +371,8 @@ class DeftLayer(nn.Module):
         return weight.is_cpu and weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
 
     def _keep(self, bank, factors: list[Factors]) -> None:
-        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with. The
-        bank is set here, so that a layer copied or pickled by itself takes none along."""
+        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with.
+        The bank is set here, so that a layer copied or pickled by itself takes none along."""
         if torch.is_grad_enabled():
             self._note(_bank=bank, _factors=factors, _passing=None)
         else:

@@ -1,4 +1,4 @@
-"""merge: W' = W + B (R - K^T W), projected and written in one pass, for many layers in one call."""
+"""merge: W' = W + B (R - K^T W), projected and written in one pass, for many layers in one call; and its backward."""
 
 import torch
 from torch import Tensor
@@ -109,7 +109,10 @@ def _other_type(name: str, others, W) -> str | None:
     )
 
 
-@cpp_kernel("merge_into", lambda out, W, *_: _other_type("out", out, W), out="weights", W="weights", B="float32", K="float32", R="float32")
+@cpp_kernel(
+    "merge_into", lambda out, W, *_: _other_type("out", out, W),
+    out="weights", W="weights", B="float32", K="float32", R="float32",
+)  # fmt: skip
 def _(out, W, B, K, R):
     native.merge(out, W, contiguous(B), contiguous(K), contiguous(R))
 

@@ -103,20 +103,21 @@ def cannot_merge_backward(dW, W, B, K, R) -> str | None:
 def merge_backward(dW, W, B, K, R) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """As `reference.merge_backward`: by the kernels of project and its backward, with dW' in W's place too."""
     layers, removing = len(W), [i for i, k in enumerate(K) if k is not None]
-    signs = B[0].new_tensor([-1.0] * layers + [1.0] * layers) if layers else torch.ones(0)
+    ones = torch.ones(2 * layers, device=W[0].device if W else None)
+    signs = ones.clone()
+    signs[:layers] = -1  # dA, or dB, is a product as it is; A, and dK, one with its sign turned
+    count = layers + len(removing)
     made = project(
         [*B, *(K[i] for i in removing)],
         [*dW, *(W[i] for i in removing)],
         [*[None] * layers, *(R[i] for i in removing)],
-        signs[: layers + len(removing)].abs(),
-        signs[: layers + len(removing)],
+        ones[:count],
+        signs[:count],
     )
     dA, A = made[:layers], list(R)
     for i, a in zip(removing, made[layers:]):
         A[i] = a
-    out, _ = project_backward(
-        [*A, *dA], [*dW, *(None if k is None else w for k, w in zip(K, W))], signs.abs(), signs
-    )
+    out, _ = project_backward([*A, *dA], [*dW, *(None if k is None else w for k, w in zip(K, W))], ones, signs)
     return out[:layers], out[layers:], [b.new_empty(0) if r is None else d for b, r, d in zip(B, R, dA)]
 
 

@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 import torch.multiprocessing as mp
-from common import gradients, small_model
+from common import force_form, gradients, small_model
 from torch import nn
 
 import deft_kernels as dk
@@ -16,6 +16,12 @@ from deft_kernels.nn import layers
 from deft_kernels.nn.prepare import Prepare
 
 ALL = ["to_q", "to_k", "to_v", "to_out.0", "conv_in"]
+
+
+@pytest.fixture(params=["weight", "factor"])
+def form(request, monkeypatch):
+    force_form(monkeypatch, request.param)
+    return request.param
 
 
 def adapted_model(**options):
@@ -63,17 +69,19 @@ def prepared(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": True}, {"para": True}, {"dropout": 0.0, "decomposition_method": "relu"}])
-def test_one_node_per_step_and_the_same_result(options, prepared):
+def test_one_node_per_step_and_the_same_result(options, prepared, form):
     model, x = adapted_model(**options)
     expected = alone(model, x)
     assert prepared["forward"] == [1] * 9
     prepared["forward"].clear(), prepared["backward"].clear()
     torch.testing.assert_close(loss_and_gradients(model, x), expected)
     assert prepared == {"forward": [9], "backward": [9]}
+    whole = [name for name, layer in adapted_layers(model).items() if layer._factors[0].W is not None]
+    assert len(whole) == (8 if form == "weight" else 0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant, prepared):
+def test_gradient_checkpointing(use_reentrant, prepared, form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)
     model.checkpointing = use_reentrant
@@ -113,7 +121,7 @@ def test_checkpointing_with_other_forwards_before_the_backward(between, monkeypa
     assert forms == [False, True, True]
 
 
-def test_accumulation_over_forwards_and_over_backwards():
+def test_accumulation_over_forwards_and_over_backwards(form):
     model, x = adapted_model()
     y = torch.randn_like(x)
     expected = {k: g + loss_and_gradients(model, y)[1][k] for k, g in loss_and_gradients(model, x)[1].items()}
@@ -126,7 +134,7 @@ def test_accumulation_over_forwards_and_over_backwards():
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared):
+def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared, form):
     model, x = adapted_model()
     model(x).square().mean().backward()
     inner = torch.randn(2, 16, 8, dtype=torch.float64)
@@ -138,7 +146,7 @@ def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared):
     assert not torch.equal(model.blocks[0](inner), before)  # no stale factors
 
 
-def test_factors_follow_the_parameters():
+def test_factors_follow_the_parameters(form):
     model, x = adapted_model()
     with torch.no_grad():
         before = model(x)
@@ -148,7 +156,7 @@ def test_factors_follow_the_parameters():
     assert all(layer._factors is None and layer._passing is None for layer in layers)  # nothing is kept without grad
 
 
-def test_a_layer_frozen_or_unused_gets_no_gradient():
+def test_a_layer_frozen_or_unused_gets_no_gradient(form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)[1]
     model.blocks[1].requires_grad_(False)
@@ -158,7 +166,7 @@ def test_a_layer_frozen_or_unused_gets_no_gradient():
     assert all(not k.startswith("conv") or v.isfinite().all() for k, v in loss_and_gradients(model, x)[1].items())
 
 
-def test_an_exception_in_the_forward_leaves_no_trace():
+def test_an_exception_in_the_forward_leaves_no_trace(form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)
     with pytest.raises(RuntimeError):
@@ -172,7 +180,7 @@ def test_an_exception_in_the_forward_leaves_no_trace():
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False])
-def test_compiled_model(use_reentrant):
+def test_compiled_model(use_reentrant, form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)
     model.checkpointing = use_reentrant
@@ -182,7 +190,7 @@ def test_compiled_model(use_reentrant):
     torch.testing.assert_close((loss.detach(), gradients(model)), expected)
 
 
-def test_autocast_inside_and_around():
+def test_autocast_inside_and_around(form):
     model, x = adapted_model()
     model, x = model.float(), x.float()
     with torch.autocast("cpu", torch.bfloat16):
