@@ -267,6 +267,7 @@ class DeftLayer(nn.Module):
             for role in self._resting.pop(name, ()):
                 self.adapter_tensors(name)[role].requires_grad_(True)
         self._factors = self._passing = None
+        self._by_activation = self._by_weight = False  # while a backward is outstanding, the bank will not choose anew
         self._write_scales()
 
     @torch.inference_mode(False)

@@ -33,26 +33,27 @@ def _check(W, B, K, R) -> None:
             raise ValueError(f"merge: layer {i} has neither K nor R")
 
 
+def _check_beside(operation: str, name: str, others, W) -> None:
+    """That each tensor is of its W's shape, and on its device."""
+    check_lists(operation, W=W, **{name: others})
+    for i, (t, w) in enumerate(zip(others, W)):
+        if t.shape != w.shape or t.device != w.device:
+            raise ValueError(
+                f"{operation}: {name}[{i}] is {tuple(t.shape)} on {t.device}, W[{i}] {tuple(w.shape)} on {w.device}"
+            )
+
+
 def _check_into(out, W, B, K, R) -> None:
     _check(W, B, K, R)
-    check_lists("merge_into", W=W, out=out)
-    for i, (o, w) in enumerate(zip(out, W)):
-        if o.shape != w.shape or o.device != w.device:
-            raise ValueError(
-                f"merge_into: out[{i}] is {tuple(o.shape)} on {o.device}, W[{i}] {tuple(w.shape)} on {w.device}"
-            )
+    _check_beside("merge_into", "out", out, W)
+    for i, o in enumerate(out):
         if o.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"merge_into: out[{i}] requires grad: write to it under torch.no_grad()")
 
 
 def _check_backward(dW, W, B, K, R) -> None:
     _check(W, B, K, R)
-    check_lists("merge_backward", W=W, dW=dW)
-    for i, (dw, w) in enumerate(zip(dW, W)):
-        if dw.shape != w.shape or dw.device != w.device:
-            raise ValueError(
-                f"merge_backward: dW[{i}] is {tuple(dw.shape)} on {dw.device}, W[{i}] {tuple(w.shape)} on {w.device}"
-            )
+    _check_beside("merge_backward", "dW", dW, W)
 
 
 define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]", _check)

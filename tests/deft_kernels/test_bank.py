@@ -270,6 +270,16 @@ def test_no_weight_form_in_half_precision_under_dropout_or_for_two_adapters():
         assert not whole(model_with(), x)
 
 
+def test_the_weight_form_ends_with_its_adapter_while_a_backward_waits():
+    model, x = adapted_model()
+    dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False, target_modules=ALL), "other")
+    waiting = model(x)
+    dk.set_adapters(model, ["default", "other"])
+    loss = model(x).square().mean().detach()
+    torch.testing.assert_close(loss, alone(model, x)[0])
+    assert waiting.requires_grad
+
+
 def train(rank: int, world: int, folder: str):
     torch.set_num_threads(1)
     model, x = adapted_model()
