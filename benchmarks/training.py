@@ -123,8 +123,7 @@ class Peer:
         for p in self.trained.values():
             p.data = p.data.float()  # as diffusers' trainers: masters in float32
         self.parameters = list(self.trained.values())
-        on_gpu = options.device == "cuda"
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=on_gpu) if self.parameters else None
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True) if self.parameters else None
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss and the prediction."""

@@ -299,7 +299,8 @@ def make_optimizer(options, groups):
     """The optimizer of the options over parameter groups. UserError if its library is missing."""
     common = {"weight_decay": options.adam_weight_decay}
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=groups[0]["params"][0].device.type == "cuda", **common)
+        fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, fused=fused, **common)
     try:
         if options.optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit
