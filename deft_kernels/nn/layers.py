@@ -663,7 +663,7 @@ class DeftLinear(DeftLayer):
         self._check_width(x)
         if x.dtype != weight.dtype:
             self._check_dtype(x)
-        return F.linear(x, weight, self.bias)
+        return F.linear(x.contiguous(), weight, self.bias)  # else torch rounds otherwise with grad than without
 
     def _check_width(self, x: Tensor) -> None:
         if x.shape[-1] != self.shape[1]:
