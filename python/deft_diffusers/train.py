@@ -631,7 +631,8 @@ def class_pictures(options, family, accelerator, resolution, folder):
     if accelerator.is_main_process:
         where.mkdir(parents=True, exist_ok=True)
         present = len(data.find_pictures(where)) if any(where.iterdir()) else 0
-        seeds = range(present, options.num_class_images)
+        free = (k for k in range(options.num_class_images) if not (where / f"{k:04d}.png").exists())
+        seeds = list(itertools.islice(free, max(0, options.num_class_images - present)))
         jobs = [(options.class_prompt, seed_of(options.seed, CLASS, k)) for k in seeds]
         drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
         for k, image in zip(seeds, drawn):
