@@ -50,10 +50,11 @@ from .writing import PARTS, discard, remove, replacing, sync, telling
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25}
 STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "README.md"
+RESULT = "result.json"  # what the training took
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
            PIPELINE_WEIGHTS, "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
-MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
+MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD, RESULT)
 CLASS_IMAGES = "class_images"
 PICTURES = ("validation*.png", PARTS, "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
@@ -794,6 +795,14 @@ def train(options, family=None):
     start, first = time.perf_counter(), run.step
     run.train()
     seconds = time.perf_counter() - start
+    if accelerator.is_main_process:
+        with replacing(folder / RESULT) as part:
+            _write_json(part, {
+                "parameters": sum(p.numel() for p in run.parameters),
+                "steps": run.step - first, "seconds": round(seconds, 2),
+                "images_per_second": round((run.step - first) * run.images_per_step / seconds, 2),
+                "memory_gb": round(_memory(), 2),
+            })  # fmt: skip
     run.finish()
     accelerator.wait_for_everyone()
     accelerator.end_training()  # which ends the process group
