@@ -559,8 +559,8 @@ class Run:
                 if draw:
                     self.validate(f"validation-{self.step}.png")
 
-    def finish(self):
-        """Writes the adapter, a last drawing, and the card, whose presence says that the run is finished."""
+    def finish(self, took):
+        """Writes the adapter, a last drawing, what it took, and the card, whose presence says that the run is finished."""
         if unmix := self.accelerator.unwrap_model(self.objective).unmix:
             unmix.remove()
         main, saved = self.accelerator.is_main_process, self.folder / ".results.part"
@@ -575,6 +575,8 @@ class Run:
                     remove(saved)
         self.validate("validation.png")
         if main:
+            with replacing(self.folder / RESULT) as part:
+                _write_json(part, took)
             with replacing(self.folder / CARD) as part:
                 part.write_text(_card(self.options, self.settings, self.log, *self.example))
 
@@ -795,15 +797,10 @@ def train(options, family=None):
     start, first = time.perf_counter(), run.step
     run.train()
     seconds = time.perf_counter() - start
-    if accelerator.is_main_process:
-        with replacing(folder / RESULT) as part:
-            _write_json(part, {
-                "parameters": sum(p.numel() for p in run.parameters),
-                "steps": run.step - first, "seconds": round(seconds, 2),
-                "images_per_second": round((run.step - first) * run.images_per_step / seconds, 2),
-                "memory_gb": round(_memory(), 2),
-            })  # fmt: skip
-    run.finish()
+    run.finish({
+        "parameters": sum(p.numel() for p in run.parameters), "steps": run.step - first, "seconds": round(seconds, 2),
+        "images_per_second": round((run.step - first) * run.images_per_step / seconds, 2), "memory_gb": round(_memory(), 2),
+    })  # fmt: skip
     accelerator.wait_for_everyone()
     accelerator.end_training()  # which ends the process group
     if accelerator.is_main_process:
