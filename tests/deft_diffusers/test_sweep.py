@@ -155,7 +155,7 @@ def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path, co
 
 def test_a_stop_is_passed_on_and_waited_for(tmp_path):
     child = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), sys.exit(0)));"
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit(0)));"
         "print('ready', flush=True); time.sleep(5)"
     )
     mine = (
@@ -169,6 +169,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
             time.sleep(0.05)
         process.send_signal(number)
         assert process.wait() == code
+        assert ("saved" in (tmp_path / "said").read_text()) == (number == signal.SIGTERM)
         with module._claim(tmp_path) as claim:  # the job of a process that was killed goes on, and nobody else takes it
             assert (claim is None) == (number == signal.SIGKILL)
         (tmp_path / "said").unlink()
