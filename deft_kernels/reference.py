@@ -165,3 +165,17 @@ def merge(W, B, K, R) -> list[Tensor]:
         A = (0 if r is None else r) - (0 if k is None else k.mT @ wide)
         out.append(torch.addmm(wide, b, A).to(w.dtype))
     return out
+
+
+def merge_backward(dW, W, B, K, R) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """dB_i = dW'_i A_i^T (m_i, r_i), dK_i = -W_i dA_i^T (m_i, r_i) and dR_i = dA_i (r_i, n_i) of `merge`, in B's dtype, with
+    A_i = R_i - K_i^T W_i and dA_i = B_i^T dW'_i; empty for a K_i or R_i that is None. dW_i is the gradient of W'_i."""
+    dB, dK, dR = [], [], []
+    for dw, w, b, k, r in zip(dW, W, B, K, R):
+        dw, w = dw.to(b.dtype), w.to(b.dtype)
+        A = (0 if r is None else r) - (0 if k is None else k.mT @ w)
+        dA = b.mT @ dw
+        dB.append(dw @ A.mT)
+        dK.append(b.new_empty(0) if k is None else -(w @ dA.mT))
+        dR.append(b.new_empty(0) if r is None else dA)
+    return dB, dK, dR

@@ -57,12 +57,10 @@ class Bank:
                 refuse_fused(name, block)
         if eager and not self._pending:
             for layer in layers:
-                by_activation, by_weight = layer.prefers_activation(layer.tokens), layer.prefers_weight()
-                layer._note(_by_activation=by_activation, _by_weight=by_weight)
+                layer.choose_form()
         pending = _Pending() if eager else None
         for layer, factors in zip(layers, prepare_layers(layers, pending=pending)):
-            layer._note(_bank=self)  # set here, so that a layer copied or pickled by itself takes no bank along
-            layer._keep(factors)
+            layer._keep(self, factors)
         if eager:
             self._pending.add(pending)  # gone when this returns, unless a backward is to come
         self.inside = True

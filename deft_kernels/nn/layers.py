@@ -84,6 +84,7 @@ class DeftLayer(nn.Module):
         self._resting: dict[str, set[str]] = {}  # inactive adapter -> those of its tensors that train when it is active
         # No buffers: offloading would put an old strength back.
         self._scales = torch.empty(2, 0)
+        self._unit = True  # whether all of `_scales` is 1
         self._route_index: Tensor | None = None  # (samples,), index among the active ones
         self._route_weight: Tensor | None = None  # (samples,)
         if config is not None:
@@ -92,6 +93,11 @@ class DeftLayer(nn.Module):
             base_layer.requires_grad_(False)
 
     # The base layer --------------------------------------------------------------------------------------------------
+
+    @property
+    def base_layer(self) -> nn.Module:
+        """The frozen layer."""
+        return self._modules["base_layer"]  # past nn.Module's `__getattr__`, as in many small layers it shows
 
     @property
     def weight(self) -> Tensor:
@@ -128,8 +134,7 @@ class DeftLayer(nn.Module):
         base = self.base_layer
         weight = base._parameters.get("weight")
         plain = (
-            weight is not None
-            and type(weight) is nn.Parameter
+            type(weight) is nn.Parameter
             and weight.is_floating_point()
             and not weight.is_meta
             and self.forward_is_plain(base)
@@ -144,7 +149,8 @@ class DeftLayer(nn.Module):
 
     def frozen_weight(self) -> Tensor | None:
         """`dense_weight` for the factor form, which gives the weight no gradient: None while the base layer trains."""
-        return None if self.base_layer.weight.requires_grad else self.dense_weight()
+        weight = self.base_layer._parameters.get("weight")
+        return None if weight is None or weight.requires_grad else self.dense_weight()
 
     def pristine_weight(self) -> Tensor | None:
         """W (m, n) without any merged adapter; None where `dense_weight` is."""
@@ -262,6 +268,7 @@ class DeftLayer(nn.Module):
             for role in self._resting.pop(name, ()):
                 self.adapter_tensors(name)[role].requires_grad_(True)
         self._factors = self._passing = None
+        self._by_activation = self._by_weight = False  # while a backward is outstanding, the bank will not choose anew
         self._write_scales()
 
     @torch.inference_mode(False)
@@ -270,6 +277,7 @@ class DeftLayer(nn.Module):
         written in place where they can be, so that a compiled graph or a CUDA graph follows a new strength."""
         strengths = self.strengths.items()
         rows = [[w * self.configs[k].scale(self.rank(k)) for k, w in strengths], [w for _, w in strengths]]
+        self._unit = all(scale == 1 for row in rows for scale in row)
         self._overwrite("_scales", torch.tensor(rows, dtype=self.master_dtype).reshape(2, -1))
         self._write_routes()
 
@@ -344,6 +352,11 @@ class DeftLayer(nn.Module):
             return self._routed(x, factors, args, kwargs)
         return self._adapted(x, factors, args, kwargs)
 
+    def choose_form(self) -> None:
+        """The form that the bank prepares for, from here on."""
+        by_weight = self.prefers_weight()
+        self._note(_by_weight=by_weight, _by_activation=not by_weight and self.prefers_activation(self.tokens))
+
     def prefers_activation(self, rows: int | None) -> bool:
         """Whether the activation form is the cheaper one for so many rows; False where they are not known yet."""
         if rows is None or not isinstance(self, DeftLinear):
@@ -352,17 +365,20 @@ class DeftLayer(nn.Module):
         return activation_is_cheaper(rows, *self.shape, removing)
 
     def prefers_weight(self) -> bool:
-        """Whether W' itself is to be prepared; never in half precision, where rounding it would lose small updates."""
+        """Whether W' itself is to be prepared: on the CPU only, as it was not measured elsewhere; never in half precision,
+        where rounding it would lose small updates."""
         if len(self.active) != 1 or self.routes is not None or not isinstance(self, DeftLinear):
             return False
-        return self.base_layer.weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
+        weight = self.base_layer.weight
+        return weight.is_cpu and weight.dtype in (torch.float32, torch.float64) and weight_is_cheaper(*self.shape)
 
-    def _keep(self, factors: list[Factors]) -> None:
-        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with."""
+    def _keep(self, bank, factors: list[Factors]) -> None:
+        """Take the bank's factors. Those made without grad do not replace those that a backward may still recompute with.
+        The bank is set here, so that a layer copied or pickled by itself takes none along."""
         if torch.is_grad_enabled():
-            self._note(_factors=factors, _passing=None)
+            self._note(_bank=bank, _factors=factors, _passing=None)
         else:
-            self._note(_passing=factors)
+            self._note(_bank=bank, _passing=factors)
 
     def _note(self, **state) -> None:
         """Set what belongs to one forward: past nn.Module's slow `__setattr__`, but for dynamo, which cannot follow that."""
@@ -486,6 +502,8 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
     """The factors of all active adapters of these layers, in one autograd node; `rows` is T where it is known. The node
     holds `pending` until its backward has run."""
     specs, P, R, W, scales, gates, counts = [], [], [], [], [], [], []
+    # In eager mode on the CPU alone: elsewhere a recorded graph shall follow a new strength.
+    unit = not torch.compiler.is_compiling()
     for layer in layers:
         weight = layer.frozen_weight()
         by_weight = rows is None and layer._by_weight
@@ -502,15 +520,19 @@ def prepare_layers(layers: list[DeftLayer], rows: int | None = None, pending=Non
             R.append(tensors.get("R"))
             W.append(weight if weight is None else weight.detach())  # dynamo refuses one tensor twice
             gates.append(tensors.get("gate"))
-        scales.append(layer._scales.to(tensors["P"].device))
+        device = tensors["P"].device
+        scales.append(layer._scales if layer._scales.device == device else layer._scales.to(device))
         counts.append(len(layer.active))
+        unit = unit and layer._unit
     if not specs:
         return []
     injection, removal = torch.cat(scales, 1) if len(scales) > 1 else scales[0]
+    unit = unit and injection.is_cpu
     if any(gate is not None for gate in gates):
+        unit = False
         one = torch.ones((), device=injection.device, dtype=injection.dtype)
         injection = injection * torch.stack([one if g is None else torch.sigmoid(g) for g in gates])
-    flat = iter(prepare(specs, injection, removal, P, R, W, pending))
+    flat = iter(prepare(specs, injection, removal, P, R, W, pending, unit))
     prepared = [[next(flat) for _ in range(count)] for count in counts]
     return [_together(layer, factors) if layer.combines else factors for layer, factors in zip(layers, prepared)]
 

@@ -2,6 +2,10 @@
 
     P --decompose--> B, K          A = injection R - removal K^T W          cast to the compute dtype
 
+or, of a small layer on the CPU (weight form), by one operation,
+
+    P --decompose--> B, K          W' = W + B (injection R - removal K^T W)
+
 One autograd node for all layers; its backward runs once, after every layer's. Decompositions, projections and all
 accumulation are float32 (float64 for float64 weights), whatever the compute dtype.
 """
@@ -113,17 +117,30 @@ def decompose(P: list[Tensor], methods: list[str]):
         B[i] = Q
     for i, (U, _, _) in svd.items():
         B[i] = U.contiguous()
-    K = [None if m == "lora" else torch.relu(b) if m == "relu" else b for b, m in zip(B, methods)]
-    return B, K, svd
+    return B, _removal_bases(B, methods), svd
 
 
 def _cast(tensors: list[Tensor | None], dtypes: list[torch.dtype]) -> list[Tensor | None]:
     """Every tensor in its dtype, by one launch for all that change."""
+    if all(t is None for t in tensors):
+        return tensors
     out = [t if t is None or t.dtype == d else torch.empty_like(t, dtype=d) for t, d in zip(tensors, dtypes)]
     changed = [(o, t) for o, t in zip(out, tensors) if o is not t]
     if changed:
         torch._foreach_copy_([o for o, _ in changed], [t for _, t in changed])
     return out
+
+
+def _removal_bases(B: list[Tensor], methods: list[str]) -> list[Tensor | None]:
+    """K of every adapter, from its B."""
+    return [None if m == "lora" else torch.relu(b) if m == "relu" else b for b, m in zip(B, methods)]
+
+
+def _scaled(tensors: list[Tensor | None], scales: Tensor | None) -> list[Tensor | None]:
+    """Each tensor times its entry of (L,); as they are where there are no scales."""
+    if scales is None:
+        return tensors
+    return [None if t is None else t * s.to(t.dtype) for t, s in zip(tensors, scales.unbind())]
 
 
 def _of(scales: Tensor, layers: list[int]) -> Tensor:
@@ -132,44 +149,54 @@ def _of(scales: Tensor, layers: list[int]) -> Tensor:
 
 
 class Prepare(torch.autograd.Function):
-    """(specs, injection (L,), removal (L,), P..., R..., W...) -> B..., A..., K..., R..., W'... of the `Factors`."""
+    """(specs, unit, injection (L,), removal (L,), P..., R..., W...) -> B..., A..., K..., R..., W'... of the `Factors`."""
 
     @staticmethod
-    def forward(ctx, specs, injection, removal, *tensors):
+    def forward(ctx, specs, unit, injection, removal, *tensors):
         L = len(specs)
         P, R, W = tensors[:L], tensors[L : 2 * L], tensors[2 * L :]
         B, K, svd = decompose(P, [spec.method for spec in specs])
 
         # Which layers have an A at all: not a LoRA under dropout, whose only part is the injection.
-        projected = [i for i, s in enumerate(specs) if s.project and (K[i] is not None or (s.fold and R[i] is not None))]
+        projected = [
+            i
+            for i, s in enumerate(specs)
+            if s.project and not s.whole and (K[i] is not None or (s.fold and R[i] is not None))
+        ]
         A_out: list[Tensor | None] = [None] * L
-        for i, A in zip(projected, _ops.project(
-            [K[i] for i in projected],
-            [W[i] for i in projected],
-            [R[i] if specs[i].fold else None for i in projected],
-            _of(injection, projected),
-            _of(removal, projected),
-        )):  # fmt: skip
-            A_out[i] = A
+        if projected:
+            made = _ops.project(
+                [K[i] for i in projected],
+                [W[i] for i in projected],
+                [R[i] if specs[i].fold else None for i in projected],
+                _of(injection, projected),
+                _of(removal, projected),
+            )
+            for i, A in zip(projected, made):
+                A_out[i] = A
         K_out = [None if s.project or k is None else removal[i].to(k.dtype) * k for i, (s, k) in enumerate(zip(specs, K))]
         R_out = [
             None if r is None or (s.project and s.fold) else injection[i].to(r.dtype) * r
             for i, (s, r) in enumerate(zip(specs, R))
         ]
 
-        ctx.specs, ctx.projected, ctx.svd = specs, projected, list(svd)
         whole = [i for i, spec in enumerate(specs) if spec.whole]
         W_out: list[Tensor | None] = [None] * L
+        if whole:
+            some = ([each[i] for i in whole] for each in (W, B))
+            terms = (_scaled([each[i] for i in whole], None if unit else _of(scales, whole))
+                     for each, scales in ((K, removal), (R, injection)))  # fmt: skip
+            for i, w in zip(whole, _ops.merge(*some, *terms)):
+                W_out[i] = w
+
+        ctx.specs, ctx.unit, ctx.projected, ctx.svd = specs, unit, projected, list(svd)
         ctx.save_for_backward(
             injection, removal, *P, *(None if s.method == "lora" else b for s, b in zip(specs, B)),
-            *(R if ctx.needs_input_grad[1] else [None] * L),
-            *(None if A is None else w for A, w in zip(A_out, W)), *(A if s.whole else None for s, A in zip(specs, A_out)),
+            *(r if s.whole or ctx.needs_input_grad[2] else None for s, r in zip(specs, R)),
+            *(w if s.whole or A is not None else None for s, A, w in zip(specs, A_out, W)),
             *(t for usv in svd.values() for t in usv[1:]),
         )  # fmt: skip
-        if whole:
-            some = ([each[i] for i in whole] for each in (W, B, [None] * L, A_out))
-            for i, w in zip(whole, _ops.merge(*some)):
-                B[i], A_out[i], W_out[i] = None, None, w
+        B = [None if s.whole else b for s, b in zip(specs, B)]
         ctx.set_materialize_grads(False)
         return (*_cast([*B, *A_out, *K_out, *R_out], [spec.dtype for spec in specs] * 4), *W_out)
 
@@ -179,41 +206,45 @@ class Prepare(torch.autograd.Function):
         specs, L = ctx.specs, len(ctx.specs)
         ctx.pending = None
         injection, removal, *saved = ctx.saved_tensors
-        P, B, R, W, A = (saved[i * L : (i + 1) * L] for i in range(5))
-        svd = dict(zip(ctx.svd, zip(saved[5 * L :: 2], saved[5 * L + 1 :: 2])))
+        P, B, R, W = (saved[i * L : (i + 1) * L] for i in range(4))
+        svd = dict(zip(ctx.svd, zip(saved[4 * L :: 2], saved[4 * L + 1 :: 2])))
         wide = _cast(list(grads[: 4 * L]), [p.dtype for p in P] * 4)
         dB, dA, dK, dR = (list(wide[i * L : (i + 1) * L]) for i in range(4))
 
-        # dB = dW' A^T and dA = B^T dW' are the projections' products, with dW' in W's place
-        dW = {i: g.contiguous() for i, g in enumerate(grads[4 * L :]) if g is not None}
-        ones = injection.new_ones(len(dW))
-        own = _ops.project([P[i] if B[i] is None else B[i] for i in dW], [*dW.values()], [None] * len(dW), ones, -ones)
-        other, _ = _ops.project_backward([A[i] for i in dW], [*dW.values()], ones, -ones)
-        for i, gA, gB in zip(dW, own, other):
-            dA[i], dB[i] = gA, gB
+        # through W', as the activation form delivers them
+        whole = [i for i, g in enumerate(grads[4 * L :]) if g is not None]
+        if whole:
+            bases = [P[i] if B[i] is None else B[i] for i in whole]
+            K = _removal_bases(bases, [specs[i].method for i in whole])
+            K_in, R_in = (_scaled(given, None if ctx.unit else _of(scales, whole))
+                          for given, scales in ((K, removal), ([R[i] for i in whole], injection)))  # fmt: skip
+            dW = [grads[4 * L + i].contiguous() for i in whole]
+            moved = _ops.merge_backward(dW, [W[i] for i in whole], bases, K_in, R_in)
+            for i, k, gB, gK, gR in zip(whole, K, *moved):
+                dB[i], dK[i], dR[i] = gB, None if k is None else gK, None if R[i] is None else gR
 
-        need_P, need_R = ctx.needs_input_grad[3 : 3 + L], ctx.needs_input_grad[3 + L : 3 + 2 * L]
+        need_P, need_R = ctx.needs_input_grad[4 : 4 + L], ctx.needs_input_grad[4 + L : 4 + 2 * L]
         dinjection = None
-        if ctx.needs_input_grad[1]:  # gates
-            through = [dA[i] if s.project and s.fold else dR[i] for i, s in enumerate(specs)]
+        if ctx.needs_input_grad[2]:  # gates
+            through = [dA[i] if s.project and s.fold and not s.whole else dR[i] for i, s in enumerate(specs)]
             zero = injection.new_zeros(())
             dots = [zero if g is None or r is None else (r * g).sum().to(zero.dtype) for g, r in zip(through, R)]
             dinjection = torch.stack(dots)
 
-        # dK and dR as the activation form, or an injection apart from A, delivered them
-        dK = [None if g is None else removal[i].to(g.dtype) * g for i, g in enumerate(dK)]
-        dR = [None if g is None else injection[i].to(g.dtype) * g for i, g in enumerate(dR)]
+        # dK and dR as the activation form, the weight form, or an injection apart from A, delivered them
+        dK, dR = (_scaled(given, None if ctx.unit else scales) for given, scales in ((dK, removal), (dR, injection)))
         # and through A: one pass over every W
         through_A = [i for i in ctx.projected if dA[i] is not None]
-        moved = _ops.project_backward(
-            [dA[i].contiguous() for i in through_A],
-            [W[i] if need_P[i] and specs[i].method != "lora" else None for i in through_A],
-            _of(injection, through_A),
-            _of(removal, through_A),
-        )
-        for i, gK, gR in zip(through_A, *moved):
-            dK[i] = gK if gK.numel() else None
-            dR[i] = gR if specs[i].fold else dR[i]
+        if through_A:
+            moved = _ops.project_backward(
+                [dA[i].contiguous() for i in through_A],
+                [W[i] if need_P[i] and specs[i].method != "lora" else None for i in through_A],
+                _of(injection, through_A),
+                _of(removal, through_A),
+            )
+            for i, gK, gR in zip(through_A, *moved):
+                dK[i] = gK if gK.numel() else None
+                dR[i] = gR if specs[i].fold else dR[i]
         dR = [g if need else None for g, need in zip(dR, need_R)]
 
         # dP: through the decomposition, B's and K's shares added
@@ -233,10 +264,12 @@ class Prepare(torch.autograd.Function):
             for i in ctx.svd:
                 if dP[i] is not None:
                     dP[i] = reference.left_singular_backward(dP[i], B[i], *svd[i])
-        return None, dinjection, None, *dP, *dR, *[None] * L
+        return None, None, dinjection, None, *dP, *dR, *[None] * L
 
 
-def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W, pending=None) -> list[Factors]:
+def prepare(
+    specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W, pending=None, unit: bool = False
+) -> list[Factors]:
     """Factors of many adapters in one autograd node.
 
     Args:
@@ -245,9 +278,10 @@ def prepare(specs: list[Spec], injection: Tensor, removal: Tensor, P, R, W, pend
         removal: (L,) factor on K: the strength alone.
         P: (m, r) each, float32 or float64; R: (r, n) or None; W: (m, n), or None in the activation form.
         pending: anything that the node shall hold until its backward has run.
+        unit: whether all of injection and removal is known to be 1, so that nothing need be multiplied by it.
     """
     L = len(specs)
-    flat = Prepare.apply(tuple(specs), injection, removal, *P, *R, *W)
+    flat = Prepare.apply(tuple(specs), unit, injection, removal, *P, *R, *W)
     if pending is not None and (node := next(t for t in flat if t is not None).grad_fn) is not None:
         node.pending = pending
     return [Factors(*flat[i::L]) for i in range(L)]

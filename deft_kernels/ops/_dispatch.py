@@ -136,6 +136,11 @@ def _cannot_cpp(arguments: dict, roles: dict[str, str]) -> str | None:
         if not roles[name]:
             continue
         types, is_list = _CPP_TYPES[roles[name]], isinstance(argument, (list, tuple))
+        tensors = [t for t in (argument if is_list else (argument,)) if t is not None]
+        kinds = {(t.dtype, t.is_cpu, t.layout) for t in tensors}  # of all at once, since there may be hundreds
+        if all(dtype in types and cpu and layout is torch.strided for dtype, cpu, layout in kinds):
+            if types is not _CPP_TYPES["weights"] or all(t.is_contiguous() for t in tensors):
+                continue
         for i, t in enumerate(argument) if is_list else [("", argument)]:
             if t is None:
                 continue
@@ -186,15 +191,21 @@ def check_lists(operation: str, **lists: list) -> None:
             raise ValueError(f"{operation}: {layers} {first} but {count} {name}, expected one for each layer")
 
 
-def check_layer(operation: str, i: int, W: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_layers(operation: str, W: list[torch.Tensor | None], **others: list[torch.Tensor | None]) -> None:
     """And of each layer: a matrix of a floating type, and everything on its device."""
-    if W.dim() != 2:
-        raise ValueError(f"{operation}: W[{i}] has shape {tuple(W.shape)}, expected (m, n)")
-    if not W.is_floating_point():
-        raise ValueError(f"{operation}: W[{i}] is {W.dtype}, expected a floating type")
-    for name, t in others.items():
-        if t is not None and t.device != W.device:
-            raise ValueError(f"{operation}: W[{i}] is on {W.device}, {name}[{i}] on {t.device}")
+    devices = {t.device for tensors in (W, *others.values()) for t in tensors if t is not None}
+    if len(devices) <= 1 and all(w is None or (w.dim() == 2 and w.is_floating_point()) for w in W):
+        return
+    for i, w in enumerate(W):
+        if w is None:
+            continue
+        if w.dim() != 2:
+            raise ValueError(f"{operation}: W[{i}] has shape {tuple(w.shape)}, expected (m, n)")
+        if not w.is_floating_point():
+            raise ValueError(f"{operation}: W[{i}] is {w.dtype}, expected a floating type")
+        for name, tensors in others.items():
+            if (t := tensors[i]) is not None and t.device != w.device:
+                raise ValueError(f"{operation}: W[{i}] is on {w.device}, {name}[{i}] on {t.device}")
 
 
 def requested() -> str:

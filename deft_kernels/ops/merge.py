@@ -1,4 +1,4 @@
-"""merge: W' = W + B (R - K^T W), projected and written in one pass, for many layers in one call."""
+"""merge: W' = W + B (R - K^T W), projected and written in one pass, for many layers in one call; and its backward."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ._dispatch import (
     below_autograd,
-    check_layer,
+    check_layers,
     check_lists,
     contiguous,
     cpp_kernel,
@@ -23,30 +23,45 @@ from ._dispatch import (
 
 def _check(W, B, K, R) -> None:
     check_lists("merge", W=W, B=B, K=K, R=R)
+    check_layers("merge", W, B=B, K=K, R=R)
     for i, (w, b, k, r) in enumerate(zip(W, B, K, R)):
-        check_layer("merge", i, w, B=b, K=k, R=r)
-        m, n = w.shape
-        fits = b.dim() == 2 and b.shape[0] == m and (k is None or k.shape == b.shape)
-        if not fits or (r is not None and r.shape != (b.shape[1], n)):
+        shape = b.shape
+        fits = len(shape) == 2 and shape[0] == w.shape[0] and (k is None or k.shape == shape)
+        if not fits or (r is not None and r.shape != (shape[1], w.shape[1])):
             raise ValueError(f"merge: factors of layer {i} do not fit its weight {tuple(w.shape)}")
         if k is None and r is None:
             raise ValueError(f"merge: layer {i} has neither K nor R")
 
 
+def _check_beside(operation: str, name: str, others, W) -> None:
+    """That each tensor is of its W's shape, and on its device."""
+    check_lists(operation, W=W, **{name: others})
+    for i, (t, w) in enumerate(zip(others, W)):
+        if t.shape != w.shape or t.device != w.device:
+            raise ValueError(
+                f"{operation}: {name}[{i}] is {tuple(t.shape)} on {t.device}, W[{i}] {tuple(w.shape)} on {w.device}"
+            )
+
+
 def _check_into(out, W, B, K, R) -> None:
     _check(W, B, K, R)
-    check_lists("merge_into", W=W, out=out)
-    for i, (o, w) in enumerate(zip(out, W)):
-        if o.shape != w.shape or o.device != w.device:
-            raise ValueError(
-                f"merge_into: out[{i}] is {tuple(o.shape)} on {o.device}, W[{i}] {tuple(w.shape)} on {w.device}"
-            )
+    _check_beside("merge_into", "out", out, W)
+    for i, o in enumerate(out):
         if o.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"merge_into: out[{i}] requires grad: write to it under torch.no_grad()")
 
 
+def _check_backward(dW, W, B, K, R) -> None:
+    _check(W, B, K, R)
+    _check_beside("merge_backward", "dW", dW, W)
+
+
 define("merge(Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> Tensor[]", _check)
 define("merge_into(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()", _check_into, writes=0)
+define(
+    "merge_backward(Tensor[] dW, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> (Tensor[], Tensor[], Tensor[])",
+    _check_backward,
+)
 
 
 @fake("merge")
@@ -59,7 +74,16 @@ def _(out, W, B, K, R):
     return None
 
 
+@fake("merge_backward")
+def _(dW, W, B, K, R):
+    def like(given):
+        return [b.new_empty(0 if t is None else t.shape) for b, t in zip(B, given)]
+
+    return like(B), like(K), like(R)
+
+
 kernel("merge", "reference")(reference.merge)
+kernel("merge_backward", "reference")(reference.merge_backward)
 
 
 @kernel("merge_into", "reference")
@@ -75,20 +99,34 @@ def _(W, B, K, R):
     return out
 
 
-def _other_type(out, W, *_) -> str | None:
+def _other_type(name: str, others, W) -> str | None:
     return next(
         (
-            f"out[{i}] is {o.dtype}, W[{i}] {w.dtype}: the CPU kernels take one"
-            for i, (o, w) in enumerate(zip(out, W))
+            f"{name}[{i}] is {o.dtype}, W[{i}] {w.dtype}: the CPU kernels take one"
+            for i, (o, w) in enumerate(zip(others, W))
             if o.dtype != w.dtype
         ),
         None,
     )
 
 
-@cpp_kernel("merge_into", _other_type, out="weights", W="weights", B="float32", K="float32", R="float32")
+@cpp_kernel(
+    "merge_into", lambda out, W, *_: _other_type("out", out, W),
+    out="weights", W="weights", B="float32", K="float32", R="float32",
+)  # fmt: skip
 def _(out, W, B, K, R):
     native.merge(out, W, contiguous(B), contiguous(K), contiguous(R))
+
+
+@cpp_kernel(
+    "merge_backward", lambda dW, W, *_: _other_type("dW", dW, W),
+    dW="weights", W="weights", B="float32", K="float32", R="float32",
+)  # fmt: skip
+def _(dW, W, B, K, R):
+    B, K, R = contiguous(B), contiguous(K), contiguous(R)
+    dB, dK, dR = ([None if t is None else torch.empty_like(t) for t in list_] for list_ in (B, K, R))
+    native.merge_backward(dB, dK, dR, dW, W, B, K, R)
+    return dB, *([b.new_empty(0) if t is None else t for b, t in zip(B, list_)] for list_ in (dK, dR))
 
 
 def _cannot_cuda_into(out, W, B, K, R) -> str | None:
@@ -119,7 +157,7 @@ def _merge_on_cuda(out, W, B, K, R):
         native_cuda.merge(out, W, contiguous(B), contiguous(K), contiguous(R), stream)
 
 
-triton_kernels("merge", "merge", "merge_into")
+triton_kernels("merge", "merge", "merge_into", "merge_backward")
 
 
 class Merge(torch.autograd.Function):
@@ -136,23 +174,14 @@ class Merge(torch.autograd.Function):
     def backward(ctx, *dW1):
         L = ctx.layers
         W, B, K, R = (ctx.saved_tensors[i * L : (i + 1) * L] for i in range(4))
-        need_W, need_B, need_K, need_R = (ctx.needs_input_grad[1 + i * L : 1 + (i + 1) * L] for i in range(4))
-        dW, dB, dK, dR = ([None] * L for _ in range(4))
-        for i, (w, b, k, r, g) in enumerate(zip(W, B, K, R, dW1)):
-            g = g.to(b.dtype)
-            if k is None and r is None:
-                dW[i] = g.to(w.dtype) if need_W[i] else None
-                dB[i] = torch.zeros_like(b) if need_B[i] else None
-                continue
-            dA = b.mT @ g
-            if need_B[i]:
-                A = r if k is None else -(k.mT @ w.to(b.dtype)) if r is None else r - k.mT @ w.to(b.dtype)
-                dB[i] = g @ A.mT
-            if need_K[i]:
-                dK[i] = -(w.to(b.dtype) @ dA.mT)
-            dR[i] = dA if need_R[i] else None
-            if need_W[i]:
-                dW[i] = (g if k is None else g - k @ dA).to(w.dtype)
+        g = contiguous(dW1)
+        dB, dK, dR = torch.ops.deft_kernels.merge_backward(g, list(W), list(B), list(K), list(R))
+        dW = [None] * L
+        for i, (w, b, k) in enumerate(zip(W, B, K)):
+            if ctx.needs_input_grad[1 + i]:  # dW = dW' - K dA
+                dA = None if k is None else dR[i] if R[i] is not None else b.mT @ g[i].to(b.dtype)
+                dW[i] = g[i] if k is None else torch.addmm(g[i].to(b.dtype), k, dA, alpha=-1).to(w.dtype)
+        dK, dR = ([None if t is None else d for d, t in zip(*pair)] for pair in ((dK, K), (dR, R)))
         return None, *dW, *dB, *dK, *dR
 
 

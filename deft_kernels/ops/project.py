@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import reference
 from ._dispatch import (
     below_autograd,
-    check_layer,
+    check_layers,
     check_lists,
     contiguous,
     cpp_kernel,
@@ -21,10 +21,10 @@ from ._dispatch import (
 
 def _check(K, W, R, injection, removal) -> None:
     check_lists("project", W=W, K=K, R=R)
+    check_layers("project", W, K=K, R=R)
     for i, (k, w, r) in enumerate(zip(K, W, R)):
         if k is None and r is None:
             raise ValueError(f"project: layer {i} has neither K nor R")
-        check_layer("project", i, w, K=k, R=r)
         if k is not None and (k.dim() != 2 or k.shape[0] != w.shape[0]):
             raise ValueError(f"project: K[{i}] {tuple(k.shape)} does not fit W[{i}] {tuple(w.shape)}")
         if r is not None and (r.dim() != 2 or r.shape[1] != w.shape[1] or (k is not None and r.shape[0] != k.shape[1])):
@@ -34,9 +34,8 @@ def _check(K, W, R, injection, removal) -> None:
 
 def _check_backward(dA, W, injection, removal) -> None:
     check_lists("project_backward", dA=dA, W=W)
+    check_layers("project_backward", W, dA=dA)
     for i, (da, w) in enumerate(zip(dA, W)):
-        if w is not None:
-            check_layer("project_backward", i, w, dA=da)
         if da.dim() != 2 or (w is not None and da.shape[1] != w.shape[1]):
             raise ValueError(
                 f"project_backward: dA[{i}] {tuple(da.shape)} does not fit W[{i}] {None if w is None else tuple(w.shape)}"

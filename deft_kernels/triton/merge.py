@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import address, cannot_serve, cdiv, chip, configuration, groups, launch_layers, padded
-from .project import project, removed_strip
+from .project import project, project_backward, removed_strip
 from .tile import columns_of, find, pointer, size
 
 FIELDS = 13  # K, W, R, B, out, m, n, r, W's strides, out's strides, rows of a part; what is missing has address 0
@@ -94,6 +94,31 @@ def merge_into(out, W, B, K, R) -> None:
             pointers = (address(t[i], i) for t in (K, W, R, B, out))
             rows.append((*pointers, m, n, B[i].shape[1], *W[i].stride(), *out[i].stride(), part))
         launch_layers(merge_kernel, rows, tiles, FIELDS=FIELDS, device=device, **meta)
+
+
+def cannot_merge_backward(dW, W, B, K, R) -> str | None:
+    return cannot_serve({"dW": dW, "W": W, "B": B, "K": K, "R": R}, [b.shape[1] for b in B], float32=("B", "K", "R"))
+
+
+def merge_backward(dW, W, B, K, R) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """As `reference.merge_backward`: by the kernels of project and its backward, with dW' in W's place too."""
+    layers, removing = len(W), [i for i, k in enumerate(K) if k is not None]
+    ones = torch.ones(2 * layers, device=W[0].device if W else None)
+    signs = ones.clone()
+    signs[:layers] = -1  # dA, or dB, is a product as it is; A, and dK, one with its sign turned
+    count = layers + len(removing)
+    made = project(
+        [*B, *(K[i] for i in removing)],
+        [*dW, *(W[i] for i in removing)],
+        [*[None] * layers, *(R[i] for i in removing)],
+        ones[:count],
+        signs[:count],
+    )
+    dA, A = made[:layers], list(R)
+    for i, a in zip(removing, made[layers:]):
+        A[i] = a
+    out, _ = project_backward([*A, *dA], [*dW, *(None if k is None else w for k, w in zip(K, W))], ones, signs)
+    return out[:layers], out[layers:], [b.new_empty(0) if r is None else d for b, r, d in zip(B, R, dA)]
 
 
 def is_tall(w: Tensor, rank: int) -> bool:

@@ -163,7 +163,7 @@ class TrainOptions:
     adam_weight_decay: float = option("Optimisation", "of AdamW; it would pull R towards removal, hence off", 0.0)
     max_grad_norm: float = option("Optimisation", "gradients are clipped to this norm", 1.0)
     caption_dropout: float = option(
-        "Optimisation", "share of samples that train with an empty text, for guidance without a text", 0.0
+        "Optimisation", "share of samples that train with an empty text, for guidance without a text; 1: no condition", 0.0
     )
     noise_offset: float = option(
         "Optimisation", "noise added to a channel's mean, for darker and lighter pictures; 0.1 is usual", 0.0

@@ -115,9 +115,12 @@ def complete(options):
         raise UserError("--validation_image needs a --validation_prompt: what to draw by it")
     if not 0 <= options.ema_decay < 1:
         raise UserError(f"--ema_decay must be at least 0 and below 1, got {options.ema_decay}")
-    for name in ("dropout", "caption_dropout"):
-        if not 0 <= getattr(options, name) < 1:
-            raise UserError(f"--{name} must be at least 0 and below 1, got {getattr(options, name)}")
+    if not 0 <= options.dropout < 1:
+        raise UserError(f"--dropout must be at least 0 and below 1, got {options.dropout}")
+    if not 0 <= options.caption_dropout <= 1:
+        raise UserError(f"--caption_dropout must be from 0 to 1, got {options.caption_dropout}")
+    if options.caption_dropout == 1 and options.method == "textual_inversion":
+        raise UserError("--caption_dropout 1 leaves textual_inversion no text with its word")
     if not 0 <= options.cut_mix_prob <= 1:
         raise UserError(f"--cut_mix_prob must be from 0 to 1, got {options.cut_mix_prob}")
     if options.unmix_weight is not None and (options.compile or not options.cut_mix_prob):
@@ -297,7 +300,8 @@ def make_optimizer(options, groups):
     """The optimizer of the options over parameter groups. UserError if its library is missing."""
     common = {"weight_decay": options.adam_weight_decay}
     if options.optimizer == "adamw":
-        return torch.optim.AdamW(groups, fused=groups[0]["params"][0].device.type == "cuda", **common)
+        fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, fused=fused, **common)
     try:
         if options.optimizer == "adamw8bit":
             from bitsandbytes.optim import AdamW8bit

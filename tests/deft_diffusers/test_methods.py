@@ -299,7 +299,8 @@ def test_a_new_word_is_diffusers_own_kind_of_file(options):
         ("inversion", {"placeholder_token": "t", "instance_prompt": "a t"}, "t is a word of the model already"),
         ("inversion", {"initializer_token": " "}, "is no word to this model"),
         ("inversion", {"num_vectors": 0}, "--num_vectors must be at least 1"),
-        ("deft", {"caption_dropout": 1.0}, "--caption_dropout must be at least 0 and below 1"),
+        ("deft", {"caption_dropout": 1.1}, "--caption_dropout must be from 0 to 1"),
+        ("inversion", {"caption_dropout": 1.0}, "leaves textual_inversion no text"),
         ("deft", {"snr_gamma": 0.0}, "--snr_gamma must be a positive number"),
     ],
 )
@@ -345,6 +346,8 @@ def test_dropped_captions_offsets_and_min_snr(tiny, options):
     (_, noise, times, _), (_, shifted, same, conditions) = plain.batch(range(400), cpu), changed.batch(range(400), cpu)
     share = (conditions["encoder_hidden_states"] == empty).flatten(1).all(1).float().mean()
     assert 0.2 < share < 0.4 and torch.equal(times, same)
+    without = Samples(pictures, family, 0, False, False, caption_dropout=1.0).batch(range(50), cpu)[3]
+    assert torch.equal(without["encoder_hidden_states"], empty.expand(50, -1, -1))
     offset = shifted - noise
     torch.testing.assert_close(offset.std((2, 3)), torch.zeros(400, 4), atol=1e-5, rtol=0)
     assert 0.4 < offset.mean((2, 3)).std() < 0.6

@@ -128,10 +128,12 @@ FORMS = ("activation", "factor", "merged")
 
 
 def force_form(monkeypatch, form: str) -> None:
-    """Every layer in this form, whatever would be cheapest; convolutions have no activation form of their own."""
+    """Every layer in this form, whatever would be cheapest; convolutions have no activation form of their own, and a bank
+    alone prepares whole weights."""
     from deft_kernels.nn import functional, layers
     from deft_kernels.ops import lowrank_linear
 
+    monkeypatch.setattr(layers, "weight_is_cheaper", lambda *shape: form == "weight")
     monkeypatch.setattr(layers, "activation_is_cheaper", lambda *shape: form == "activation")
     for module in (functional, lowrank_linear):
         monkeypatch.setattr(module, "merged_is_cheaper", lambda *shape: form == "merged")

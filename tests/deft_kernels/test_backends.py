@@ -186,6 +186,7 @@ def test_orthonormalize_of_anything_is_orthonormal(backend):
 # project --------------------------------------------------------------------------------------------------------------
 
 layer = st.tuples(sizes, sizes, ranks, st.sampled_from(["both", "K", "R"]), st.booleans())
+large = st.tuples(st.just(257), st.sampled_from([128, 130]), ranks, st.sampled_from(["both", "K", "R"]), st.booleans())
 
 
 @of(ONCE)
@@ -241,6 +242,24 @@ def test_merge(backend, layers, dtype, seed):
     deft.merge_into(snapshot, snapshot, B, K, R)  # and in place
     for w, expected in zip(snapshot, merged):
         assert torch.equal(w, expected)
+
+
+@of(ONCE)
+@cases(20)
+@given(st.lists(st.one_of(layer, large), min_size=1, max_size=3), types, seeds)
+def test_merge_backward(backend, layers, dtype, seed):
+    draw = Draw(backend, seed, dtype)
+    W, dW = ([draw(m, n, transposed=t and backend.name == "triton") for m, n, _, _, t in layers] for _ in range(2))
+    B = [draw(m, r, dtype=torch.float32) for m, n, r, _, _ in layers]
+    K = [draw(m, r, dtype=torch.float32) if has != "R" else None for m, n, r, has, _ in layers]
+    R = [draw(r, n, dtype=torch.float32) if has != "K" else None for m, n, r, has, _ in layers]
+    ours, plain = deft.merge_backward(dW, W, B, K, R), reference.merge_backward(dW, W, B, K, R)
+    truth = reference.merge_backward(*([double(t) for t in list_] for list_ in (dW, W, B, K, R)))
+    minus = [None if k is None else -size(k) for k in K]
+    terms = reference.merge_backward([*map(size, dW)], [*map(size, W)], [*map(size, B)], minus, [*map(size, R)])
+    for name, grads in zip(("dB", "dK", "dR"), zip(ours, plain, truth, terms)):
+        for i, four in enumerate(zip(*grads)):
+            assert_as_close_as_plain(*four, f"{name}[{i}]")
 
 
 # lowrank_linear -------------------------------------------------------------------------------------------------------
@@ -311,6 +330,7 @@ def test_opcheck(backend):
     check(deft.project_backward.default, ([randn(3, 16), randn(4, 6)], [W[0], None], *scales))
     check(deft.merge.default, (W, P, Q, R))
     check(deft.merge_into.default, ([randn(20, 16), randn(9, 6)], W, P, Q, R))
+    check(deft.merge_backward.default, ([randn(20, 16), randn(9, 6)], W, P, [Q[0], None], [None, randn(4, 6)]))
     x, B, A = randn(2, 4, 16), randn(20, 3), randn(3, 16)
     for merged in (False, True):
         check(deft.lowrank_linear_forward.default, (x, W[0], None, B, A, merged))

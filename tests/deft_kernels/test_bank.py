@@ -7,7 +7,7 @@ import tempfile
 import pytest
 import torch
 import torch.multiprocessing as mp
-from common import gradients, small_model
+from common import force_form, gradients, small_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +18,12 @@ from deft_kernels.nn import layers
 from deft_kernels.nn.prepare import Prepare
 
 ALL = ["to_q", "to_k", "to_v", "to_out.0", "conv_in"]
+
+
+@pytest.fixture(params=["weight", "factor"])
+def form(request, monkeypatch):
+    force_form(monkeypatch, request.param)
+    return request.param
 
 
 def adapted_model(**options):
@@ -65,17 +71,19 @@ def prepared(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"gate": True}, {"para": True}, {"dropout": 0.0, "decomposition_method": "relu"}])
-def test_one_node_per_step_and_the_same_result(options, prepared):
+def test_one_node_per_step_and_the_same_result(options, prepared, form):
     model, x = adapted_model(**options)
     expected = alone(model, x)
     assert prepared["forward"] == [1] * 9
     prepared["forward"].clear(), prepared["backward"].clear()
     torch.testing.assert_close(loss_and_gradients(model, x), expected)
     assert prepared == {"forward": [9], "backward": [9]}
+    whole = [name for name, layer in adapted_layers(model).items() if layer._factors[0].W is not None]
+    assert len(whole) == (8 if form == "weight" else 0)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant, prepared):
+def test_gradient_checkpointing(use_reentrant, prepared, form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)
     model.checkpointing = use_reentrant
@@ -115,7 +123,7 @@ def test_checkpointing_with_other_forwards_before_the_backward(between, monkeypa
     assert forms == [False, True, True]
 
 
-def test_accumulation_over_forwards_and_over_backwards():
+def test_accumulation_over_forwards_and_over_backwards(form):
     model, x = adapted_model()
     y = torch.randn_like(x)
     expected = {k: g + loss_and_gradients(model, y)[1][k] for k, g in loss_and_gradients(model, x)[1].items()}
@@ -128,7 +136,7 @@ def test_accumulation_over_forwards_and_over_backwards():
     torch.testing.assert_close(gradients(model), expected)
 
 
-def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared):
+def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared, form):
     model, x = adapted_model()
     model(x).square().mean().backward()
     inner = torch.randn(2, 16, 8, dtype=torch.float64)
@@ -140,7 +148,7 @@ def test_a_part_of_the_model_called_by_itself_prepares_for_itself(prepared):
     assert not torch.equal(model.blocks[0](inner), before)  # no stale factors
 
 
-def test_factors_follow_the_parameters():
+def test_factors_follow_the_parameters(form):
     model, x = adapted_model()
     with torch.no_grad():
         before = model(x)
@@ -150,7 +158,7 @@ def test_factors_follow_the_parameters():
     assert all(layer._factors is None and layer._passing is None for layer in layers)  # nothing is kept without grad
 
 
-def test_a_layer_frozen_or_unused_gets_no_gradient():
+def test_a_layer_frozen_or_unused_gets_no_gradient(form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)[1]
     model.blocks[1].requires_grad_(False)
@@ -160,7 +168,7 @@ def test_a_layer_frozen_or_unused_gets_no_gradient():
     assert all(not k.startswith("conv") or v.isfinite().all() for k, v in loss_and_gradients(model, x)[1].items())
 
 
-def test_an_exception_in_the_forward_leaves_no_trace():
+def test_an_exception_in_the_forward_leaves_no_trace(form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)
     with pytest.raises(RuntimeError):
@@ -174,7 +182,7 @@ def test_an_exception_in_the_forward_leaves_no_trace():
 
 
 @pytest.mark.parametrize("use_reentrant", [None, False])
-def test_compiled_model(use_reentrant):
+def test_compiled_model(use_reentrant, form):
     model, x = adapted_model()
     expected = loss_and_gradients(model, x)
     model.checkpointing = use_reentrant
@@ -184,7 +192,7 @@ def test_compiled_model(use_reentrant):
     torch.testing.assert_close((loss.detach(), gradients(model)), expected)
 
 
-def test_autocast_inside_and_around():
+def test_autocast_inside_and_around(form):
     model, x = adapted_model()
     model, x = model.float(), x.float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -262,6 +270,16 @@ def test_no_weight_form_in_half_precision_under_dropout_or_for_two_adapters():
     assert not whole(two, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert not whole(model_with(), x)
+
+
+def test_the_weight_form_ends_with_its_adapter_while_a_backward_waits():
+    model, x = adapted_model()
+    dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False, target_modules=ALL), "other")
+    waiting = model(x)
+    dk.set_adapters(model, ["default", "other"])
+    loss = model(x).square().mean().detach()
+    torch.testing.assert_close(loss, alone(model, x)[0])
+    assert waiting.requires_grad
 
 
 def train(rank: int, world: int, folder: str):

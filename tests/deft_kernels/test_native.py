@@ -37,9 +37,10 @@ def everything(W, B, K, R, x):
     Q = deft.orthonormalize(K)
     A = deft.project(Q, W, R, ones, ones)
     dK, dR = deft.project_backward(A, W, ones, ones)
+    through = [t for grads in deft.merge_backward([w + 1 for w in W], W, B, Q, R) for t in grads]
     y, h = deft.lowrank_linear_forward(x, W[0], None, B[0], A[0], False)
     grads = deft.lowrank_linear_backward(y, x, h, W[0], B[0], A[0], False, [True] * 4)
-    return [*Q, *A, *dK, *dR, *deft.orthonormalize_backward(dK, Q, K), *deft.merge(W, B, Q, R), y, h, *grads]
+    return [*Q, *A, *dK, *dR, *deft.orthonormalize_backward(dK, Q, K), *deft.merge(W, B, Q, R), *through, y, h, *grads]
 
 
 def test_the_same_bits_whatever_the_threads():
@@ -68,6 +69,11 @@ def test_rows_apart_and_ranks_without_a_limit(dtype, r):
     (plain,) = reference.merge([W], [B], [K], [R])
     assert (out[:, 3:133].double() - truth).norm() <= 2 * (plain.double() - truth).norm()
     assert torch.equal(out[:, :3], wide[:, :3]) and torch.equal(out[:, 133:], wide[:, 133:])  # nothing beside it
+    dW = wide[:, 100:230]
+    ours, plain = deft.merge_backward([dW], [W], [B], [K], [R]), reference.merge_backward([dW], [W], [B], [K], [R])
+    truth = reference.merge_backward(*([t.double()] for t in (dW, W, B, K, R)))
+    for (o,), (p,), (t,) in zip(ours, plain, truth):
+        assert (o - t).norm() <= 2 * (p - t).norm() + 1e-6 * t.norm()
     (A,) = deft.project([K], [W], [R], torch.ones(1), torch.ones(1))
     torch.testing.assert_close(A, R - K.T @ W.float(), rtol=1e-4, atol=1e-3)
 
@@ -113,11 +119,12 @@ def test_half_types_are_rounded_as_torch_rounds(monkeypatch, isa, dtype):
 def test_empty_lists_and_empty_matrices():
     none = torch.empty(0)
     assert deft.orthonormalize([]) == [] and deft.merge([], [], [], []) == [] and deft.project([], [], [], none, none) == []
-    assert deft.project_backward([], [], none, none) == ([], [])
+    assert deft.project_backward([], [], none, none) == ([], []) and deft.merge_backward([], [], [], [], []) == ([], [], [])
     for m, n, r in ((0, 5, 2), (5, 0, 2), (5, 4, 0)):
         W, B, K, R = layers([(m, n)], r)
         merged, expected = deft.merge(W, B, K, R), reference.merge(W, B, K, R)
         torch.testing.assert_close(merged, expected)
+        torch.testing.assert_close(deft.merge_backward(W, W, B, K, R), reference.merge_backward(W, W, B, K, R))
         torch.testing.assert_close(
             deft.project(K, W, R, torch.ones(1), torch.ones(1)), reference.project(K, W, R, *torch.ones(2, 1))
         )
@@ -166,6 +173,8 @@ def test_borders_name_argument_and_index():
         W,
         *torch.ones(2, 2),
     )
+    refused(r"merge_backward: dW\[1\] has another dtype", native.merge_backward, B, K, R, [W[0], W[1].half()], W, B, K, R)
+    refused(r"merge_backward: dR\[0\] and R must both be given", native.merge_backward, B, K, [None, None], W, W, B, K, R)
     refused(
         r"orthonormalize: P\[1\] has shape \(2, 6\), expected \(m, r\)",
         native.orthonormalize,
@@ -221,6 +230,8 @@ def test_memory_that_is_shared():
     )
     halves = flat.view(torch.bfloat16).as_strided((4, 5), (10, 1), 12)
     refused(r"out\[0\] shares memory with W\[1\]", native.merge, [mine, halves.clone()], [W5[0], halves], *lists)
+    refused(r"merge_backward: dB\[0\] shares memory with K\[1\]", native.merge_backward,
+            [K[1], B[1].clone()], [k.clone() for k in K], [r.clone() for r in R], W, W, B, K, R)  # fmt: skip
     memory = torch.randn(100)
     refused(r"project: A\[1\] shares memory with R\[1\]", native.project,
             [R[0].clone(), memory[:10].view(2, 5)], K, W, [None, memory[9:19].view(2, 5)], *torch.ones(2, 2))  # fmt: skip
@@ -301,6 +312,7 @@ def test_a_thousand_malformed_calls():
     chance = random.Random(0)
     calls = {
         native.merge: ("out", "W", "B", "K?", "R?"), native.project: ("A", "K?", "W", "R?", ":s", ":s"),
+        native.merge_backward: ("B", "K?", "R?", "out", "W", "B", "K?", "R?"),
         native.project_backward: ("K?", "A", "R", "W?", ":s", ":s"), native.orthonormalize: ("Q", "P"),
         native.orthonormalize_backward: ("Q", "P", "P", "P"), native.lowrank_linear_forward: (":y?", ":h", ":x", ":b", ":a"),
         native.lowrank_linear_backward: (":x?", ":b?", ":a?", ":y", ":x", ":h?", ":b", ":a"),

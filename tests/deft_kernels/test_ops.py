@@ -49,11 +49,12 @@ def test_opcheck_merge():
     opcheck(deft.merge.default, (W, B, K, R))
     detached = [[None if t is None else t.detach() for t in list_] for list_ in (W, B, K, R)]
     opcheck(deft.merge_into.default, ([randn(7, 5), randn(4, 6)], *detached))
+    opcheck(deft.merge_backward.default, ([randn(7, 5), randn(4, 6)], *detached))
 
 
 def test_every_operation_was_checked():
     checked = {"orthonormalize", "project", "merge", "merge_into", "orthonormalize_backward", "project_backward"}
-    assert set(_kernels) == checked | {"lowrank_linear_forward", "lowrank_linear_backward"}
+    assert set(_kernels) == checked | {"merge_backward", "lowrank_linear_forward", "lowrank_linear_backward"}
 
 
 def test_empty_lists():
@@ -78,6 +79,15 @@ def test_gradients_of_list_operations(grad):
         return tuple(ops.merge(W, K, K, A))
 
     assert grad(run, flat)
+
+
+def test_gradients_of_merge():
+    W, B = [randn(7, 5, grad=True), randn(4, 6, grad=True)], [randn(7, 3, grad=True), randn(4, 2, grad=True)]
+    K, R = [randn(7, 3, grad=True), None], [None, randn(2, 6, grad=True)]
+    flat = [*W, *B, K[0], R[1]]
+    assert torch.autograd.gradcheck(lambda *t: tuple(ops.merge(t[:2], t[2:4], [t[4], None], [None, t[5]])), flat)
+    W, B, K, R = [randn(7, 5, grad=True)], [randn(7, 3)], [randn(7, 3, grad=True)], [randn(3, 5, grad=True)]
+    assert torch.autograd.gradcheck(lambda w, k, r: ops.merge([w], B, [k], [r])[0], [*W, *K, *R])
 
 
 @pytest.mark.parametrize("rows", [1, 3, 50, 0])
@@ -224,6 +234,10 @@ def test_borders_name_the_fact():
         deft.project_backward(R, W, one, two)
     with pytest.raises(ValueError, match=r"out\[1\] is \(5, 2\) on cpu, W\[1\] \(5, 3\)"):
         deft.merge_into([randn(5, 3), randn(5, 2)], W, K, K, R)
+    with pytest.raises(ValueError, match=r"merge_backward: dW\[1\] is \(5, 2\) on cpu, W\[1\] \(5, 3\)"):
+        deft.merge_backward([randn(5, 3), randn(5, 2)], W, K, K, R)
+    with pytest.raises(ValueError, match=r"merge_backward: 2 W but 1 dW"):
+        deft.merge_backward([randn(5, 3)], W, K, K, R)
     with pytest.raises(ValueError, match=r"layer 1 do not fit"):
         deft.merge_into([randn(5, 3)] * 2, W, K, K, [R[0], randn(2, 5)])
     with pytest.raises(ValueError, match=r"merge_into: 2 W but 1 out"):
