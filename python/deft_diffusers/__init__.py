@@ -3,6 +3,7 @@
 Importing this package is cheap; torch and diffusers are imported by the modules that need them.
 """
 
+import difflib
 import json
 from pathlib import Path
 
@@ -11,6 +12,12 @@ __version__ = "0.1.0"
 
 class UserError(ValueError):
     """Something the user can put right: the command line prints it as one line and exits with code 2."""
+
+
+def near(word, known):
+    """End of a message about an unknown word: the known one that it is near to, or nothing."""
+    found = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f", did you mean {found[0]}?" if found else ""
 
 
 def read_json(path):

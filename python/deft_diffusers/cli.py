@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import os
 import sys
@@ -10,7 +9,7 @@ import traceback
 import types
 import typing
 
-from . import UserError, __version__
+from . import UserError, __version__, near
 from .options import ConvertOptions, DemoOptions, SampleOptions, SweepOptions, TrainOptions
 
 INTERRUPTED = 130  # a shell's exit code for a command stopped by Ctrl-C
@@ -85,8 +84,7 @@ class _Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            near = difflib.get_close_matches(str(value), action.choices, n=1, cutoff=0.5)
-            error.message += f", did you mean {near[0]}?" if near else ""
+            error.message += near(value, action.choices)
             raise
 
 
@@ -160,8 +158,7 @@ def _refuse_unknown(parsers, argv):
     known = [flag for action in parsers[argv[0]]._actions for flag in action.option_strings]
     for flag in (word.split("=")[0] for word in argv[1:] if word.startswith("--")):
         if flag not in known:
-            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-            parsers[argv[0]].error(f"unknown option {flag}" + (f", did you mean {near[0]}?" if near else ""))
+            parsers[argv[0]].error(f"unknown option {flag}{near(flag, known)}")
 
 
 def main(argv=None):

@@ -274,7 +274,8 @@ class SweepOptions:
 
     plan: str | None = option(
         "What to train", "YAML file with any of pretrained_model_name_or_path, subjects, methods, ranks, seeds, prompts, "
-        "and train and sample: options of `deft train` and `deft sample` for all runs; flags come first", None,
+        "and train and sample: options of `deft train` and `deft sample` for all runs; methods may be a list, or give each "
+        "its own options: {deft: {gate: true}, lora: {}}; flags come first", None,
         metavar="FILE",
     )  # fmt: skip
     pretrained_model_name_or_path: str | None = option("What to train", MODEL_HELP, None, metavar="MODEL")
@@ -292,7 +293,7 @@ class SweepOptions:
         "What to train", "of adapters; repeat for several (default: 8)", repeat=True, metavar="R"
     )
     seed: list[int] = option("What to train", "repeat for several (default: 0)", repeat=True, metavar="N")  # noqa: RUF009
-    token: str = option("What to train", "word that stands for a subject of a data set, before its class", "sks")
+    token: str = option("What to train", "word that stands for a subject, before its class, in prompts and captions", "sks")
     prompt: list[str] = option(  # noqa: RUF009
         "What to draw", "'a photo of {} in the snow', {} being the subject; repeat for several: every run draws them, and "
         "the base model its class; SUBJECT.png shows them side by side", repeat=True, metavar="TEXT",

@@ -1,10 +1,13 @@
 """Trains many subjects by many methods, and draws each of them: one folder a job, what is done is not done again."""
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
-import socket
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -13,18 +16,33 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
-from . import UserError, data, read_json, read_text
+from . import UserError, data, near, read_json, read_text
 from .grid import grid
 from .options import METHODS, SampleOptions, TrainOptions
+from .writing import replacing
 
 RESULT, CLAIM, OUTPUT, SAMPLES, TABLE = "job.json", ".claim", "output.txt", "samples", "sweep.md"
+TRAINING, CARD = "result.json", "README.md"  # of `deft train`, which writes the card last
 ADAPTERS = ("deft", "para", "lora")  # the methods that have a rank
 BASE = "base"  # in a method's place: nothing is trained, the base model draws the class
-PLAN = {"pretrained_model_name_or_path", "subjects", "methods", "ranks", "seeds", "train", "prompts", "sample"}
+PLAN = {  # what a plan may hold: kinds, and what is expected
+    "pretrained_model_name_or_path": (str, "a model"),
+    "subjects": ((str, dict), "a folder, or names with instance_data_dir and instance_prompt"),
+    "methods": ((list, dict), "a list of methods, or methods with options of their own"),
+    "ranks": (list, "a list of numbers"),
+    "seeds": (list, "a list of numbers"),
+    "train": (dict, "options of `deft train`"),
+    "prompts": (list, "a list of texts"),
+    "sample": (dict, "options of `deft sample`"),
+}
+SUBJECT = ("instance_data_dir", "instance_prompt", "class_name")
+OPTIONS = {"train": TrainOptions, "sample": SampleOptions}
 # What a job decides itself; the plan's `train` and `sample` set the other options of these commands.
 OWN = {"method", "rank", "seed", "output_dir", "overwrite_output_dir", "instance_data_dir", "resume_from_checkpoint",
-       "adapter", "adapter_weight", "prompt", "prompts_file", "pretrained_model_name_or_path"}  # fmt: skip
-NEW_WORD = TrainOptions.__dataclass_fields__["placeholder_token"].default
+       "adapter", "adapter_weight", "prompt", "prompts_file", "pretrained_model_name_or_path",
+       "placeholder_token"}  # fmt: skip
+INTERRUPTED = 130  # as a shell says it
+STOPPED = (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
 # What a launcher (accelerate, torchrun) tells its processes; a job is not one of them but a run of its own.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -65,13 +83,25 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a sweep does: jobs, options of every `deft train` and `deft sample`, and what to draw, {} for the subject."""
+    """All that a sweep does: jobs, options of every `deft train`, of those of a method, and of every `deft sample`, and what
+    to draw, {} for the subject."""
 
     model: str
     jobs: list[Job]
     train: dict
+    methods: dict[str, dict]
     sample: dict
     prompts: list[str]
+
+    def training(self, job):
+        """What its training is asked for beyond the job itself."""
+        options = {} if job.method == BASE else self.train | self.methods.get(job.method, {})
+        return {"pretrained_model_name_or_path": self.model} | options
+
+    @property
+    def drawing(self):
+        """What every run is drawn with; empty if none is."""
+        return self.sample | {"prompt": self.prompts} if self.prompts else {}
 
 
 # what to train ------------------------------------------------------------------------------------------------------
@@ -88,7 +118,7 @@ def dreambooth_subjects(folder, token="sks"):
             classes[name.strip()] = kind.strip()
     subjects = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
-        kind = classes.get(path.name, path.name.rstrip("0123456789").replace("_", " ").strip())
+        kind = classes.get(path.name, path.name.rstrip("0123456789").replace("_", " ").strip() or path.name)
         subjects.append(Subject(path.name, str(path), f"a photo of {token} {kind}", kind, f"{token} {kind}"))
     return subjects
 
@@ -119,18 +149,44 @@ def find_subjects(folder, token="sks"):
     return subjects
 
 
+def _read_yaml(file):
+    """What a plan says, each part of its kind, options known. UserError names the first that cannot be."""
+    try:
+        plan = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(plan, dict):
+        raise UserError(f"{file}: expected {', '.join(PLAN)}")
+    plan = {name: value for name, value in plan.items() if value is not None}
+    for name, value in plan.items():
+        if name not in PLAN:
+            raise UserError(f"{file}: unknown {name}{near(name, PLAN)}; expected {', '.join(PLAN)}")
+        kinds, expected = PLAN[name]
+        if not isinstance(value, kinds):
+            raise UserError(f"{file}: `{name}` is {value!r}, expected {expected}")
+    methods = plan.get("methods", [])
+    own = {method: given or {} for method, given in methods.items()} if isinstance(methods, dict) else {}
+    for method, given in own.items():
+        _check_options(f"{file}: `{method}`", "train", given)
+    for command in OPTIONS:
+        _check_options(f"{file}: `{command}`", command, plan.get(command, {}))
+    return plan | {"methods": own or methods} if methods else plan
+
+
+def _check_options(where, command, given):
+    if not isinstance(given, dict):
+        raise UserError(f"{where} is {given!r}, expected options of `deft {command}`")
+    known = {field.name for field in dataclasses.fields(OPTIONS[command])}
+    for name in given:
+        if name not in known:
+            raise UserError(f"{where} has unknown {name}{near(name, known - OWN)}; expected options of `deft {command}`")
+        if name in OWN:
+            raise UserError(f"{where} cannot set {name}: every job has its own")
+
+
 def read_plan(options):
     """The `Plan` of the YAML file, or of the folder of subjects and the flags."""
-    plan = {}
-    if options.plan:
-        try:
-            plan = yaml.safe_load(read_text(options.plan))
-        except yaml.YAMLError as error:
-            raise UserError(f"{options.plan} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(plan, dict):
-            raise UserError(f"{options.plan}: expected {', '.join(sorted(PLAN))}")
-        if unknown := sorted(set(plan) - PLAN):
-            raise UserError(f"{options.plan}: unknown {', '.join(unknown)}; expected {', '.join(sorted(PLAN))}")
+    plan = _read_yaml(options.plan) if options.plan else {}
     model = options.pretrained_model_name_or_path or plan.get("pretrained_model_name_or_path")
     if not model:
         raise UserError("which base model? --pretrained_model_name_or_path, or the same in the plan")
@@ -144,25 +200,23 @@ def read_plan(options):
         subjects = [_subject(name, entry, here, options.token) for name, entry in wanted.items()]
     names = [s.name for s in subjects]
     if unknown := [name for name in options.subject if name not in names]:
-        raise UserError(f"there is no subject {unknown[0]}; there are {', '.join(names)}")
+        raise UserError(f"there is no subject {unknown[0]}{near(unknown[0], names)}; there are {', '.join(names)}")
     subjects = [s for s in subjects if s.name in (options.subject or names)]
-    methods = options.method or plan.get("methods", ["deft"])
+    said = plan.get("methods", ["deft"])
+    methods = options.method or list(said)
     ranks, seeds = options.rank or plan.get("ranks", [8]), options.seed or plan.get("seeds", [0])
-    if wrong := [m for m in methods if m not in METHODS]:
-        raise UserError(f"unknown method {wrong[0]}; expected one of {', '.join(METHODS)}")
-    for name, values in (("rank", ranks), ("seed", seeds)):
-        if not isinstance(values, list) or not all(type(v) is int and v >= (name == "rank") for v in values):
-            raise UserError(f"{name}s are {values!r}, expected a list of numbers")
-    more = {}
-    for part, known in (("train", TrainOptions), ("sample", SampleOptions)):
-        more[part] = plan.get(part) or {}
-        if unknown := sorted(set(more[part]) - ({field.name for field in dataclasses.fields(known)} - OWN)):
-            raise UserError(f"{options.plan}: `{part}` has unknown {', '.join(unknown)}: expected options of `deft {part}`")
+    if wrong := [m for m in (*methods, *said) if m not in METHODS]:
+        raise UserError(f"unknown method {wrong[0]}{near(wrong[0], METHODS)}; expected one of {', '.join(METHODS)}")
+    for name, values, least in (("rank", ranks, 1), ("seed", seeds, 0)):
+        if not all(type(v) is int and v >= least for v in values):
+            raise UserError(f"{name}s are {values!r}, expected a list of numbers from {least} up")
     prompts = options.prompt or plan.get("prompts", [])
-    if wrong := [text for text in prompts if "{}" not in text]:
+    if wrong := [text for text in prompts if not (isinstance(text, str) and "{}" in text)]:
         raise UserError(f"the prompt {wrong[0]!r} has no {{}}, which stands for the subject")
-    if wrong := [s for s in subjects if prompts and s.words not in s.instance_prompt]:
-        raise UserError(f"{wrong[0].name}: to draw it, its prompt must say {wrong[0].words!r}: {wrong[0].instance_prompt!r}")
+    for s in subjects if prompts or "textual_inversion" in methods else ():
+        if s.words not in s.instance_prompt:
+            why = "to draw it" if prompts else "for textual_inversion"
+            raise UserError(f"{s.name}: {why}, its prompt must say {s.words!r} (--token, class_name): {s.instance_prompt!r}")
     jobs = [
         Job(subject, method, rank, seed)
         for seed, subject, method in itertools.product(seeds, subjects, methods)
@@ -170,15 +224,19 @@ def read_plan(options):
     ]
     if prompts:
         jobs = [*(Job(subject, BASE, None, seeds[0]) for subject in subjects), *jobs]
-    return Plan(model, jobs, more["train"], more["sample"], prompts)
+    own = said if isinstance(said, dict) else {}
+    return Plan(model, jobs, plan.get("train", {}), own, plan.get("sample", {}), prompts)
 
 
 def _subject(name, entry, here, token):
-    try:
-        where, prompt = entry["instance_data_dir"], entry["instance_prompt"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"subject {name}: expected instance_data_dir and instance_prompt") from error
-    kind = entry.get("class_name", prompt.split()[-1])
+    given = entry if isinstance(entry, dict) else {}
+    if not all(isinstance(given.get(key), str) and given[key].strip() for key in SUBJECT[:2]):
+        raise UserError(f"subject {name}: expected instance_data_dir and instance_prompt, got {entry!r}")
+    for key in given:
+        if key not in SUBJECT:
+            raise UserError(f"subject {name} has unknown {key}{near(key, SUBJECT)}; expected {', '.join(SUBJECT)}")
+    where, prompt = given["instance_data_dir"], given["instance_prompt"]
+    kind = given.get("class_name") or prompt.split()[-1]
     return Subject(str(name), str(here / Path(where).expanduser()), prompt, kind, f"{token} {kind}")
 
 
@@ -187,24 +245,20 @@ def _subject(name, entry, here, token):
 
 def _train_command(job, plan, folder):
     words = {
-        "pretrained_model_name_or_path": plan.model, "instance_data_dir": job.subject.instance_data_dir,
-        "instance_prompt": job.subject.instance_prompt, "output_dir": folder, "method": job.method, "seed": job.seed,
+        "instance_data_dir": job.subject.instance_data_dir, "instance_prompt": job.subject.instance_prompt,
+        "output_dir": folder, "resume_from_checkpoint": "latest", "method": job.method, "seed": job.seed,
         "report_to": "none",
     }  # fmt: skip
     if job.rank is not None:
         words["rank"] = job.rank
-    if job.method == "textual_inversion":  # the word is all there is to say of the subject
-        words["instance_prompt"] = f"a photo of {NEW_WORD}"
-        words["initializer_token"] = job.subject.class_name.split()[-1]
-    words |= plan.train
-    if any(folder.glob("checkpoint-[0-9]*")):
-        words["resume_from_checkpoint"] = "latest"
-    return _command("train", words)
+    if job.method == "textual_inversion":  # captions say it too; all of it is the new word, "sks" being one already
+        words |= {"placeholder_token": job.subject.words, "initializer_token": job.subject.class_name.split()[-1]}
+    return _command("train", words | plan.training(job))
 
 
 def _sample_command(job, plan, folder):
     words = {"pretrained_model_name_or_path": plan.model, "output_dir": folder / SAMPLES, "overwrite_output_dir": True}
-    subject = {BASE: job.subject.class_name, "textual_inversion": NEW_WORD}.get(job.method, job.subject.words)
+    subject = job.subject.class_name if job.method == BASE else job.subject.words
     words["prompt"] = [_say(prompt, subject) for prompt in plan.prompts]
     if job.method != BASE:
         words["adapter"] = folder
@@ -213,17 +267,19 @@ def _sample_command(job, plan, folder):
 
 def _say(prompt, subject):
     """The prompt with the subject in the place of {}, and "a" or "an" before it as it wants."""
-    vowel = subject[0] in "aeiou"
-    return prompt.replace("a {}", "an {}" if vowel else "a {}").replace("{}", subject)
+    article = r"\1n {}" if subject[0].lower() in "aeiou" else r"\1 {}"
+    return re.sub(r"\b([Aa])n? \{\}", article, prompt).replace("{}", subject)
 
 
 def _command(name, words):
-    command = [sys.executable, "-m", "deft_diffusers", name]
-    for name, value in words.items():
+    command, fields = [sys.executable, "-m", "deft_diffusers", name], OPTIONS[name].__dataclass_fields__
+    for option, value in words.items():
+        if value is None or (value is False and fields[option].default is False):
+            continue  # as it is without the flag
         if isinstance(value, bool):
-            command.append(f"--{name}" if value else f"--no-{name}")
+            command.append(f"--{option}" if value else f"--no-{option}")
         else:
-            command += [f"--{name}={one}" for one in (value if isinstance(value, list) else [value])]
+            command += [f"--{option}={one}" for one in (value if isinstance(value, list) else [value])]
     return command
 
 
@@ -232,75 +288,89 @@ def _found(folder):
     return read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
 
 
+def _has_run(folder, since):
+    """Whether another process has failed in it already, or has stopped, since this one began."""
+    return (folder / RESULT).is_file() and (folder / RESULT).stat().st_mtime >= since
+
+
 def _is_done(result, plan):
-    return result.get("status") == "done" and result["drawn"] == plan.prompts
+    return result.get("status") == "done" and result["drawn"] == plan.drawing
 
 
-def _claim(folder, plan):
-    """Takes a job for this process; False if another one has it, or has finished it."""
-    if _is_done(_found(folder), plan):
-        return False
-    claim, mine = folder / CLAIM, f"{socket.gethostname()} {os.getpid()}"
+@contextlib.contextmanager
+def _claim(folder):
+    """Yields a locked file if this process may run the folder's job, else None. The system unlocks it when this process and
+    those it has started for the job are gone, however they went."""
+    with open(folder / CLAIM, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file = None
+        except OSError as error:
+            raise UserError(f"{folder / CLAIM} cannot be locked ({error.strerror}): choose another --output_dir") from error
+        yield file
+
+
+def _call(command, environment, output, claim):
+    """Exit code of a process. A signal to stop is passed on to it, which saves first, and it is waited for."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=[claim.fileno()], process_group=0
+    )
+    asked = []
+
+    def pass_on(number, frame):
+        asked.append(number)
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with open(claim, "x") as file:
-            file.write(mine)
-    except FileExistsError:
-        host, _, pid = claim.read_text().partition(" ")
-        if host != socket.gethostname() or not pid.isdigit() or _alive(int(pid)):
-            return False
-        claim.write_text(mine)  # of a process that was killed
-    return True
+        code = process.wait()
+        return INTERRUPTED if asked else code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _run(job, plan, root):
+def _run(job, plan, root, claim):
     """Trains and draws one job in processes of its own, writes what came of it, and returns that."""
     folder = root / job.name
     before = _found(folder)
-    trained = job.method == BASE or before.get("trained", False)
+    has_trained = lambda: job.method == BASE or (folder / CARD).is_file()
+    trained = has_trained()
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     devices, local = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", 0))
     if "LOCAL_RANK" in os.environ:  # one GPU for each process of the launcher
         environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[local] if devices else str(local)
     start, code = time.perf_counter(), 0
     with open(folder / OUTPUT, "a" if trained else "w", encoding="utf-8") as output:
-        run = lambda command: subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT).returncode
         if not trained:
-            code = run(_train_command(job, plan, folder))
-            trained = code == 0
-        seconds = before.get("seconds", 0.0) if before.get("trained") else round(time.perf_counter() - start, 1)
-        if trained and plan.prompts:
-            code = run(_sample_command(job, plan, folder))
+            code = _call(_train_command(job, plan, folder), environment, output, claim)
+        seconds = before.get("seconds", 0.0) if trained else round(time.perf_counter() - start, 1)
+        if code == 0 and plan.prompts:
+            code = _call(_sample_command(job, plan, folder), environment, output, claim)
     last = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
     result = dataclasses.asdict(job) | {
-        "status": "done" if code == 0 else "stopped" if code in (130, -2, -15) else "failed",
-        "trained": trained,
-        "seconds": seconds,  # of training
-        "drawn": plan.prompts if code == 0 else [],
+        "status": "done" if code == 0 else "stopped" if code in STOPPED else "failed",
+        "trained": has_trained(),
+        "seconds": seconds,  # of training, from start to end of the process
+        "training": read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {},
+        "options": plan.training(job),
+        "drawn": plan.drawing if code == 0 else {},
         "said": last[-1] if last else "",
     }
-    part = folder / f".{RESULT}"
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(part, folder / RESULT)
+    with replacing(folder / RESULT) as part:
+        part.write_text(json.dumps(result, indent=2) + "\n")
     return result
 
 
 def table(root, jobs):
     """What has become of every job, in Markdown."""
-    lines = ["| job | status | seconds | |", "|---|---|---|---|"]
+    lines = ["| job | status | parameters | seconds | images/s | |", "|---|---|---:|---:|---:|---|"]
     for job in jobs:
-        found = _found(root / job.name) or {"status": "waiting", "seconds": "", "said": ""}
+        found = _found(root / job.name) or {"status": "waiting", "seconds": "", "training": {}, "said": ""}
         said = found["said"].replace("|", "/") if found["status"] != "done" else ""
-        lines.append(f"| {job.name} | {found['status']} | {found['seconds']} | {said} |")
+        parameters, rate = (found["training"].get(key, "") for key in ("parameters", "images_per_second"))
+        lines.append(f"| {job.name} | {found['status']} | {parameters} | {found['seconds']} | {rate} | {said} |")
     return "\n".join(lines) + "\n"
 
 
@@ -319,7 +389,8 @@ def _draw_figures(root, plan):
         several = len({job.seed for job in jobs}) > 1
         labels = [f"{job.label}, seed {job.seed}" if several and job.method != BASE else job.label for job in jobs]
         page = grid(rows, [prompt.replace("{}", "…") for prompt in plan.prompts], [subject.name, *labels])
-        page.save(root / f"{subject.name}.png")
+        with replacing(root / f"{subject.name}.png") as part:
+            page.save(part, "PNG")
 
 
 def sweep(options):
@@ -331,25 +402,27 @@ def sweep(options):
     jobs = plan.jobs
     root = Path(options.output_dir).expanduser()
     for job in jobs:
+        found, asked = _found(root / job.name), plan.training(job)
+        used = found["options"] if found.get("trained") else asked
+        if other := [name for name in asked | used if asked.get(name) != used.get(name)]:
+            raise UserError(f"{root / job.name} is done, with another {other[0]}: delete it, or choose another --output_dir")
+    for job in jobs:
         (root / job.name).mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failed, started = 0, time.time()
     with tqdm(jobs, desc="jobs", unit="job", disable=int(os.environ.get("RANK", 0)) > 0) as bar:
         for job in bar:
             folder = root / job.name
-            if not _claim(folder, plan):
-                continue
-            bar.set_postfix_str(job.name)
-            try:
-                result = _run(job, plan, root)
-            finally:
-                (folder / CLAIM).unlink(missing_ok=True)
+            with _claim(folder) as claim:
+                if claim is None or _is_done(_found(folder), plan) or _has_run(folder, started):
+                    continue
+                bar.set_postfix_str(job.name)
+                result = _run(job, plan, root, claim)
             if result["status"] == "stopped":
                 raise KeyboardInterrupt(f"stopped in {job.name}; the same command goes on")
             failed += result["status"] == "failed"
     report = table(root, jobs)
-    part = root / f".{TABLE}.{os.getpid()}"
-    part.write_text(report)
-    os.replace(part, root / TABLE)
+    with replacing(root / TABLE) as part:
+        part.write_text(report)
     print(report, end="")
     if plan.prompts:
         _draw_figures(root, plan)

@@ -50,10 +50,11 @@ from .writing import PARTS, discard, remove, replacing, sync, telling
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25}
 STATE, SETTINGS, LOG, CARD = "state.pt", "training_args.json", "loss.jsonl", "README.md"
+RESULT = "result.json"  # what the training took
 # What marks an output folder as holding a run, and what --overwrite_output_dir removes besides.
 RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.safetensors", "learned_embeds.safetensors",
            PIPELINE_WEIGHTS, "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
-MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD)
+MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD, RESULT)
 CLASS_IMAGES = "class_images"
 PICTURES = ("validation*.png", PARTS, "logs", CLASS_IMAGES)
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
@@ -562,8 +563,8 @@ class Run:
                 if draw:
                     self.validate(f"validation-{self.step}.png")
 
-    def finish(self):
-        """Writes the adapter, a last drawing, and the card, whose presence says that the run is finished."""
+    def finish(self, took):
+        """Writes the adapter, a last drawing, what it took, and the card, whose presence says that the run is finished."""
         if unmix := self.accelerator.unwrap_model(self.objective).unmix:
             unmix.remove()
         main, saved = self.accelerator.is_main_process, self.folder / ".results.part"
@@ -578,6 +579,8 @@ class Run:
                     remove(saved)
         self.validate("validation.png")
         if main:
+            with replacing(self.folder / RESULT) as part:
+                _write_json(part, took)
             with replacing(self.folder / CARD) as part:
                 part.write_text(_card(self.options, self.settings, self.log, *self.example))
 
@@ -635,7 +638,8 @@ def class_pictures(options, family, accelerator, resolution, folder):
     if accelerator.is_main_process:
         where.mkdir(parents=True, exist_ok=True)
         present = len(data.find_pictures(where)) if any(where.iterdir()) else 0
-        seeds = range(present, options.num_class_images)
+        free = (k for k in range(options.num_class_images) if not (where / f"{k:04d}.png").exists())
+        seeds = list(itertools.islice(free, max(0, options.num_class_images - present)))
         jobs = [(options.class_prompt, seed_of(options.seed, CLASS, k)) for k in seeds]
         drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
         for k, image in zip(seeds, drawn):
@@ -797,7 +801,10 @@ def train(options, family=None):
     start, first = time.perf_counter(), run.step
     run.train()
     seconds = time.perf_counter() - start
-    run.finish()
+    run.finish({
+        "parameters": sum(p.numel() for p in run.parameters), "steps": run.step - first, "seconds": round(seconds, 2),
+        "images_per_second": round((run.step - first) * run.images_per_step / seconds, 2), "memory_gb": round(_memory(), 2),
+    })  # fmt: skip
     accelerator.wait_for_everyone()
     accelerator.end_training()  # which ends the process group
     if accelerator.is_main_process:

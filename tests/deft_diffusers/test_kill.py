@@ -103,7 +103,7 @@ def state_of(folder, parse=False):
     left = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or path.name in ("training_args.json", "README.md"):
+        if path.is_dir() or path.name in ("training_args.json", "README.md", "result.json"):
             continue
         if parse and path.name.endswith(".safetensors"):
             with safe_open(path, "pt") as file:

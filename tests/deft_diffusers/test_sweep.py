@@ -1,21 +1,25 @@
 """Subjects x methods x ranks: found in the layouts of the data sets, each trained once, whatever fails or is stopped."""
 
 import contextlib
+import fcntl
 import json
-import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
-from types import SimpleNamespace
+import time
 
 import numpy as np
 import pytest
 from deft_diffusers import UserError, data
+from deft_diffusers import sweep as module
 from deft_diffusers.cli import main
 from deft_diffusers.grid import MARGIN
 from deft_diffusers.options import SweepOptions
-from deft_diffusers.sweep import CLAIM, _say, find_subjects, read_plan, sweep, table
+from deft_diffusers.sweep import CLAIM, _command, _say, _train_command, find_subjects, read_plan, sweep, table
 from PIL import Image
+from safetensors import safe_open
 from tiny_pipeline import python_environment, write_picture
 
 
@@ -42,15 +46,39 @@ def options(tiny, dreambooth, tmp_path):
     return make
 
 
+@pytest.fixture
+def commands(monkeypatch):
+    """What a sweep runs, here without a process for each."""
+    commands = []
+
+    def here(command, environment, output, claim):
+        commands.append(command)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return main(command[3:])
+
+    monkeypatch.setattr(module, "_call", here)
+    return commands
+
+
 def statuses(root):
     lines = (root / "sweep.md").read_text().splitlines()[2:]
     return dict(re.match(r"\| (\S+) \| (\w+) ", line).groups() for line in lines)
+
+
+def sweep_quietly(o):
+    """How many jobs have failed."""
+    try:
+        return sweep(o)
+    except UserError as error:
+        return int(str(error).split()[0])
 
 
 def test_subjects_of_dreambooth(dreambooth):
     dog, vase = find_subjects(dreambooth, "xyz")
     assert (dog.name, dog.instance_prompt, dog.class_name) == ("dog2", "a photo of xyz dog", "dog")
     assert (vase.name, vase.class_name) == ("vase", "vase")  # not listed: by its name
+    (dreambooth / "2024").mkdir()
+    assert find_subjects(dreambooth)[0].class_name == "2024"
     assert dog.instance_data_dir == str(dreambooth / "dog2")
 
 
@@ -68,7 +96,7 @@ def test_subjects_of_dreambench_plus(tmp_path):
         find_subjects(tmp_path)
 
 
-def test_every_job_once_whatever_fails(options, tmp_path, dreambooth, capsys):
+def test_every_job_once_whatever_fails(options, tmp_path, dreambooth, capsys, commands):
     (dreambooth / "vase" / "00.png").write_bytes(b"broken")
     o, root = options(method=["lora", "svdiff"], rank=[1]), tmp_path / "runs"
     with pytest.raises(UserError, match=r"2 of 4 jobs failed: see .*sweep\.md"):
@@ -86,40 +114,69 @@ def test_every_job_once_whatever_fails(options, tmp_path, dreambooth, capsys):
     write_picture(dreambooth / "vase" / "00.png", 3)
     assert sweep(o) == 0
     assert set(statuses(root).values()) == {"done"} and (done / "job.json").stat().st_mtime_ns == stamp
-    assert "| vase/svdiff-seed0 | done |" in capsys.readouterr().out
-    assert not list(root.rglob(CLAIM))
+    said = capsys.readouterr().out
+    training = json.loads((done / "result.json").read_text())
+    assert training["parameters"] > 0 and training["steps"] == 2 and training["images_per_second"] > 0
+    row = re.search(r"\| dog2/lora-r1-seed0 \| done \| (\d+) \| [\d.]+ \| ([\d.]+) \|", said)
+    assert row.groups() == (str(training["parameters"]), str(training["images_per_second"]))
+    assert "| vase/svdiff-seed0 | done |" in said
+    with pytest.raises(UserError, match="lora-r1-seed0 is done, with another max_train_steps: delete it"):
+        sweep(options(method=["lora", "svdiff"], rank=[1], plan={"train": {"max_train_steps": 3, "resolution": 32}}))
 
 
-def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path):
+def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path, commands):
     o = options(method=["lora"], plan={"train": {"max_train_steps": 4, "checkpointing_steps": 2}})
     root = tmp_path / "runs"
     jobs = read_plan(o).jobs
     sweep(o)
     whole = [json.loads(line)["loss"] for line in (root / "dog2/lora-r2-seed0/loss.jsonl").read_text().splitlines()]
     folder = root / jobs[0].name
-    for name in ("job.json", "adapter_model.safetensors"):
+    for name in ("job.json", "README.md", "adapter_model.safetensors"):
         (folder / name).unlink()
-    subprocess.run(["rm", "-r", str(folder / "checkpoint-4")], check=True)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    (folder / CLAIM).write_text(f"{os.uname().nodename} {gone.pid}")  # of a process that is no more
-    (root / jobs[1].name / CLAIM).write_text(f"elsewhere {os.getpid()}")
+    shutil.rmtree(folder / "checkpoint-4")
     (root / jobs[1].name / "job.json").unlink()
-    sweep(o)
+    with open(root / jobs[1].name / CLAIM) as claim:
+        fcntl.flock(claim, fcntl.LOCK_EX)
+        sweep(o)
     assert "from step 2 to 4" in (folder / "output.txt").read_text()
     assert [json.loads(line)["loss"] for line in (folder / "loss.jsonl").read_text().splitlines()] == whole
-    assert statuses(root) == {jobs[0].name: "done", jobs[1].name: "waiting"}  # another machine has that one
+    assert statuses(root) == {jobs[0].name: "done", jobs[1].name: "waiting"}  # another process has that one
     assert "waiting" in table(root, jobs)
+    commands.clear()
+    assert sweep(o) == 0 and not commands  # its training was whole, which only had not been noted
+
+    for name in ("job.json", "README.md", "adapter_model.safetensors"):
+        (folder / name).unlink()
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert sweep(o) == 0  # killed before its first checkpoint
+    assert "from step 0 to 4" in (folder / "output.txt").read_text()
 
 
-def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path, monkeypatch):
-    def here(command, env, stdout, stderr):  # without a process for each
-        commands.append(command)
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stdout):
-            return SimpleNamespace(returncode=main(command[3:]))
+def test_a_stop_is_passed_on_and_waited_for(tmp_path):
+    child = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), print('saved'), sys.exit(0)));"
+        "print('ready', flush=True); time.sleep(5)"
+    )
+    mine = (
+        "import sys; from deft_diffusers.sweep import _call, _claim; from pathlib import Path; folder = Path(sys.argv[1]);\n"
+        "with _claim(folder) as claim, open(folder / 'said', 'w') as output:\n"
+        "    sys.exit(_call([sys.executable, '-c', sys.argv[2]], None, output, claim))"
+    )
+    for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -9)):
+        process = subprocess.Popen([sys.executable, "-c", mine, str(tmp_path), child], env=python_environment())
+        while process.poll() is None and not ((tmp_path / "said").is_file() and (tmp_path / "said").read_text()):
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait() == code
+        assert ("saved" in (tmp_path / "said").read_text()) == (number == signal.SIGTERM)
+        with module._claim(tmp_path) as claim:  # the job of a process that was killed goes on, and nobody else takes it
+            assert (claim is None) == (number == signal.SIGKILL)
+        (tmp_path / "said").unlink()
 
-    monkeypatch.setattr(subprocess, "run", here)
-    prompts, commands = ["a photo of a {}", "a {} on a hill"], []
+
+def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path, commands):
+    prompts = ["a photo of a {}", "a {} on a hill"]
     plan = {"train": {"max_train_steps": 1}, "methods": ["lora"],
             "sample": {"num_inference_steps": 1, "num_images_per_prompt": 2}}  # fmt: skip
     changes = {"method": ["deft", "textual_inversion"], "plan": plan}  # flags come first
@@ -129,7 +186,7 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
     assert statuses(root) == {f"{s}/{name}": "done" for s in ("dog2", "vase") for name in names}
     drawn = [words for words in commands if words[3] == "sample"]
     said = [[w.removeprefix("--prompt=") for w in words if w.startswith("--prompt=")] for words in drawn]
-    subjects = ("dog", "vase", "sks dog", "<sks>", "sks vase", "<sks>")
+    subjects = ("dog", "vase", "sks dog", "sks dog", "sks vase", "sks vase")
     assert said == [[f"a photo of a {s}", f"a {s} on a hill"] for s in subjects]
     assert [any(w.startswith("--adapter=") for w in words) for words in drawn] == [False] * 2 + [True] * 4
     samples = json.loads((root / "dog2/deft-r2-seed0/samples/samples.json").read_text())["samples"]
@@ -149,8 +206,46 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
     assert all("/vase/" in words[5] for words in commands)
 
 
-def test_articles():
-    assert _say("a photo of a {}", "old car") == "a photo of an old car" and _say("a {}", "car") == "a car"
+@pytest.mark.parametrize(
+    "prompt, subject, said",
+    [("a photo of a {}", "old car", "a photo of an old car"), ("A {}", "car", "A car"), ("an {}", "car", "a car"),
+     ("a pizza {}", "artist", "a pizza artist")],
+)  # fmt: skip
+def test_articles(prompt, subject, said):
+    assert _say(prompt, subject) == said
+
+
+def test_options_of_a_plan_become_flags():
+    words = {"gate": False, "use_ema": True, "init_weights": False, "alpha": None, "validation_image": ["a", "b"]}
+    expected = ["--use_ema", "--no-init_weights", "--validation_image=a", "--validation_image=b"]
+    assert _command("train", words)[4:] == expected
+
+
+def test_options_of_one_method(options, tmp_path):
+    own = {"methods": {"deft": {"gate": True}, "dreambooth": None, "textual_inversion": {"initializer_token": "cat"}}}
+    o = options(plan=own, subject=["vase"])
+    plan = read_plan(o)
+    deft, dreambooth, word = ([w for w in _train_command(j, plan, tmp_path) if "_dir" not in w] for j in plan.jobs)
+    assert "--gate" in deft and "--gate" not in dreambooth and not any("placeholder" in w for w in deft)
+    assert {"--placeholder_token=sks vase", "--initializer_token=cat", "--instance_prompt=a photo of sks vase"} < set(word)
+    (lora,) = read_plan(options(plan=own, subject=["vase"], method=["lora"])).jobs
+    assert lora.method == "lora"
+
+
+def test_captions_name_the_subject_of_textual_inversion(options, dreambooth, tmp_path, commands):
+    (dreambooth / "vase" / "00.txt").write_text("a photo of sks vase on a table")
+    assert sweep(options(subject=["vase"], method=["textual_inversion"])) == 0
+    learned = tmp_path / "runs" / "vase" / "textual_inversion-seed0" / "learned_embeds.safetensors"
+    with safe_open(learned, "pt") as file:
+        assert file.metadata() == {"placeholder_token": "sks vase"} and file.keys() == ["sks vase"]
+
+
+def test_a_job_that_failed_is_not_repeated_by_the_other_processes(options, tmp_path, dreambooth, commands, monkeypatch):
+    (dreambooth / "vase" / "00.png").write_bytes(b"broken")
+    o = options(method=["lora"], subject=["vase"])
+    assert sweep_quietly(o) == 1 and len(commands) == 1
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # this one began before
+    assert sweep_quietly(o) == 0 and len(commands) == 1
 
 
 def test_processes_of_a_launcher_share_the_jobs(options, tmp_path, dreambooth):
@@ -166,19 +261,35 @@ def test_processes_of_a_launcher_share_the_jobs(options, tmp_path, dreambooth):
     assert "training" in (root / "dog2/lora-r2-seed0/output.txt").read_text()
 
 
+def one_subject(**more):
+    entry = {"instance_data_dir": "x", "instance_prompt": "a zwx cat"} | more
+    return {"subjects": None, "plan": {"subjects": {"cat": entry}}}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"plan": {"subject": "x"}}, "unknown subject; expected"),
-        ({"plan": {"train": {"ranks": 3}}}, "`train` has unknown ranks"),
+        ({"plan": {"subject": "x"}}, "unknown subject, did you mean subjects?; expected"),
+        ({"plan": {"train": {"learning_rat": 3}}}, "`train` has unknown learning_rat, did you mean learning_rate?"),
+        ({"plan": {"train": {"rank": 3}}}, "`train` cannot set rank: every job has its own"),
+        ({"plan": {"train": ["gate"]}}, "`train` is ['gate'], expected options of `deft train`"),
+        ({"plan": {"methods": {"deft": {"gat": True}}}}, "`deft` has unknown gat, did you mean gate?"),
+        ({"plan": {"methods": {"deft": 4}}}, "`deft` is 4, expected options of `deft train`"),
+        ({"plan": {"methods": "deft"}}, "`methods` is 'deft', expected a list of methods"),
+        ({"plan": {"methods": {"drembooth": {}}}}, "unknown method drembooth, did you mean dreambooth?"),
+        ({"plan": {"prompts": "a {}"}}, "`prompts` is 'a {}', expected a list of texts"),
+        ({"plan": {"prompts": [3]}}, "the prompt 3 has no {}"),
         ({"plan": {"ranks": ["four"]}}, "expected a list of numbers"),
+        ({"rank": [0]}, "ranks are [0], expected a list of numbers from 1 up"),
         ({"plan": {"methods": ["dora"]}}, "unknown method dora"),
         ({"subjects": "nowhere"}, "no such folder of subjects"),
         ({"subject": ["vase", "cat"]}, "there is no subject cat; there are dog2, vase"),
+        ({"subject": ["vas"]}, "there is no subject vas, did you mean vase?"),
         ({"prompt": ["a dog"]}, "the prompt 'a dog' has no {}"),
-        ({"plan": {"sample": {"prompt": "x"}}}, "`sample` has unknown prompt"),
-        ({"prompt": ["{}"], "subjects": None,
-          "plan": {"subjects": {"cat": {"instance_data_dir": "x", "instance_prompt": "a zwx cat"}}}}, "must say 'sks cat'"),
+        ({"plan": {"sample": {"prompt": "x"}}}, "`sample` cannot set prompt"),
+        ({"prompt": ["{}"], **one_subject()}, "to draw it, its prompt must say 'sks cat'"),
+        ({"method": ["textual_inversion"], **one_subject()}, "for textual_inversion, its prompt must say 'sks cat'"),
+        (one_subject(kind="x"), "subject cat has unknown kind; expected instance_data_dir"),
         ({"subjects": None}, "which subjects?"),
         ({"pretrained_model_name_or_path": None}, "which base model?"),
         ({"subjects": None, "plan": {"subjects": {"cat": {"instance_data_dir": "x"}}}}, "subject cat: expected"),

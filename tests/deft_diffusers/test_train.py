@@ -418,10 +418,11 @@ def test_prior_preservation(options, tiny, tmp_path, capsys):
     prior = {"class_prompt": "a dog", "class_data_dir": str(classes), "num_class_images": 3, "prior_loss_weight": 0.5}
     o = options(**prior, learning_rate=0.0)
     classes.mkdir()
-    write_picture(classes / "mine.png", 9)
+    write_picture(classes / "0001.png", 9)
+    own = (classes / "0001.png").read_bytes()
     folder = train(o)
-    names = sorted(p.name for p in classes.iterdir())
-    assert names == ["0001.png", "0002.png", "mine.png"]
+    assert sorted(p.name for p in classes.iterdir()) == ["0000.png", "0001.png", "0002.png"]
+    assert (classes / "0001.png").read_bytes() == own
     stamps = [p.stat().st_mtime_ns for p in sorted(classes.iterdir())]
     again = train(options(**vars(o) | {"output_dir": str(tmp_path / "again")}))
     assert [p.stat().st_mtime_ns for p in sorted(classes.iterdir())] == stamps and log(again) == log(folder)
