@@ -435,7 +435,7 @@ def test_prior_preservation(options, tiny, tmp_path, capsys):
     write_picture(classes / "mine.png", 9)
     folder = train(o)
     names = sorted(p.name for p in classes.iterdir())
-    assert names == ["0001.png", "0002.png", "mine.png"]
+    assert names == ["0000.png", "0001.png", "mine.png"]
     stamps = [p.stat().st_mtime_ns for p in sorted(classes.iterdir())]
     again = train(options(**vars(o) | {"output_dir": str(tmp_path / "again")}))
     assert [p.stat().st_mtime_ns for p in sorted(classes.iterdir())] == stamps and log(again) == log(folder)
