@@ -45,7 +45,7 @@ from .grid import grid
 from .methods import METHODS, Adapter, DreamBooth, SVDiff, TextualInversion, check_base
 from .sample import DTYPES, check_size, generate, warn_of_cut_text
 from .samples import CLASS, STEP, Samples, bytes_of, seed_of
-from .writing import PARTS, discard, remove, replacing, sync, telling
+from .writing import PARTS, alone, discard, remove, replacing, sync, telling
 
 LOG_EVERY = 10  # steps between two reads of the loss on an accelerator, where each read waits for the device
 VALIDATION = {"num_inference_steps": 25}
@@ -56,13 +56,13 @@ RESULTS = ("adapter_model.safetensors", "adapter_config.json", "spectral_shifts.
            PIPELINE_WEIGHTS, "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")  # fmt: skip
 MARKS = ("checkpoint-[0-9]*", *RESULTS, SETTINGS, LOG, CARD, RESULT)
 CLASS_IMAGES = "class_images"
-PICTURES = ("validation*.png", PARTS, "logs", CLASS_IMAGES)
+PICTURES = ("validation*.png", PARTS, "logs")
 # Options that may change between a checkpoint and the run that resumes from it; any other would make it another run.
 FREE_TO_CHANGE = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_train_steps", "checkpointing_steps",
     "checkpoints_total_limit", "validation_prompt", "validation_image", "validation_steps", "num_validation_images",
     "gradient_checkpointing",
-    # What these amount to is compared instead: `pictures`, `images_per_step` and `base`.
+    # What these amount to is compared instead: `pictures`, `class_pictures`, `images_per_step` and `base`.
     "instance_data_dir", "instance_prompt", "train_batch_size", "gradient_accumulation_steps", "num_processes",
     "pretrained_model_name_or_path", "cache_dir", "compile", "report_to", "class_data_dir",
 }  # fmt: skip
@@ -156,7 +156,7 @@ def _step_of(checkpoint):
 
 def find_checkpoints(folder):
     """Checkpoints of an output folder, oldest first."""
-    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdigit() and (p / STATE).is_file()]
+    found = [p for p in Path(folder).glob("checkpoint-*") if p.name[11:].isdecimal() and (p / STATE).is_file()]
     return sorted(found, key=_step_of)
 
 
@@ -181,7 +181,10 @@ def _find_resume(options, folder):
         if checkpoints:
             return checkpoints[-1]
         if (folder / CARD).exists():  # which is written last
-            raise UserError(f"{folder} holds a finished run but no checkpoint to resume from")
+            raise UserError(
+                f"{folder} holds a finished run but no checkpoint to resume from; to train anew, put --overwrite_output_dir "
+                "in the place of --resume_from_checkpoint"
+            )
         return None
     checkpoint = Path(wanted).expanduser()
     if not (checkpoint / STATE).is_file():
@@ -201,8 +204,6 @@ def _agree(resume):
 
 def _check_same_run(checkpoint, settings):
     before = read_json(checkpoint / SETTINGS)
-    if _step_of(checkpoint) > settings["max_train_steps"]:
-        raise UserError(f"{checkpoint} is beyond --max_train_steps {settings['max_train_steps']}")
     fixed = set(settings) - FREE_TO_CHANGE - {"base"}
     if settings["lr_scheduler"] not in ("constant", "constant_with_warmup"):
         fixed.add("max_train_steps")  # the schedule's length
@@ -344,6 +345,13 @@ class Run:
         self.names = [name for name, parameters in groups.items() if parameters]
         self.parameters = [p for name in self.names for p in groups[name]]
         optimizer = make_optimizer(options, [{"params": groups[name], "lr": rates[name]} for name in self.names])
+        # Not prepared: accelerate would step it once for every process. Made first, else it warns of fp16's scaler.
+        self.schedule = get_scheduler(
+            options.lr_scheduler,
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+        )
         if options.gradient_checkpointing:
             family.model.enable_gradient_checkpointing()
         if options.compile:
@@ -355,13 +363,6 @@ class Run:
             self.objective, self.optimizer = objective, accelerator.prepare_optimizer(optimizer)
         sharding.align(self.whole)
         self.ema = EMAModel(self.parameters, decay=options.ema_decay, use_ema_warmup=True) if options.use_ema else None
-        # Not prepared: accelerate would step it once for every process.
-        self.schedule = get_scheduler(
-            options.lr_scheduler,
-            optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=options.max_train_steps,
-        )
         if resume:
             self._restore(resume)
         self.unread = []  # (step, loss, gradient norm, learning rates) not yet read from the device
@@ -380,6 +381,7 @@ class Run:
         if self.ema:
             averages = [sharding.split_like(p, v) for p, v in zip(self.parameters, state["ema"]["shadow_params"])]
             self.ema.load_state_dict(state["ema"] | {"shadow_params": averages})
+            self.ema.to(self.accelerator.device)
             with torch.no_grad():
                 for p, value in zip(self.parameters, state["parameters"]):
                     p.copy_(sharding.split_like(p, value))
@@ -387,6 +389,8 @@ class Run:
         if state["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+        if self.step > self.options.max_train_steps:
+            raise UserError(f"{checkpoint} is beyond --max_train_steps {self.options.max_train_steps}")
 
     def save_checkpoint(self):
         """Writes `checkpoint-<step>` whole or not at all, then drops the oldest beyond the limit."""
@@ -633,18 +637,23 @@ def _sizes(pictures):
 
 
 def class_pictures(options, family, accelerator, resolution, folder):
-    """Pictures of the class in squares; the base model draws those that are missing."""
+    """Pictures of the class in squares; the base model draws those that are missing, each process its share."""
     where = Path(options.class_data_dir).expanduser() if options.class_data_dir else folder / CLASS_IMAGES
+    numbers = [None]
     if accelerator.is_main_process:
         where.mkdir(parents=True, exist_ok=True)
         present = len(data.find_pictures(where)) if any(where.iterdir()) else 0
-        free = (k for k in range(options.num_class_images) if not (where / f"{k:04d}.png").exists())
-        seeds = list(itertools.islice(free, max(0, options.num_class_images - present)))
-        jobs = [(options.class_prompt, seed_of(options.seed, CLASS, k)) for k in seeds]
-        drawn = generate(family, jobs, height=resolution, width=resolution, **VALIDATION)
-        for k, image in zip(seeds, drawn):
-            with replacing(where / f"{k:04d}.png") as part:
-                image.save(part, "PNG")
+        free = (k for k in itertools.count() if not (where / f"{k:04d}.png").exists())
+        numbers = [list(itertools.islice(free, max(options.num_class_images - present, 0)))]
+    (numbers,) = broadcast_object_list(numbers)
+    numbers = numbers[accelerator.process_index :: accelerator.num_processes]
+    jobs = [(options.class_prompt, seed_of(options.seed, CLASS, k)) for k in numbers]
+    drawn = generate(
+        family, jobs, progress=bool(jobs) and accelerator.is_main_process, height=resolution, width=resolution, **VALIDATION
+    )
+    for k, image in zip(numbers, drawn):
+        with replacing(where / f"{k:04d}.png") as part:
+            image.save(part, "PNG")
     accelerator.wait_for_everyone()
     sources = data.find_sources(where, options.class_prompt)
     return [data.load(source, [(resolution, resolution)]) for source in sources[: options.num_class_images]]
@@ -652,8 +661,10 @@ def class_pictures(options, family, accelerator, resolution, folder):
 
 def _card(options, settings, log, prompt, inputs):
     hidden = ("output_dir", "instance_data_dir")
-    shown = {k: v for k, v in settings.items() if v not in (None, False, []) and k not in hidden}
-    table = "\n".join(f"| {name} | {value} |" for name, value in shown.items())
+    shown = {k: v for k, v in settings.items() if not (v is None or v is False or v == [] or k in hidden)}
+    cells = [(name, str(value).replace("|", "\\|")) for name, value in shown.items()]  # OmniGen's <|image_1|>
+    table = "\n".join(f"| {name} | {text} |" for name, text in cells)
+    base = shlex.quote(options.pretrained_model_name_or_path)
     tail = log[-50:]
     losses = f"Mean loss of the last {len(tail)} steps: {sum(e['loss'] for e in tail) / len(tail):.4f}." if tail else ""
     picture = f"\n![{options.validation_prompt}](validation.png)\n" if options.validation_prompt else ""
@@ -662,13 +673,13 @@ def _card(options, settings, log, prompt, inputs):
     more += " --quantize_text_encoders" * options.quantize_text_encoders
     more += "".join(f" --input_image {shlex.quote(str(path))}" for path in inputs)
     return f"""---
-base_model: {options.pretrained_model_name_or_path}
+base_model: {json.dumps(options.pretrained_model_name_or_path)}
 tags: [text-to-image, diffusers, {options.method}]
 ---
 # {options.method.upper()} adapter{f" for “{options.instance_prompt}”" if options.instance_prompt else ""}
 {picture}
 ```bash
-deft sample --pretrained_model_name_or_path {options.pretrained_model_name_or_path} \\
+deft sample --pretrained_model_name_or_path {base} \\
     --adapter {shlex.quote(str(options.output_dir))} --prompt {shlex.quote(prompt)}{more}
 ```
 
@@ -764,8 +775,14 @@ def train(options, family=None):
             raise UserError(f"--{name} does not apply to {options.pretrained_model_name_or_path}, {family.kind}")
     method = METHODS[options.method](family, options)
     streams = [pictures]
+    replaces = options.overwrite_output_dir and not (resume and resume.resolve().parent == folder.resolve())
+    if replaces and accelerator.is_main_process:
+        remove(folder / CLASS_IMAGES)
     if options.class_prompt:
         streams.append(class_pictures(options, family, accelerator, resolution, folder))
+        settings["class_pictures"] = _fingerprint(streams[1])
+        if resume:
+            _check_same_run(resume, settings)
     with enough_memory(options, "before the first step", folder):
         samples = [
             Samples(
@@ -778,35 +795,38 @@ def train(options, family=None):
         run = Run(options, accelerator, family, method, samples, settings, folder, resume, fsdp, (prompt, inputs))
 
     accelerator.wait_for_everyone()  # every process has looked at the folder before one of them changes it
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        if options.overwrite_output_dir and not (resume and resume.resolve().parent == folder.resolve()):
-            for path in _existing(folder, (*MARKS, *PICTURES)):
+    with alone(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            if replaces:
+                for path in _existing(folder, (*MARKS, *PICTURES)):
+                    remove(path)
+            for path in folder.glob(PARTS):
                 remove(path)
-        for path in folder.glob(PARTS):
-            remove(path)
-        with replacing(folder / SETTINGS) as part:
-            _write_json(part, settings)
-        run.open_log(resume)
-        if options.report_to != "none":
-            shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
-            accelerator.init_trackers("logs" if options.report_to == "tensorboard" else "deft", shown)
-        print(
-            f"training {sum(p.numel() for p in run.parameters):,} parameters ({method.describe()}) on {len(sources)} "
-            f"picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
-            f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
-        )
-        for cache, what in zip(samples[0].caches or (), ("texts", "latents")):
-            print(f"{what} from {options.cache_dir}: {cache.found} found, {cache.made} made")
-    start, first = time.perf_counter(), run.step
-    run.train()
-    seconds = time.perf_counter() - start
-    run.finish({
-        "parameters": sum(p.numel() for p in run.parameters), "steps": run.step - first, "seconds": round(seconds, 2),
-        "images_per_second": round((run.step - first) * run.images_per_step / seconds, 2), "memory_gb": round(_memory(), 2),
-    })  # fmt: skip
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # which ends the process group
-    if accelerator.is_main_process:
-        print(f"{options.method} in {folder}: {run.step - first} steps in {seconds:.1f} s")
+            with replacing(folder / SETTINGS) as part:
+                _write_json(part, settings)
+            run.open_log(resume)
+            if options.report_to != "none":
+                shown = {k: v for k, v in settings.items() if isinstance(v, (int, float, str, bool))}
+                anew = {"purge_step": run.step + 1}  # what a killed run has told of the steps that are taken again
+                name = "logs" if options.report_to == "tensorboard" else "deft"
+                accelerator.init_trackers(name, shown, {"tensorboard": anew})
+            print(
+                f"training {sum(p.numel() for p in run.parameters):,} parameters ({method.describe()}) on {len(sources)} "
+                f"picture{'s' * (len(sources) != 1)} at {_sizes(pictures)} pixels, "
+                f"{run.images_per_step} per step, from step {run.step} to {options.max_train_steps}"
+            )
+            for cache, what in zip(samples[0].caches or (), ("texts", "latents")):
+                print(f"{what} from {options.cache_dir}: {cache.found} found, {cache.made} made")
+        start, first = time.perf_counter(), run.step
+        run.train()
+        seconds = time.perf_counter() - start
+        run.finish({
+            "parameters": sum(p.numel() for p in run.parameters), "steps": run.step - first, "seconds": round(seconds, 2),
+            "images_per_second": round((run.step - first) * run.images_per_step / seconds, 2),
+            "memory_gb": round(_memory(), 2),
+        })  # fmt: skip
+        accelerator.wait_for_everyone()
+        accelerator.end_training()  # which ends the process group
+        if accelerator.is_main_process:
+            print(f"{options.method} in {folder}: {run.step - first} steps in {seconds:.1f} s")
     return folder

@@ -1,6 +1,7 @@
 """Writing of which, whatever happens, all is there or nothing: beside the target, down to the disk, then into its place."""
 
 import contextlib
+import fcntl
 import os
 import shutil
 
@@ -9,6 +10,24 @@ from safetensors import SafetensorError
 from . import UserError
 
 PARTS = ".*.part"  # what a killed process may leave in a folder
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """Makes a folder, in which no other process can be so till this one leaves or dies. UserError if one is, or none can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot make --output_dir {folder}: {error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run writes to {folder}: wait for its end, or choose another --output_dir") from None
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove(path):

@@ -211,6 +211,7 @@ def test_omnigen_is_shown_with_the_pictures_that_its_text_names(models, photos, 
         card = (folder / "README.md").read_text()
         assert card.count("--input_image") == (k < 2) and "--height 64 --width 64" in card
         assert k == 2 or str(inputs[k]) in card
+        assert "| seed | 0 |" in card and (k == 2 or "<img><\\|image_1\\|></img> as a dog |" in card)
     assert abs(sheets[0] - sheets[1]).max() >= 2
     for wrong, message in (
         ({"validation_image": ["x.png"]}, "cannot read the picture x.png"),

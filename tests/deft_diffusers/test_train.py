@@ -4,11 +4,13 @@ import collections
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from deft_diffusers import UserError, data
 from deft_diffusers import train as module
 from deft_diffusers.demo import fingerprints
@@ -17,6 +19,7 @@ from deft_diffusers.methods import adapter_rates
 from deft_diffusers.options import TrainOptions
 from deft_diffusers.samples import Samples, seed_of
 from deft_diffusers.train import complete, find_checkpoints, train
+from deft_diffusers.writing import alone
 from safetensors.torch import load_file
 from tiny_pipeline import picture, write_picture
 
@@ -331,6 +334,9 @@ def test_resuming_elsewhere_and_further(restless, uninterrupted, tmp_path):
     train(o)
     assert_same(adapter(uninterrupted), adapter(o.output_dir))
     assert [entry["step"] for entry in log(o.output_dir)] == [5, 6, 7, 8]
+    renamed = shutil.copytree(checkpoint, tmp_path / "best")
+    train(restless(output_dir=str(tmp_path / "third"), resume_from_checkpoint=str(renamed)))
+    assert_same(adapter(uninterrupted), adapter(tmp_path / "third"))
     # All steps are done: nothing is trained, and the adapter is the checkpoint's.
     before = adapter(o.output_dir)
     train(restless(output_dir=o.output_dir, resume_from_checkpoint="latest"))
@@ -349,6 +355,14 @@ def test_what_would_be_another_run_is_not_resumed(restless, uninterrupted, photo
     with pytest.raises(UserError, match="pictures"):
         train(restless(**same))
     assert adapter(uninterrupted)
+
+
+def test_one_run_at_a_time_writes_to_a_folder(options, tmp_path):
+    o = options(max_train_steps=1)
+    with alone(tmp_path / "out"), pytest.raises(UserError, match="another run writes to .*out"):
+        train(o)
+    assert not list((tmp_path / "out").iterdir())
+    train(o)
 
 
 def test_only_the_newest_checkpoints_are_kept(options, tmp_path):
@@ -439,6 +453,25 @@ def test_prior_preservation(options, tiny, tmp_path, capsys):
         train(options(class_data_dir=str(classes), overwrite_output_dir=True))
 
 
+def test_pictures_of_the_class_are_of_this_run(options, tmp_path, monkeypatch):
+    """Those of a run that is overwritten go, those of this one stay, a gap is filled, and others are another run's."""
+    monkeypatch.setattr(module, "VALIDATION", {"num_inference_steps": 1})
+    prior = {"class_prompt": "a dog", "num_class_images": 2, "checkpointing_steps": 1, "max_train_steps": 2}
+    classes = train(options(**prior)) / "class_images"
+    first = {p.name: p.read_bytes() for p in classes.iterdir()}
+    (classes / "0000.png").unlink()
+    again = options(**prior, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    train(again)
+    assert {p.name: p.read_bytes() for p in classes.iterdir()} == first
+    write_picture(classes / "0000.png", 77)
+    with pytest.raises(UserError, match="was trained with class_pictures"):
+        train(again)
+    train(options(**prior | {"class_prompt": "a bird"}, overwrite_output_dir=True))
+    assert {p.name for p in classes.iterdir()} == first.keys() and (classes / "0001.png").read_bytes() != first["0001.png"]
+    train(options(max_train_steps=1, overwrite_output_dir=True))
+    assert not classes.exists()
+
+
 def test_moving_average(options, tmp_path):
     """The files hold the average; a resumed run goes on from the parameters and the average alike."""
     last = adapter(train(options(max_train_steps=6, learning_rate=1e-2, output_dir=str(tmp_path / "last"))))
@@ -492,6 +525,27 @@ def test_curves_and_pictures_in_tensorboard(options):
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([e["loss"] for e in log(folder)])
     assert [e.step for e in events.Images("validation")] == [2, 4]
+
+
+def test_curves_of_a_killed_run_go_on_without_a_step_twice(options, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    real = module.Run._train_step
+    o = options(max_train_steps=5, checkpointing_steps=2, report_to="tensorboard")
+
+    def die(run):
+        if run.step == 3:
+            raise RuntimeError("killed")
+        real(run)
+
+    monkeypatch.setattr(module.Run, "_train_step", die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(o)
+    monkeypatch.setattr(module.Run, "_train_step", real)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    events = EventAccumulator(str(train(dataclasses.replace(o, resume_from_checkpoint="latest")) / "logs"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
 def test_a_tracker_that_is_not_installed(options):
