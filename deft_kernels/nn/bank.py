@@ -28,6 +28,7 @@ class Bank:
     def __init__(self, root: nn.Module | None = None):
         self.layers: list = []
         self.inside = False
+        self.passing = False  # whether the forward under way is one without grad
         self.blocks: dict[str, nn.Module] = {}  # attention blocks with adapted projections
         self.batch: int | None = None  # samples in the forward that is under way, where layers are routed by sample
         self.frozen: list[nn.Parameter] = []  # the model's parameters that required grad before it was adapted
@@ -63,12 +64,12 @@ class Bank:
             layer._keep(self, factors)
         if eager:
             self._pending.add(pending)  # gone when this returns, unless a backward is to come
-        self.inside = True
+        self.inside, self.passing = True, not torch.is_grad_enabled()
 
     def leave(self, *call) -> None:
         """The forward is over."""
         self.inside = False
-        for layer in self.layers:
+        for layer in self.layers if self.passing else ():
             layer._note(_passing=None)
 
     def remove(self) -> None:

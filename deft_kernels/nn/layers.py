@@ -334,12 +334,12 @@ class DeftLayer(nn.Module):
                     "deft_kernels.unmerge(model) first"
                 )
             return self.base_layer(x, *args, **kwargs)
-        rows = self._rows(x)
-        if not torch.compiler.is_compiling():
-            self._note(tokens=rows)
         factors = self._shared_factors()
         if factors is not None and factors[0].W is not None and factors[0].W.device == x.device:
             return self._whole(x, factors[0].W)
+        rows = self._rows(x)
+        if not torch.compiler.is_compiling():
+            self._note(tokens=rows)
         usable = factors is not None and factors[0].W is None and factors[0].B.device == x.device
         if not usable or (any(f.A is not None for f in factors) and self.frozen_weight() is None):
             (factors,) = prepare_layers([self], rows)
