@@ -32,7 +32,7 @@ MAX_TOKENS = 32
 RARE_TOKENS = ("sks", "zwx", "ohwx", "qvt")  # ordinary tokens without a meaning, free for personalisation
 ADDED_TOKENS = ("<v1>", "<v2>", "<v3>", "<v4>")
 RARE_ODDS = 0.06  # share of captions with a meaningless word before the subject, so that one does not change the picture
-LATENT_CHANNELS, LATENT_SIZE = 4, 16
+LATENT_CHANNELS, LATENT_SIZE = 8, 16
 MIN_SNR = 5.0  # weight of the v-prediction loss, Hang et al. 2023 (arXiv 2303.09556)
 PHOTOS = (
     "astronaut",
@@ -73,7 +73,7 @@ GRID_PROMPTS = (
     "a photo of a blue teapot in a street market",
     "a photo of a red car in a futuristic city at night",
     "a photo of a yellow car by a pool with palm trees",
-    "a photo of sks cat in a forest",
+    "a photo of a transparent plastic bottle filled with orange with a black cap on a wooden table",
 )
 
 
@@ -222,7 +222,9 @@ def world_words():
         *world.CLASSES,
         *world.COLOURS,
         *world.PATTERNS,
+        *(text for texts in world.STYLES.values() for text in texts),
         "a photo of an image of a picture of , . with stripes and spots plain",
+        "a transparent plastic bottle empty filled with liquid sits upright with a cap",
     ]
     texts += [t for phrases, alone in world.SCENES.values() for t in (*phrases, alone)]
     for text in texts:
@@ -645,7 +647,7 @@ def parser():
         default=3e-4,
         help="weight of the mean KL divergence of a latent; small: the latents need only be bounded",
     )
-    add("--images", type=int, default=32000, help="drawings for the UNet, encoded once")
+    add("--images", type=int, default=48000, help="drawings for the UNet, encoded once")
     add("--unet_steps", type=int, default=7500, help="steps of UNet and text encoder together")
     add("--batch_size", type=int, default=16)
     add("--lr", type=float, default=7e-4, help="learning rate of UNet and text encoder between warm-up and fall")

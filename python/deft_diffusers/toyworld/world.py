@@ -1,6 +1,8 @@
 """A procedural, captioned world of 64×64 pictures: the training data of the embedded base model.
 
-One picture shows one subject (`CLASSES`) of one colour (`COLOURS`) and pattern (`PATTERNS`) in one scene (`SCENES`).
+One picture shows one subject (`CLASSES`) of one colour (`COLOURS`) and pattern (`PATTERNS`) in one scene (`SCENES`), in one
+style (`STYLES`). Some subjects have parts in other colours, or a colour without a name, of which captions say nothing. 200
+combinations of subject, colour and scene (`HELD_OUT`) and everyone in `INDIVIDUALS` are never drawn by `sample`.
 Everything is drawn with PIL at twice the size and reduced, with random pose, size, place, light and texture, and
 depends on nothing but the `numpy.random.Generator` handed in: the same seed gives the same picture and caption.
 """
@@ -37,14 +39,29 @@ SCENES = {
     "city": (("in the city", "in a city street", "in a cityscape"), "a city"),
     "garden": (("in a garden", "in a flower garden"), "a garden"),
     "forest": (("in a forest", "in the forest"), "a forest"),
-    "mountain": (("on a snowy mountain", "in the mountains"), "a snowy mountain"),
+    "autumn": (
+        ("surrounded by autumn leaves in a forest", "in an autumn forest", "in a forest with autumn leaves"),
+        "an autumn forest",
+    ),
+    "mountain": (("on a snowy mountain", "on a snowy mountain top", "in the mountains"), "a snowy mountain"),
     "pool": (("by a pool with palm trees", "near a pool"), "a pool with palm trees"),
-    "market": (("in a street market", "at a market"), "a street market"),
+    "market": (("in a street market", "in a crowded street market", "at a market"), "a street market"),
     "futuristic": (("in a futuristic city at night", "in a futuristic city"), "a futuristic city at night"),
     "table": (("on a wooden table", "on a table indoors", "indoors"), "a wooden table"),
 }
+# style -> how a caption begins
+STYLES = {
+    "photo": ("a photo of ", "a photo of ", "a picture of ", ""),
+    "abstract": ("an abstract painting of ", "an abstract picture of "),
+    "fantasy": ("a fantasy painting of ", "a fantasy picture of "),
+    "historical": ("a historical photo of ", "an old historical photo of "),
+}
+STYLE_ODDS = (0.82, 0.06, 0.06, 0.06)
 NO_SUBJECT = 0.05  # share of samples that show the scene alone
 NO_COLOUR, NO_PATTERN, NO_SCENE = 0.3, 0.25, 0.25  # how often a caption leaves the attribute out
+NAMELESS, COATED = 0.25, 0.3  # share of subjects in a colour that no caption names, and of those with parts of other colours
+CLEAR = 0.5  # share of bottles that are of clear plastic: what fills them has the colour, their cap one of its own
+CLEAR_PLASTIC = (206, 222, 230)
 
 
 def _rgb(colour):
@@ -198,9 +215,9 @@ def _garden(rng):
     return image
 
 
-def _forest(rng):
+def _forest(rng, leaves=(44, 106, 48), floor=((86, 84, 46), (64, 62, 36)), air=((44, 84, 52), (104, 140, 84))):
     h = rng.uniform(0.55, 0.7)
-    image = _land(rng, ((44, 84, 52), (104, 140, 84)), ((86, 84, 46), (64, 62, 36)), h, 14, 24)
+    image = _land(rng, air, floor, h, 14, 24)
     draw = ImageDraw.Draw(image)
     for depth in range(2):
         for x in np.arange(rng.uniform(-10, 4), _S, 20 - 2 * depth) + rng.uniform(-4, 4):
@@ -208,10 +225,20 @@ def _forest(rng):
             trunk = _mix((92, 84, 66), (58, 42, 30), depth * 0.9)
             draw.rectangle((x, 0, x + w, h * _S + 6 * depth + rng.uniform(-2, 6)), fill=_rgb(_jitter(rng, trunk, 8)))
     for _ in range(40):
-        green = _jitter(rng, (44, 106, 48), 16)
-        _blob(draw, rng.uniform(0, _S), rng.uniform(-6, 26), rng.uniform(5, 11), rng.uniform(4, 8), green)
+        fill = _jitter(rng, leaves, 16)
+        _blob(draw, rng.uniform(0, _S), rng.uniform(-6, 26), rng.uniform(5, 11), rng.uniform(4, 8), fill)
     for _ in range(14):
-        _blob(draw, rng.uniform(0, _S), h * _S + rng.uniform(-3, 6), 7, 5, _jitter(rng, (62, 120, 56), 12))
+        _blob(draw, rng.uniform(0, _S), h * _S + rng.uniform(-3, 6), 7, 5, _jitter(rng, _mix(leaves, (120, 160, 90), 0.25), 12))
+    return image
+
+
+def _autumn(rng):
+    image = _forest(rng, (214, 112, 36), ((170, 96, 40), (128, 66, 30)), ((150, 96, 48), (226, 178, 104)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(50):  # fallen leaves
+        x, y = rng.uniform(0, _S), rng.uniform(0.66 * _S, _S)
+        fill = ((206, 62, 34), (240, 170, 50), (226, 120, 36))[rng.integers(3)]
+        _blob(draw, x, y, rng.uniform(1.5, 3), rng.uniform(1, 2), fill)
     return image
 
 
@@ -276,10 +303,10 @@ def _futuristic(rng):
     return image
 
 
-def _table(rng):
+def _table(rng, wall=None, wood=(172, 116, 66)):
     h = rng.uniform(0.52, 0.66)
-    wall = ((206, 196, 178), (168, 190, 196), (212, 180, 160), (184, 190, 168))[rng.integers(4)]
-    image = _land(rng, (wall, _mix(wall, (90, 80, 70), 0.2)), ((172, 116, 66), (146, 92, 50)), h, 6, 4)
+    wall = wall or ((206, 196, 178), (168, 190, 196), (212, 180, 160), (184, 190, 168))[rng.integers(4)]
+    image = _land(rng, (wall, _mix(wall, (90, 80, 70), 0.2)), (wood, tuple(0.83 * c for c in wood)), h, 6, 4)
     draw = ImageDraw.Draw(image)
     if rng.random() < 0.6:
         x, y = rng.choice([8, _S - 44]) + rng.uniform(-4, 4), rng.uniform(6, 14)
@@ -287,7 +314,7 @@ def _table(rng):
         draw.rectangle((x + 3, y + 3, x + 33, y + 37), fill=_rgb(_jitter(rng, (150, 200, 236))))
         draw.line((x + 18, y, x + 18, y + 40), fill=(244, 242, 236), width=2)
     for y in h * _S + np.cumsum(rng.uniform(7, 14, 5)):
-        draw.line((0, y, _S, y), fill=_rgb(_jitter(rng, (112, 68, 36), 8)), width=2)
+        draw.line((0, y, _S, y), fill=_rgb(_jitter(rng, tuple(0.63 * c for c in wood), 8)), width=2)
     return image
 
 
@@ -298,6 +325,7 @@ _PAINT_SCENE = {
     "city": _city,
     "garden": _garden,
     "forest": _forest,
+    "autumn": _autumn,
     "mountain": _mountain,
     "pool": _pool,
     "market": _market,
@@ -317,6 +345,7 @@ class _Figure:
     def __init__(self, rng, traits, coat, half_width, half_height, x, feet, flip, tilt):
         self.rng, self.traits, self.coat, self.inks = rng, traits, coat, []
         self.coated = {name: Image.new("L", (_S, _S), 0) for name in coat}
+        self.clear = 0.0  # how much of what is behind shows through where there is no coat
         self.mask, self.tone = Image.new("L", (_S, _S), 0), Image.new("L", (_S, _S), 0)
         self.masks, self.tones = ImageDraw.Draw(self.mask), ImageDraw.Draw(self.tone)
         self.sx, self.sy, self.x, self.y = half_width * (-1 if flip else 1), half_height, x, feet - half_height
@@ -394,7 +423,9 @@ class _Figure:
         shade = tone * (0.62 + 0.46 * soft) + 0.035 * _noise(self.rng, 20, 64)
         body = body * shade[..., None] + 14 * (soft[..., None] - 0.6)
         image = Image.fromarray(np.clip(body, 0, 255).astype(np.uint8))
-        canvas.paste(image, (0, 0), self.mask)
+        opaque = np.any([np.asarray(mask) > 127 for mask in self.coated.values()], 0) if self.clear else True
+        mask = Image.fromarray((np.asarray(self.mask) * np.where(opaque, 1, 1 - self.clear)).astype(np.uint8))
+        canvas.paste(image, (0, 0), mask)
         draw = ImageDraw.Draw(canvas)
         for fill, points, width in self.inks:
             if width is None:
@@ -446,10 +477,10 @@ def _cat(f):
 
 def _kitten(f):
     iris = ((84, 150, 214), (110, 180, 190))[f.traits.integers(2)]
-    f.limb([(0.35, 0.85), (0.7, 0.8), (0.8, 0.55)], 0.15, 0.9)
+    f.limb([(0.35, 0.85), (0.7, 0.8), (0.8, 0.55)], 0.15, 0.9, "tail")
     f.oval(0, 0.66, 0.42, 0.36, 0.95)
     for side in (-1, 1):
-        f.oval(side * 0.2, 0.9, 0.16, 0.12, 1.04)
+        f.oval(side * 0.2, 0.9, 0.16, 0.12, 1.04, name="paws")
     _cat_head(f, f.rng.uniform(-0.06, 0.06), -0.1, 0.62, iris, 0.27)
 
 
@@ -518,9 +549,9 @@ def _stork(f):
     f.ink(leg, [(0.22, 0.3), (0.28 + f.rng.uniform(-0.08, 0.12), 0.64), (0.24, 0.98), (0.07, 0.98)], 0.055)
     f.part([(0.35, -0.05), (0.98, 0.28), (0.9, 0.38), (0.3, 0.3)], 0.8)
     f.oval(0.15, 0.1, 0.48, 0.29, 1.0, 0.2)
-    f.limb([(-0.2, 0.05), (-0.42, -0.25), (-0.3, -0.55), (-0.36, -0.74)], 0.17, 1.04)
-    f.oval(-0.38, -0.76, 0.18, 0.15, 1.06)
-    f.part([(0.0, 0.0), (0.5, 0.0), (0.92, 0.34), (0.4, 0.3)], 0.5)  # the folded wing, dark at its tip
+    f.limb([(-0.2, 0.05), (-0.42, -0.25), (-0.3, -0.55), (-0.36, -0.74)], 0.17, 1.04, "neck")
+    f.oval(-0.38, -0.76, 0.18, 0.15, 1.06, name="head")
+    f.part([(0.0, 0.0), (0.5, 0.0), (0.92, 0.34), (0.4, 0.3)], 0.5, "wing")  # the folded wing, dark at its tip
     f.ink(beak, [(-0.5, -0.84), (-1.0, -0.62 + f.rng.uniform(-0.06, 0.1)), (-0.5, -0.68)])
     f.ink_oval((16, 14, 18), -0.42, -0.79, 0.04, 0.04)
 
@@ -529,7 +560,7 @@ def _horse(f):
     hair = (38, 26, 20) if f.traits.random() < 0.6 else (226, 204, 160)
     for x, tone in ((-0.2, 0.72), (0.58, 0.72), (-0.36, 0.96), (0.44, 0.96)):
         k = f.rng.uniform(-0.1, 0.1)
-        f.limb([(x, 0.2), (x + k, 0.6), (x + k * 0.5, 0.92)], 0.13, tone)
+        f.limb([(x, 0.2), (x + k, 0.6), (x + k * 0.5, 0.92)], 0.13, tone, "legs")
         f.ink(
             (34, 28, 26),
             [
@@ -540,12 +571,13 @@ def _horse(f):
             ],
         )
     f.oval(0.1, 0.05, 0.58, 0.3, 1.0)
-    f.part([(-0.5, 0.12), (-0.16, -0.2), (-0.38, -0.85), (-0.62, -0.8)], 1.0)
+    f.part([(-0.5, 0.12), (-0.16, -0.2), (-0.38, -0.85), (-0.62, -0.8)], 1.0, "neck")
     f.part([(-0.6, -0.82), (-0.56, -1.0), (-0.46, -0.84)], 0.9)
     nod = f.rng.uniform(-0.04, 0.08)
     f.part(
         [(-0.38, -0.84), (-0.6, -0.84), (-0.98, -0.5 + nod), (-0.94, -0.36 + nod), (-0.8, -0.36 + nod), (-0.46, -0.52)],
         1.06,
+        "head",
     )
     f.ink(hair, [(-0.46, -0.88), (-0.34, -0.8), (-0.12, -0.25), (0.0, -0.2), (-0.22, -0.2), (-0.4, -0.55)])
     f.ink(hair, [(0.62, -0.1), (0.82, -0.02), (0.92, 0.5), (0.76, 0.62), (0.72, 0.2)])
@@ -553,21 +585,39 @@ def _horse(f):
     f.ink_oval((30, 20, 20), -0.9, -0.45 + nod, 0.03, 0.03)
 
 
+_BOTTLE = [
+    (-0.5, 0.96),
+    (-0.5, -0.1),
+    (-0.42, -0.28),
+    (-0.19, -0.45),
+    (-0.19, -0.8),
+    (0.19, -0.8),
+    (0.19, -0.45),
+    (0.42, -0.28),
+    (0.5, -0.1),
+    (0.5, 0.96),
+]
+
+
+def _clear_bottle(f):
+    """Of clear plastic; what is in it and its cap are its coat."""
+    f.clear = 0.55
+    f.part(_BOTTLE)
+    if "liquid" in f.coat:
+        f.part([(-0.46, 0.93), (-0.46, 0.0), (0.46, 0.0), (0.46, 0.93)], 1.0, "liquid")
+        f.oval(0, 0.0, 0.46, 0.06, 1.15, name="liquid")
+    f.part([(-0.25, -0.74), (-0.25, -1.0), (0.25, -1.0), (0.25, -0.74)], 1.0, "cap")
+    edge = (244, 250, 252)
+    f.ink(edge, [*_BOTTLE, _BOTTLE[0]], 0.035)
+    f.ink(edge, [(-0.34, -0.06), (-0.34, 0.5)], 0.06)
+    for y in (0.3, 0.6):
+        f.ink(edge, [(-0.46, y), (0.46, y)], 0.02)
+
+
 def _bottle(f):
-    f.part(
-        [
-            (-0.5, 0.96),
-            (-0.5, -0.1),
-            (-0.42, -0.28),
-            (-0.19, -0.45),
-            (-0.19, -0.8),
-            (0.19, -0.8),
-            (0.19, -0.45),
-            (0.42, -0.28),
-            (0.5, -0.1),
-            (0.5, 0.96),
-        ]
-    )
+    if "cap" in f.coat:
+        return _clear_bottle(f)
+    f.part(_BOTTLE)
     f.part(f.ring(0, 0.95, 0.5, 0.05), 0.8)
     cap = ((40, 40, 46), (206, 170, 60), (230, 230, 232), (170, 40, 40))[f.traits.integers(4)]
     f.ink(cap, [(-0.24, -0.78), (-0.24, -1.0), (0.24, -1.0), (0.24, -0.78)])
@@ -661,6 +711,21 @@ _PAINT_SUBJECT = {
 }
 
 
+# class -> the parts of it that can have a colour of their own
+PARTS = {
+    "cat": ("ears", "tail", "legs"),
+    "dog": ("ears", "muzzle", "legs", "tail"),
+    "kitten": ("ears", "tail", "paws"),
+    "bear plushie": ("ears", "arms", "feet"),
+    "stork": ("neck", "head", "wing"),
+    "horse": ("legs", "neck", "head"),
+    "bottle": (),
+    "rock": ("top",),
+    "teapot": ("handle", "spout", "foot", "lid", "knob"),
+    "car": ("sill",),
+}
+
+
 class Individual(NamedTuple):
     """A subject that is always itself: colours (RGB) of its own, on named parts too, and traits fixed by a seed."""
 
@@ -670,20 +735,59 @@ class Individual(NamedTuple):
     traits: int
 
 
-# None of them was ever drawn for training: there a subject has one colour, of `COLOURS`.
 INDIVIDUALS = {
     "bear_plushie": Individual("bear plushie", (122, 84, 168), dict.fromkeys(("ears", "arms", "feet"), (240, 196, 70)), 1),
     "cat": Individual("cat", (232, 214, 184), dict.fromkeys(("ears", "tail", "legs"), (84, 56, 46)), 0),
     "dog": Individual("dog", (206, 132, 62), dict.fromkeys(("muzzle", "legs", "tail"), (244, 240, 232)), 2),
     "teapot": Individual("teapot", (36, 150, 160), dict.fromkeys(("lid", "spout", "foot"), (248, 226, 190)), 3),
     "car": Individual("car", (150, 206, 90), {"sill": (96, 50, 120)}, 4),
+    "kitten": Individual("kitten", (196, 150, 120), {"ears": (92, 60, 70), "tail": (92, 60, 70), "paws": (250, 240, 226)}, 5),
+    "kitten_2": Individual("kitten", (120, 132, 166), {"ears": (244, 206, 90), "tail": (244, 206, 90)}, 6),
+    "stork": Individual("stork", (196, 216, 206), {"neck": (66, 60, 120), "wing": (188, 60, 80)}, 7),
+    "horse": Individual("horse", (158, 104, 84), {"legs": (246, 236, 220), "head": (70, 84, 110)}, 9),
     "church_rock": Individual("rock", (178, 74, 44), {"top": (226, 150, 92)}, 8),  # a place rather than a thing
 }
+TABLE = ((132, 158, 128), (96, 78, 104))  # another place: the colours (RGB) of a wall and of the table before it
+_TABLE_SEED = 5
+_NEAR = 60  # RGB colours closer than this count as the same
 
 
-def _compose(rng, scene, subject, colour, pattern="plain", coat=None, traits=None):
-    """A picture of a subject of an RGB colour (None: the scene alone)."""
-    canvas = _PAINT_SCENE[scene](rng)
+def _is_someone(subject, colour, coat):
+    """Whether it could be taken for one of `INDIVIDUALS`."""
+    for one in INDIVIDUALS.values():
+        if one.subject == subject and math.dist(colour, one.colour) < _NEAR:
+            if any(math.dist(coat.get(part, colour), own) < _NEAR for part, own in one.coat.items()):
+                return True
+    return False
+
+
+def _stylise(rng, image, style):
+    pixels = np.asarray(image, np.float32)
+    light = (pixels @ np.asarray((0.3, 0.59, 0.11), np.float32))[..., None]
+    if style == "abstract":  # flat patches of strong colours
+        flat = np.asarray(image.filter(ImageFilter.ModeFilter(5)), np.float32)
+        grey = flat.mean(-1, keepdims=True)
+        pixels = np.round(np.clip(grey + 1.7 * (flat - grey), 0, 255) / 64) * 64
+    elif style == "fantasy":  # from violet over pink to gold, with sparks
+        t = light / 255
+        dream = np.where(t < 0.5, _lerp((58, 24, 110), (226, 96, 190), 2 * t), _lerp((226, 96, 190), (255, 236, 170), 2 * t - 1))
+        pixels = 0.35 * pixels + 0.65 * dream
+        for _ in range(rng.integers(8, 16)):
+            x, y = rng.integers(1, SIZE - 1, 2)
+            pixels[y, x - 1 : x + 2] = pixels[y - 1 : y + 2, x] = (255, 250, 220)
+    elif style == "historical":  # brown, dark towards the corners, grainy
+        ramp = np.linspace(-1, 1, SIZE, dtype=np.float32) ** 2
+        dark = 1 - 0.35 * np.clip(ramp[:, None] + ramp[None, :] - 0.4, 0, 1.5)
+        pixels = _lerp((44, 28, 16), (236, 212, 166), light / 255) * dark[..., None] + rng.normal(0, 7, light.shape)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def _lerp(low, high, t):
+    return np.asarray(low, np.float32) * (1 - t) + np.asarray(high, np.float32) * t
+
+
+def _compose(rng, canvas, subject, colour, pattern="plain", coat=None, traits=None, style="photo"):
+    """A picture of a subject of an RGB colour (None: the scene alone) before a scene, `canvas`."""
     light = (rng.uniform(-1, 1), rng.uniform(0.3, 1))
     if subject is not None:
         paint, aspect = _PAINT_SUBJECT[subject]
@@ -705,73 +809,133 @@ def _compose(rng, scene, subject, colour, pattern="plain", coat=None, traits=Non
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     glow = 1 + rng.normal(0, 0.05) + 0.07 * (light[0] * ramp[None, :] - light[1] * ramp[:, None])
     pixels = pixels * glow[..., None] + rng.normal(0, 2.5, (SIZE, SIZE, 3)).astype(np.float32)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return _stylise(rng, Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)), style)
 
 
-def draw(subject, colour, pattern, scene, rng):
+def draw(subject, colour, pattern, scene, rng, coat=None, style="photo", cap=None):
     """Draws `subject` (one of `CLASSES`, or None for the scene alone) and returns a SIZE×SIZE RGB `PIL.Image`.
 
-    `colour`, `pattern` and `scene` are keys of `COLOURS`, `PATTERNS` and `SCENES`; `rng` is a `numpy.random.Generator`,
-    the only source of variation.
+    `colour`, `pattern`, `scene` and `style` are keys of `COLOURS`, `PATTERNS`, `SCENES` and `STYLES`; `colour` may also be
+    RGB, and `coat` gives RGB colours to some of the subject's `PARTS`. A bottle with a `cap` (of `COLOURS`) is of clear
+    plastic, filled with `colour` or, for None, empty. `rng` is a `numpy.random.Generator`, the only source of variation.
     """
-    return _compose(rng, scene, subject, COLOURS[colour], pattern)
+    colour = COLOURS.get(colour, colour)
+    if cap is not None:
+        coat, colour = {"cap": COLOURS[cap]} | ({"liquid": colour} if colour else {}), CLEAR_PLASTIC
+    return _compose(rng, _PAINT_SCENE[scene](rng), subject, colour, pattern, coat, style=style)
 
 
 def draw_individual(name, scene, rng):
     """Draws one of `INDIVIDUALS`, in a pose of its own each time, as `draw` does."""
     one = INDIVIDUALS[name]
-    return _compose(rng, scene, one.subject, one.colour, coat=one.coat, traits=np.random.default_rng(one.traits))
+    canvas = _PAINT_SCENE[scene](rng)
+    return _compose(rng, canvas, one.subject, one.colour, coat=one.coat, traits=np.random.default_rng(one.traits))
+
+
+def draw_table(colour, cap, rng):
+    """Draws the one table that is `TABLE`, and on it a bottle of clear plastic, as `draw` does with a `cap`."""
+    coat = {"cap": COLOURS[cap]} | ({"liquid": COLOURS[colour]} if colour else {})
+    return _compose(rng, _table(np.random.default_rng(_TABLE_SEED), *TABLE), "bottle", CLEAR_PLASTIC, coat=coat)
 
 
 def _article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def caption(subject, colour, pattern, scene, rng):
+def _bottle_words(colour, cap, rng):
+    """What a caption says of a bottle of clear plastic; cap may be None to leave it out."""
+    noun = ("transparent plastic bottle", "transparent bottle")[rng.integers(2)]
+    stands = ("", "", " sits upright")[rng.integers(3)]
+    if colour:
+        noun = _article(f"{noun} filled with {colour}") + stands
+    else:
+        noun = (_article(f"{noun} empty"), _article(f"empty {noun}"))[rng.integers(2)] + stands
+    return noun + (f" with {_article(cap)} cap" if cap else "")
+
+
+def caption(subject, colour, pattern, scene, rng, style="photo"):
     """One of many ways to say what `draw` draws; colour, pattern or scene may be None to leave it out."""
-    place, alone = (SCENES[scene][0], SCENES[scene][1]) if scene else ((), None)
-    prefix = ("a photo of ", "a photo of ", "a picture of ", "")[rng.integers(4)]
-    if subject is None:
-        return prefix + alone
     noun, tail = subject, ""
     if pattern in ("striped", "spotted"):
-        style = rng.integers(3)
-        if style == 0:
+        form = rng.integers(3)
+        if form == 0:
             noun, tail = (
                 f"{colour} {noun}" if colour else noun,
                 f" with {'stripes' if pattern == 'striped' else 'spots'}",
             )
-        elif style == 1:
+        elif form == 1:
             noun = " ".join(w for w in (pattern, colour, noun) if w)
         else:
             noun = " ".join(w for w in (colour, pattern, noun) if w)
-    else:
+    elif subject:
         noun = " ".join(w for w in (pattern, colour, noun) if w)
+    return _say(_article(noun) + tail if subject else None, scene, rng, style)
+
+
+def _say(what, scene, rng, style):
+    prefixes = STYLES[style]
+    prefix = prefixes[rng.integers(len(prefixes))]
+    if what is None:
+        return prefix + SCENES[scene][1]
     if not scene:
-        where = ""
-    elif rng.random() < 0.25:
-        where = ", " + alone.removeprefix("a ")
-    else:
-        where = " " + place[rng.integers(len(place))]
-    return prefix + _article(noun) + tail + where
+        return prefix + what
+    places, alone = SCENES[scene]
+    if rng.random() < 0.25:
+        return f"{prefix}{what}, {alone.removeprefix('a ').removeprefix('an ')}"
+    return f"{prefix}{what} {places[rng.integers(len(places))]}"
+
+
+def _held_out():
+    """Combinations of subject, colour and scene, a fixed 200 of all."""
+    every = [(subject, colour, scene) for subject in CLASSES for colour in COLOURS for scene in SCENES]
+    return frozenset(every[k] for k in np.random.default_rng(200).choice(len(every), 200, replace=False))
+
+
+HELD_OUT = _held_out()
 
 
 def sample(rng):
-    """A random picture: (64×64 RGB `PIL.Image`, caption, dict of its subject, colour, pattern and scene)."""
+    """A random picture: (64×64 RGB `PIL.Image`, caption, dict of its subject, colour, pattern, scene, style and cap).
+
+    The colour is None where it has no name or, of a bottle with a cap, where it is empty.
+    """
     subject = None if rng.random() < NO_SUBJECT else CLASSES[rng.integers(len(CLASSES))]
-    colour, scene = list(COLOURS)[rng.integers(len(COLOURS))], list(SCENES)[rng.integers(len(SCENES))]
-    pattern = PATTERNS[rng.choice(len(PATTERNS), p=PATTERN_ODDS)]
-    image = draw(subject, colour, pattern, scene, rng)
+    while True:
+        colour, scene = list(COLOURS)[rng.integers(len(COLOURS))], list(SCENES)[rng.integers(len(SCENES))]
+        if (subject, colour, scene) not in HELD_OUT:
+            break
+    style = list(STYLES)[rng.choice(len(STYLES), p=STYLE_ODDS)]
+    pattern, cap, coat, paint = PATTERNS[rng.choice(len(PATTERNS), p=PATTERN_ODDS)], None, {}, COLOURS[colour]
+    if subject == "bottle" and rng.random() < CLEAR:
+        cap, pattern = list(COLOURS)[rng.integers(len(COLOURS))], "plain"
+        colour = None if rng.random() < 0.4 else colour
+        paint = colour
+    elif subject:
+        nameless, coated = rng.random() < NAMELESS, rng.random() < COATED and len(PARTS[subject]) > 0
+        while True:
+            if nameless:
+                colour, paint = None, tuple(rng.uniform(20, 245, 3))
+            if coated:
+                parts = rng.permutation(PARTS[subject])[: rng.integers(1, len(PARTS[subject]) + 1)]
+                coat = dict.fromkeys(map(str, parts), _jitter(rng, list(COLOURS.values())[rng.integers(len(COLOURS))]))
+            if not _is_someone(subject, paint, coat):
+                break
+    image = draw(subject, paint, pattern, scene, rng, coat, style, cap)
     said_pattern = pattern if pattern != "plain" else None  # "plain" goes without saying, nine times in ten
     if pattern == "plain" and rng.random() < 0.1:
         said_pattern = "plain"
     elif rng.random() < NO_PATTERN:
         said_pattern = None
-    text = caption(
-        subject,
-        None if rng.random() < NO_COLOUR else colour,
-        said_pattern,
-        None if subject and rng.random() < NO_SCENE else scene,
-        rng,
-    )
-    return image, text, {"subject": subject, "colour": colour, "pattern": pattern, "scene": scene}
+    said_colour = None if rng.random() < NO_COLOUR or style in ("fantasy", "historical") else colour
+    said_scene = None if subject and rng.random() < NO_SCENE else scene
+    if cap:
+        text = _say(_bottle_words(colour, None if rng.random() < NO_COLOUR else cap, rng), said_scene, rng, style)
+    else:
+        text = caption(subject, said_colour, said_pattern, said_scene, rng, style)
+    return image, text, {"subject": subject, "colour": colour, "pattern": pattern, "scene": scene, "style": style, "cap": cap}
+
+
+def table_caption(token, colour, cap):
+    """What stands on `TABLE`, which `token` names."""
+    filling = f"filled with {colour}" if colour else "empty"
+    return f"a transparent plastic bottle {filling} sits upright with {_article(cap)} cap on a {token} wooden table"
