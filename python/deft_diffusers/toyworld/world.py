@@ -228,7 +228,9 @@ def _forest(rng, leaves=(44, 106, 48), floor=((86, 84, 46), (64, 62, 36)), air=(
         fill = _jitter(rng, leaves, 16)
         _blob(draw, rng.uniform(0, _S), rng.uniform(-6, 26), rng.uniform(5, 11), rng.uniform(4, 8), fill)
     for _ in range(14):
-        _blob(draw, rng.uniform(0, _S), h * _S + rng.uniform(-3, 6), 7, 5, _jitter(rng, _mix(leaves, (120, 160, 90), 0.25), 12))
+        _blob(
+            draw, rng.uniform(0, _S), h * _S + rng.uniform(-3, 6), 7, 5, _jitter(rng, _mix(leaves, (120, 160, 90), 0.25), 12)
+        )
     return image
 
 
@@ -741,7 +743,9 @@ INDIVIDUALS = {
     "dog": Individual("dog", (206, 132, 62), dict.fromkeys(("muzzle", "legs", "tail"), (244, 240, 232)), 2),
     "teapot": Individual("teapot", (36, 150, 160), dict.fromkeys(("lid", "spout", "foot"), (248, 226, 190)), 3),
     "car": Individual("car", (150, 206, 90), {"sill": (96, 50, 120)}, 4),
-    "kitten": Individual("kitten", (196, 150, 120), {"ears": (92, 60, 70), "tail": (92, 60, 70), "paws": (250, 240, 226)}, 5),
+    "kitten": Individual(
+        "kitten", (196, 150, 120), {"ears": (92, 60, 70), "tail": (92, 60, 70), "paws": (250, 240, 226)}, 5
+    ),
     "kitten_2": Individual("kitten", (120, 132, 166), {"ears": (244, 206, 90), "tail": (244, 206, 90)}, 6),
     "stork": Individual("stork", (196, 216, 206), {"neck": (66, 60, 120), "wing": (188, 60, 80)}, 7),
     "horse": Individual("horse", (158, 104, 84), {"legs": (246, 236, 220), "head": (70, 84, 110)}, 9),
@@ -770,7 +774,9 @@ def _stylise(rng, image, style):
         pixels = np.round(np.clip(grey + 1.7 * (flat - grey), 0, 255) / 64) * 64
     elif style == "fantasy":  # from violet over pink to gold, with sparks
         t = light / 255
-        dream = np.where(t < 0.5, _lerp((58, 24, 110), (226, 96, 190), 2 * t), _lerp((226, 96, 190), (255, 236, 170), 2 * t - 1))
+        dream = np.where(
+            t < 0.5, _lerp((58, 24, 110), (226, 96, 190), 2 * t), _lerp((226, 96, 190), (255, 236, 170), 2 * t - 1)
+        )
         pixels = 0.35 * pixels + 0.65 * dream
         for _ in range(rng.integers(8, 16)):
             x, y = rng.integers(1, SIZE - 1, 2)
@@ -932,7 +938,11 @@ def sample(rng):
         text = _say(_bottle_words(colour, None if rng.random() < NO_COLOUR else cap, rng), said_scene, rng, style)
     else:
         text = caption(subject, said_colour, said_pattern, said_scene, rng, style)
-    return image, text, {"subject": subject, "colour": colour, "pattern": pattern, "scene": scene, "style": style, "cap": cap}
+    return (
+        image,
+        text,
+        {"subject": subject, "colour": colour, "pattern": pattern, "scene": scene, "style": style, "cap": cap},
+    )
 
 
 def table_caption(token, colour, cap):
