@@ -467,6 +467,19 @@ def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
     assert protocols.read_samples(photos, texts).prompts == ["one", None, None]
 
 
+def test_a_record_tells_its_own_texts(photos, tmp_path):
+    entry = {"file": "1.png", "prompt": "a cat", "seed": 3, "unrelated": True, "else": 0}
+    (photos / "samples.json").write_text(json.dumps({"settings": {}, "samples": [entry]}))
+    read = protocols.read_samples(photos)
+    assert (read.images, read.prompts) == ([photos / "1.png"], ["a cat"])
+    assert read.about == [{"file": "1.png", "seed": 3, "unrelated": True}]
+    with pytest.raises(UserError, match="--prompts_file does not apply to .*samples.json there tells the texts"):
+        protocols.read_samples(photos, tmp_path / "prompts.txt")
+    (photos / "samples.json").write_text('{"samples": [{"file": "1.png"}]}')
+    with pytest.raises(UserError, match="is no record of samples: expected"):
+        protocols.read_samples(photos)
+
+
 # the command ------------------------------------------------------------------------------------------------------------
 
 
@@ -516,15 +529,15 @@ def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     assert list(json.loads((tmp_path / "out" / "clip_scores_image.json").read_text())) == ["mug-0_0", "mug-1_0"]
 
 
-def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
-    """An adapter of the tiny pipeline, prompts of DreamBooth's listing, and the pictures in DreamBench++'s layout too."""
-    model = load_family(str(tiny), torch.float32).model
+def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
+    """The embedded model, adapted at random; prompts of DreamBooth's listing; the pictures in DreamBench++'s layout too."""
+    model = load_family("toyworld", torch.float32).model
     dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False))
     dk.save_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "result.json").write_text('{"parameters": 7}')
     (tmp_path / "listing.txt").write_text(LISTING)
     words = {f"--{name}": folder for name, folder in folders.items()} | {
-        "--pretrained_model_name_or_path": tiny, "--adapter": tmp_path / "adapter",
+        "--pretrained_model_name_or_path": "toyworld", "--adapter": tmp_path / "adapter",
         "--prompts_file": tmp_path / "listing.txt", "--subject": "sks dog", "--class_name": "dog",
         "--unrelated_prompt": "a house", "--references": pictures[2][0],
         "--num_images_per_prompt": 2, "--num_inference_steps": 1, "--device": "cpu", "--output_dir": tmp_path / "out",
@@ -561,6 +574,7 @@ def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
      ({"--images": "nowhere"}, "no such folder or file of pictures"),
      ({"--references": "nowhere"}, "no such folder or file of pictures"),
      ({"--subject": "sks cat"}, "--subject and --class_name go together"),
+     ({"--subject": "sks cat", "--class_name": "cat"}, "'sks cat' stands in none of the prompts: there are none"),
      ({"--prompt": "a cat"}, "--adapter and --prompt are for drawing"),
      ({"--batch_size": 0}, "--batch_size must be at least 1, got 0"),
      ({"--protocol": "dreambench"}, "did you mean dreambench\\+\\+"),
@@ -568,9 +582,10 @@ def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
      ({"--dreambench_plus_dir": "plus"}, "--dreambench_plus_dir needs --references"),
      ({"--device": "cuda:7"}, "cannot use --device cuda:7"),
      ({"--images": None, "--pretrained_model_name_or_path": "toyworld"}, "either with --prompt or with --prompts_file"),
-     ({"--images": None, "--pretrained_model_name_or_path": "toyworld", "--prompt": "a {}"}, "stands for the subject")],
-    ids=["neither", "images", "references", "subject", "prompt", "batch", "protocol", "individual", "plus", "device",
-         "texts", "braces"],
+     ({"--images": None, "--pretrained_model_name_or_path": "toyworld", "--prompt": "a {}"}, "stands for the subject"),
+     ({"--base_images": "nowhere"}, "tells the drift by --unrelated_prompt, and no picture is of one")],
+    ids=["neither", "images", "references", "subject", "words", "prompt", "batch", "protocol", "individual", "plus",
+         "device", "texts", "braces", "base"],
 )  # fmt: skip
 def test_wrong_words_are_refused_before_anything_is_written(flags, change, said, tmp_path, capsys):
     flags = {name: value for name, value in (flags | change).items() if value is not None}

@@ -228,24 +228,15 @@ def evaluate(options):
     out = Path(options.output_dir).expanduser()
     if (out / SCORES).exists() and not options.overwrite_output_dir:
         raise UserError(f"{out / SCORES} is there already; choose another --output_dir or add --overwrite_output_dir")
-    samples = protocols.read_samples(options.images, options.prompts_file) if options.images else None
     references = data.find_pictures(options.references) if options.references else []
-    individual = options.individual or (_individual(options.references) if options.encoders else None)
-    if individual and individual not in world.INDIVIDUALS:
-        known = ", ".join(world.INDIVIDUALS)
-        raise UserError(f"--individual {individual}{near(individual, world.INDIVIDUALS)}; the drawn world has {known}")
+    individual, found = _individual(options), _read(options) if options.images else None
     settings = {"batch_size": options.batch_size, "device": device_of(options.device), "cache_dir": options.cache_dir}
     encoders = load_encoders(options.encoders, options.clip, options.dinov1, options.dinov2, **settings)
-    if samples is None:
-        samples, base = _draw(options, out)
-    else:
-        base = _by_prompt(options.base_images) if options.base_images else {}
-    for prompt, more in zip(samples.prompts, samples.about):
-        more["unrelated"] = bool(more.get("unrelated")) or prompt in options.unrelated_prompt
+    samples, base = found or _draw(options, out)
     plus = samples.references is not None
-    protocol = options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH)
     result = score(
-        samples.images, samples.prompts, references or samples.references or [], encoders, protocol, about=samples.about,
+        samples.images, samples.prompts, references or samples.references or [], encoders,
+        options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH), about=samples.about,
         base_images=base, subject=options.subject, class_name=options.class_name, individual=individual,
     )  # fmt: skip
     result["missing"] = samples.missing + result["missing"]
@@ -310,17 +301,37 @@ def _check(options):
         raise UserError("--dreambench_plus_dir needs --references: its layout has the reference beside each picture")
     if options.dreambench_plus_dir and not (options.collection_id or options.class_name):
         raise UserError("--dreambench_plus_dir needs --collection_id, or --class_name to tell it")
+    if not options.images:
+        _templates(options)
 
 
-def _individual(references):
-    """The name in the drawn world that a folder of references bears, or None."""
-    path = Path(references or "").expanduser()
-    name = path.name if path.is_dir() else path.parent.name
+def _individual(options):
+    """Whom of the drawn world the pictures shall show: who is asked for, or whose name the references' folder bears."""
+    if not options.encoders:
+        return None
+    path = Path(options.references or "").expanduser()
+    name = options.individual or (path if path.is_dir() else path.parent).name
+    if options.individual and name not in world.INDIVIDUALS:
+        raise UserError(f"--individual {name}{near(name, world.INDIVIDUALS)}: there are {', '.join(world.INDIVIDUALS)}")
     return name if name in world.INDIVIDUALS else None
 
 
-def _prompts(options):
-    """What to draw: [(template, prompt)]."""
+def _read(options):
+    """The `Samples` of --images, and the base model's pictures."""
+    samples = protocols.read_samples(options.images, options.prompts_file)
+    _check_subject(options, samples.prompts)
+    for prompt, more in zip(samples.prompts, samples.about):
+        more["unrelated"] = bool(more.get("unrelated")) or prompt in options.unrelated_prompt
+    for prompt in options.unrelated_prompt:
+        if prompt not in samples.prompts:
+            samples.miss(prompt, "an unrelated prompt without a picture")
+    if options.base_images and not any(more["unrelated"] for more in samples.about):
+        raise UserError("--base_images tells the drift by --unrelated_prompt, and no picture is of one")
+    return samples, _by_prompt(options.base_images) if options.base_images else {}
+
+
+def _templates(options):
+    """What to draw: {prompt: what it was before it had the subject in the place of {}}."""
     if bool(options.prompt) == bool(options.prompts_file):
         raise UserError("give the texts to draw either with --prompt or with --prompts_file")
     templates = options.prompt
@@ -333,20 +344,28 @@ def _prompts(options):
         templates = lines
     if not options.subject and (wrong := [text for text in templates if "{}" in text]):
         raise UserError(f"the prompt {wrong[0]!r} has {{}}, which stands for the subject: --subject 'sks dog'")
-    return [(text, text.replace("{}", options.subject or "")) for text in templates]
+    found = {text.replace("{}", options.subject or ""): text for text in templates}
+    _check_subject(options, found)
+    return found
+
+
+def _check_subject(options, prompts):
+    if options.subject and not any(options.subject in (prompt or "") for prompt in prompts):
+        texts = data._some([repr(prompt) for prompt in dict.fromkeys(prompts) if prompt], 2) or "there are none"
+        raise UserError(f"--subject {options.subject!r} stands in none of the prompts: {texts}")
 
 
 def _draw(options, out):
     """Draws by `deft sample`: the `Samples` of the adapters, and the base model's pictures of the unrelated prompts."""
-    asked = _prompts(options)
+    templates = _templates(options)
     names = ("pretrained_model_name_or_path", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "seed",
              "device", "overwrite_output_dir")  # fmt: skip
     same = {name: getattr(options, name) for name in names}
-    prompts = [prompt for _, prompt in asked] + options.unrelated_prompt
+    prompts = [*templates, *options.unrelated_prompt]
     sample(SampleOptions(**same, adapter=options.adapter, prompt=prompts, output_dir=str(out / "samples")))
-    samples, templates = protocols.read_samples(out / "samples"), dict(reversed([pair[::-1] for pair in asked]))
+    samples = protocols.read_samples(out / "samples")
     for image, prompt, more in zip(samples.images, samples.prompts, samples.about):
-        more["file"] = image.relative_to(out).as_posix()
+        more |= {"file": image.relative_to(out).as_posix(), "unrelated": prompt not in templates}
         if prompt in templates:
             more["template"] = templates[prompt]
     if not (options.unrelated_prompt and options.adapter):

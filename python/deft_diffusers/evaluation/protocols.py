@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import UserError, data, read_json, read_text
+from ..sample import RECORD
 from ..writing import replacing
 
 DREAMBOOTH, DREAMBENCH_PLUS = "dreambooth", "dreambench++"
@@ -47,22 +48,25 @@ def read_samples(folder, prompts_file=None):
     UserError if there is no picture at all, or none of a kind that is known.
     """
     folder = Path(folder).expanduser()
-    if (folder / TARGET).is_dir():
-        return _read_dreambench_plus(folder)
-    return _read_record(folder) if (folder / "samples.json").is_file() else _read_plain(folder, prompts_file)
+    for name, exists, read in ((TARGET, Path.is_dir, _read_dreambench_plus), (RECORD, Path.is_file, _read_record)):
+        if exists(folder / name):
+            if prompts_file:
+                raise UserError(f"--prompts_file does not apply to {folder}: {name} there tells the texts")
+            return read(folder)
+    return _read_plain(folder, prompts_file)
 
 
 def _read_record(folder):
-    record, samples = read_json(folder / "samples.json"), Samples()
+    record, samples = read_json(folder / RECORD), Samples()
     try:
         for entry in record["samples"]:
             more = {key: entry[key] for key in ("seed", "template", "unrelated") if key in entry}
             samples.add(folder / entry["file"], entry["prompt"], file=entry["file"], **more)
     except (KeyError, TypeError) as error:
-        raise UserError(f'{folder / "samples.json"} is no record of samples: expected {{"samples": [{{"file": …, "prompt": '
-                        '…, "seed": …}]}') from error  # fmt: skip
+        expected = '{"samples": [{"file": …, "prompt": …, "seed": …}]}'
+        raise UserError(f"{folder / RECORD} is no record of samples: expected {expected}") from error
     if not samples.images:
-        raise UserError(f"{folder / 'samples.json'} records no samples")
+        raise UserError(f"{folder / RECORD} records no samples")
     return samples
 
 
