@@ -438,6 +438,17 @@ def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
     assert sum(text.values()) / len(text) == pytest.approx(result["scores"]["clip_t"])
 
 
+def test_subjects_that_share_a_prompt_are_not_compared(tiny_encoders, pictures, tmp_path):
+    images, _, references, _ = pictures
+    for name, pair in (("cup", images[:2]), ("mug", images[2:4])):
+        protocols.write_dreambench_plus(tmp_path / "deft", name, pair, ["a red thing"] * 2, references[0])
+    read = protocols.read_samples(tmp_path / "deft")
+    each = {"about": read.about, "progress": False}
+    result = score(read.images, read.prompts, read.references, tiny_encoders, "dreambench++", **each)
+    one = features(tiny_encoders.dinov1, read.images)
+    assert result["scores"]["diversity"] == pytest.approx(1 - float(one[0] @ one[1] + one[2] @ one[3]) / 2, abs=1e-5)
+
+
 def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
     images, _, references, _ = pictures
     folder = tmp_path / "samples"
@@ -519,6 +530,22 @@ def test_a_folder_of_pictures_by_the_command(flags, pictures, photos, tmp_path, 
     assert run(flags | more | {"--overwrite_output_dir": None}, capsys)[0] == 0
 
 
+def test_pictures_that_are_there_go_out_in_dreambench_pluss_layout(flags, pictures, photos, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a sks mug\na sks mug\na red sks mug\n")
+    (photos / "1.png").write_bytes(b"")
+    reference = tmp_path / "object" / "07.png"
+    reference.parent.mkdir()
+    shutil.copy(pictures[2][0], reference)
+    code, _, err = run(flags | {
+        "--prompts_file": tmp_path / "prompts.txt", "--references": reference, "--subject": "sks mug",
+        "--class_name": "mug", "--dreambench_plus_dir": tmp_path / "plus",
+    }, capsys)  # fmt: skip
+    assert code == 0 and "missing: " in err and "1.png" in err
+    read = protocols.read_samples(tmp_path / "plus")
+    assert [more["file"] for more in read.about] == ["object_07_mug/0_0.jpg", "object_07_mug/1_0.jpg"]
+    assert read.prompts == ["a mug", "a red mug"]
+
+
 def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     images, _, references, _ = pictures
     protocols.write_dreambench_plus(tmp_path / "deft", "mug", images[:2], ["a mug", "a red mug"], references[0])
@@ -535,6 +562,7 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False))
     dk.save_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "result.json").write_text('{"parameters": 7}')
+    dk.save_adapter(model, tmp_path / "adapter" / "checkpoint-5")
     (tmp_path / "listing.txt").write_text(LISTING)
     words = {f"--{name}": folder for name, folder in folders.items()} | {
         "--pretrained_model_name_or_path": "toyworld", "--adapter": tmp_path / "adapter",

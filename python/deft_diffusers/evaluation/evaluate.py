@@ -109,7 +109,7 @@ def _look(paths, encoders, judging, miss, progress):
     each is read once, and but a batch of them is held."""
     found, verdicts, sizes = {name: {} for name in encoders.present}, {}, {}
     size = max(encoder.batch_size for encoder in encoders.present.values())
-    with tqdm(total=len(paths), desc="looking", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(paths), desc="scoring", unit="image", disable=not progress) as bar:
         for start in range(0, len(paths), size):
             read = {}
             for path in paths[start : start + size]:
@@ -197,8 +197,9 @@ def _totals(pictures, samples, found):
             scores[name], counts[name] = math.fsum(values) / len(values), len(values)
     features = found.get(FEATURES["diversity"], {})
     kept = [p for p in pictures if p.path in features and p.prompt and not p.unrelated]
-    if kept:
-        value = metrics.diversity(torch.stack([features[p.path] for p in kept]), [p.prompt for p in kept])
+    if kept:  # DreamBench++ has a folder for each subject, and two subjects may share a prompt
+        groups = [(Path(p.name).parent, p.prompt) for p in kept]
+        value = metrics.diversity(torch.stack([features[p.path] for p in kept]), groups)
         if value is not None:
             scores["diversity"], counts["diversity"] = value, len(kept)
     features = found.get(FEATURES["drift"], {})
@@ -245,7 +246,7 @@ def evaluate(options):
     if plus:
         protocols.write_dreambench_plus_scores(out, result)
     if options.dreambench_plus_dir:
-        _export(options, samples, references)
+        _export(options, samples, references, {entry["what"] for entry in result["missing"]})
     print(table(result), end="")
     for entry in result["missing"]:
         print(f"missing: {entry['what']}: {entry['why']}", file=sys.stderr)
@@ -386,20 +387,18 @@ def _cost(options):
     costs = []
     for name in options.adapter:
         path = find_adapter(name)
-        files = [path] if path.is_file() else path.rglob("*.safetensors")
-        told = path / "result.json"
-        costs.append({
-            "adapter": name,
-            "bytes": sum(f.stat().st_size for f in files if not any(p.startswith("checkpoint") for p in f.parts)),
-            "training": read_json(told) if told.is_file() else {},
-        })  # fmt: skip
+        files, told = [path] if path.is_file() else path.rglob("*.safetensors"), path / "result.json"
+        kept = [f for f in files if not f.relative_to(path).as_posix().startswith("checkpoint-")]
+        training = read_json(told) if told.is_file() else {}
+        costs.append({"adapter": name, "bytes": sum(f.stat().st_size for f in kept), "training": training})
     return costs
 
 
-def _export(options, samples, references):
+def _export(options, samples, references, missing):
     """Writes the pictures of the subject in DreamBench++'s layout, beside the first reference."""
     name = options.collection_id or protocols.collection_id(references[0].resolve(), options.class_name)
-    kept = [k for k, more in enumerate(samples.about) if not more["unrelated"] and samples.prompts[k]]
+    own = [k for k, more in enumerate(samples.about) if not more["unrelated"] and samples.prompts[k]]
+    kept = [k for k in own if str(samples.images[k]) not in missing]
     texts = [_without_token(samples.prompts[k], options.subject, options.class_name) for k in kept]
     images = [samples.images[k] for k in kept]
     protocols.write_dreambench_plus(options.dreambench_plus_dir, name, images, texts, references[0])
