@@ -7,11 +7,13 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from deft_diffusers import UserError, cli
+from deft_diffusers.evaluation import encoders as module
 from deft_diffusers.evaluation import protocols
 from deft_diffusers.evaluation.encoders import dino_transform, load_encoders
 from deft_diffusers.evaluation.evaluate import score
@@ -174,11 +176,12 @@ def test_what_is_not_downloaded_is_named_with_its_command_and_folder(monkeypatch
 @pytest.mark.parametrize(
     "words, said",
     [({"clip": "dinov2"}, "--clip .* is a model of type dinov2, expected clip"),
-     ({"dinov1": "/no/such/folder"}, "no such folder of an encoder, nor a hub id"),
+     ({"dinov1": "/no/such/folder"}, "--dinov1 /no/such/folder: no such folder, nor a hub id"),
+     ({"clip": "torchhub:owner/repo:main:entry"}, "--clip torchhub:owner/repo:main:entry: no such folder, nor a hub id"),
      ({"dinov1": "torchhub:a/b:c"}, "expected torchhub:owner/repo:ref:entry"),
      ({"clip": "none", "dinov1": "none", "dinov2": "none"}, "nothing to score with"),
      ({"encoders": "toyword"}, "--encoders must be toyworld, .* got 'toyword'")],
-    ids=["kind", "folder", "torchhub", "none", "encoders"],
+    ids=["kind", "folder", "hub", "torchhub", "none", "encoders"],
 )  # fmt: skip
 def test_wrong_encoders_are_refused(folders, words, said):
     words = {name: folders.get(value, value) for name, value in words.items()}
@@ -193,6 +196,23 @@ def test_an_encoder_without_all_its_weights_is_refused(folders, tmp_path):
     save_file(weights, tmp_path / "half" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="lacks weights, such as layernorm.weight"):
         load_encoders(**folders | {"dinov2": str(tmp_path / "half")})
+
+
+def test_the_embedded_encoders_come_with_their_judge(folders, monkeypatch):
+    judge = types.SimpleNamespace(load_judge=lambda device: f"judge on {device}")
+    monkeypatch.setitem(sys.modules, "deft_diffusers.toyworld.judge", judge)
+    monkeypatch.setattr(module, "EMBEDDED", Path(folders["clip"]).parent)
+    found = load_encoders("toyworld")
+    assert [encoder.id for encoder in found.present.values()] == ["toyworld/clip", "toyworld/dinov1", "toyworld/dinov2"]
+    assert found.judge == "judge on cpu"
+    assert set(load_encoders("toyworld", dinov2="none").present) == {"clip", "dinov1"}
+
+    def missing(device):
+        raise FileNotFoundError
+
+    judge.load_judge = missing
+    with pytest.raises(UserError, match="the embedded encoders are missing from this installation"):
+        load_encoders("toyworld")
 
 
 def test_a_model_of_torch_hub(monkeypatch, folders, pictures, tmp_path):
