@@ -153,6 +153,11 @@ def test_other_weights_or_other_pixels_are_not_found(load, folders, pictures, tm
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     changed = load(cache_dir=cache, dinov2=str(other)).dinov2
     assert not torch.equal(changed.images([image]), row) and changed.sha256 != before.sha256
+    told = json.loads((other / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
+    shutil.copy(Path(folders["dinov2"]) / "model.safetensors", other)
+    (other / "preprocessor_config.json").write_text(json.dumps(told))
+    shown = load(cache_dir=cache, dinov2=str(other)).dinov2
+    assert not torch.equal(shown.images([image]), row) and shown.sha256 == before.sha256
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert not torch.equal(before.images([mirrored]), row) and before.calls == 2
     assert torch.equal(load(cache_dir=cache).dinov2.images([image]), row)
@@ -406,12 +411,14 @@ def test_dreambooths_listing(tmp_path):
     file.write_text(LISTING)
     classes, objects, live = protocols.read_prompts_and_classes(file)
     assert classes == {"bear_plushie": "stuffed animal", "dog8": "dog"}
-    assert objects == ["a {} in the jungle", "a purple {}", "a cube shaped {}"] == protocols.dreambooth_prompts(file, "vase")
-    assert live == ["a {} wearing a red hat", "a wet {}"] == protocols.dreambooth_prompts(file, "dog")
+    assert objects == ["a {} in the jungle", "a purple {}", "a cube shaped {}"] == protocols.read_prompts(file, "vase")
+    assert live == ["a {} wearing a red hat", "a wet {}"] == protocols.read_prompts(file, "dog")
+    with pytest.raises(UserError, match="--class_name tells"):
+        protocols.read_prompts(file)
     file.write_text("Classes\nsubject_name,class\ncat,cat\n")
     assert protocols.read_prompts_and_classes(file) == ({"cat": "cat"}, [], [])
-    with pytest.raises(UserError, match="lists no prompts for live subjects"):
-        protocols.dreambooth_prompts(file, "cat")
+    with pytest.raises(UserError, match="has no prompts for cat"):
+        protocols.read_prompts(file, "cat")
     file.write_text("nothing of the kind\n")
     with pytest.raises(UserError, match="is no prompts_and_classes.txt"):
         protocols.read_prompts_and_classes(file)
@@ -420,12 +427,15 @@ def test_dreambooths_listing(tmp_path):
 def test_dreambench_plus_names_and_captions(tmp_path):
     assert protocols.collection_id("images/live_subject/animal/00.jpg", "Kitten") == "live_subject_animal_00_kitten"
     assert protocols.collection_id("images/object/07.jpg", "Red Mug") == "object_07_red_mug"
-    file = tmp_path / "00.txt"
+    file = tmp_path / "captions" / "live_subject" / "animal" / "00.txt"
+    file.parent.mkdir(parents=True)
     file.write_text("kitten\n" + "".join(f"a kitten {k} \n" for k in range(9)))
-    assert protocols.read_captions(file) == ("kitten", [f"a kitten {k}" for k in range(9)])
+    assert protocols.read_prompts(file)[:2] == ["kitten", "a kitten 0"]  # a file of prompts, were it not where it is
+    (tmp_path / "images").mkdir()
+    assert protocols.read_prompts(file) == [f"a {{}} {k}" for k in range(9)]
     file.write_text("kitten\n")
-    with pytest.raises(UserError, match="a prompt in each of the others"):
-        protocols.read_captions(file)
+    with pytest.raises(UserError, match="00.txt has no prompts"):
+        protocols.read_prompts(file)
 
 
 def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):

@@ -55,7 +55,7 @@ class Encoder:
         self.name, self.id, self.preprocessing = name, id, preprocessing
         self.model = model.eval().float().requires_grad_(False)
         self.sha256 = digest_of(self.model).hex()
-        kind = f"features of {name} {json.dumps(preprocessing, sort_keys=True)}"
+        kind = f"features {json.dumps(preprocessing, sort_keys=True)}"
         self.cache = cache_dir and Cache(cache_dir, kind, [self.model], [tokenizer] if tokenizer else [])
         self.model.to(device)
         self.prepare, self.tokenizer, self.device = prepare, tokenizer, device

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from .. import UserError, __version__, data, near, read_json, read_text
+from .. import UserError, __version__, data, near, read_json
 from ..options import SampleOptions
 from ..sample import _device_and_dtype, find_adapter, sample
 from ..toyworld import world
@@ -335,14 +335,7 @@ def _templates(options):
     """What to draw: {prompt: what it was before it had the subject in the place of {}}."""
     if bool(options.prompt) == bool(options.prompts_file):
         raise UserError("give the texts to draw either with --prompt or with --prompts_file")
-    templates = options.prompt
-    if options.prompts_file:
-        lines = [line.strip() for line in read_text(options.prompts_file).splitlines() if line.strip()]
-        if lines and lines[0] == "Classes":  # DreamBooth's
-            if not options.class_name:
-                raise UserError(f"which prompts of {options.prompts_file}? --class_name tells, with --subject")
-            lines = protocols.dreambooth_prompts(options.prompts_file, options.class_name)
-        templates = lines
+    templates = options.prompt or protocols.read_prompts(options.prompts_file, options.class_name)
     if not options.subject and (wrong := [text for text in templates if "{}" in text]):
         raise UserError(f"the prompt {wrong[0]!r} has {{}}, which stands for the subject: --subject 'sks dog'")
     found = {text.replace("{}", options.subject or ""): text for text in templates}

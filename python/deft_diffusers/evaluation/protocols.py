@@ -106,22 +106,21 @@ def read_prompts_and_classes(file):
     return classes, prompts["object"], prompts["live"]
 
 
-def dreambooth_prompts(file, class_name):
-    """The 25 prompts that DreamBooth asks of a subject of this class, {} for the subject. UserError if the file has none."""
-    _, objects, live = read_prompts_and_classes(file)
-    prompts = live if class_name in LIVE else objects
-    if not prompts:
-        raise UserError(f"{file} lists no prompts for {'live subjects' if class_name in LIVE else 'objects'}")
-    return prompts
-
-
-def read_captions(file):
-    """(subject, prompts) of a caption file of DreamBench++: a line for the subject, then nine for the prompts (0–3
-    photorealistic, 4–6 in a style, 7–8 imaginative). UserError if it has not both."""
+def read_prompts(file, class_name=None):
+    """The prompts that a file asks for, {} for the subject: a line each; those that DreamBooth's `prompts_and_classes.txt`
+    has for this class; or those of a file below DreamBench++'s `captions`, whose first line is the subject, and the nine
+    others prompts (0–3 photorealistic, 4–6 in a style, 7–8 imaginative). UserError if there are none."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if len(lines) < 2:
-        raise UserError(f"{file}: expected the subject in its first line and a prompt in each of the others")
-    return lines[0], lines[1:]
+    if lines and lines[0] == "Classes":
+        if not class_name:
+            raise UserError(f"which prompts of {file}? --class_name tells, with --subject")
+        _, objects, live = read_prompts_and_classes(file)
+        lines = live if class_name in LIVE else objects
+    elif any(folder.name == "captions" and (folder.parent / "images").is_dir() for folder in Path(file).resolve().parents):
+        lines = [line.replace(lines[0], "{}") for line in lines[1:]]
+    if not lines:
+        raise UserError(f"{file} has no prompts" + (f" for {class_name}" if class_name else ""))
+    return lines
 
 
 def collection_id(image, subject):
