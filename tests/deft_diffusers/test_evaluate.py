@@ -351,6 +351,10 @@ def test_without_references_texts_and_drift_are_still_scored(tiny_encoders, pict
     del settings["base_images"][("a house", 5)]
     result = score(images, prompts, [], tiny_encoders, **settings)
     assert result["counts"]["drift"] == 1 and "for 5.png: no drift" in result["missing"][1]["why"]
+    result = score(images, prompts, [], tiny_encoders, **settings | {"base_images": {}})
+    assert "drift" not in result["scores"] and "for 4.png, 5.png: no drift" in result["missing"][1]["why"]
+    result = score(images, prompts, [], tiny_encoders, **settings | {"base_images": None})
+    assert "drift" not in result["scores"] and len(result["missing"]) == 1
 
 
 def test_an_encoder_left_out_takes_only_its_scores(load, pictures):

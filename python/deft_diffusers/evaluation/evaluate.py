@@ -39,7 +39,8 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
         protocol: "dreambooth" (each picture with all references, 0–1) or "dreambench++" (×100).
         about: for each picture a dict that its record keeps: `file`, `seed`, `template`, and `unrelated`: true for one that
             is not of the subject, which counts for the drift alone.
-        base_images: {(prompt, seed): path} of the base model's pictures of the unrelated prompts.
+        base_images: {(prompt, seed): path} of the base model's pictures of the unrelated prompts; None where there is no
+            drift to tell, as of the base model itself.
         subject, class_name: "sks dog" and "dog": CLIP-T is asked for the prompt with the second in place of the first.
         individual: name in the drawn world of whom the pictures shall show, where the encoders are that world's.
 
@@ -59,7 +60,7 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
     paths = dict.fromkeys(path for p in pictures for path in (p.path, *p.references, *filter(None, [p.base])))
     found, verdicts, sizes = _look(list(paths), encoders, individual is not None, miss, progress)
     texts = _read_texts([p.text for p in pictures if p.text], encoders.clip, miss)
-    _say_what_is_lacking(pictures, miss)
+    _say_what_is_lacking(pictures, base_images is not None, miss)
     samples = [_score_one(p, found, texts, verdicts, individual, scale) for p in pictures]
     _warn_of_sizes(pictures, sizes)
     scores, counts = _totals(pictures, samples, found)
@@ -145,12 +146,12 @@ def _read_texts(texts, clip, miss):
     return {text: row for text, row in rows.items() if row.isfinite().all()}
 
 
-def _say_what_is_lacking(pictures, miss):
+def _say_what_is_lacking(pictures, drifts, miss):
     if names := [p.name for p in pictures if not p.prompt]:
         miss(data._some(names), "has no prompt: no CLIP-T, no diversity")
     if names := [p.name for p in pictures if not p.references and not p.unrelated]:
         miss("references", f"there are none for {data._some(names)}: no CLIP-I, DINOv1 and DINOv2")
-    if names := [p.name for p in pictures if p.unrelated and not p.base]:
+    if names := [p.name for p in pictures if drifts and p.unrelated and not p.base]:
         miss("base model's pictures", f"there are none of the same prompt and seed for {data._some(names)}: no drift")
 
 
@@ -363,7 +364,7 @@ def _draw(options, out):
         if prompt in templates:
             more["template"] = templates[prompt]
     if not (options.unrelated_prompt and options.adapter):
-        return samples, {}
+        return samples, None
     sample(SampleOptions(**same, prompt=options.unrelated_prompt, output_dir=str(out / "base")))
     return samples, _by_prompt(out / "base")
 
