@@ -291,10 +291,12 @@ def test_no_score_depends_on_batches_or_order(load, pictures):
 
 def test_each_picture_may_have_its_own_reference(tiny_encoders, pictures):
     images, prompts, references, _ = pictures
-    each = [[references[1]], [references[0]]]
+    each = [references[1:], [references[0]]]
     result = score(images[:2], prompts[:2], each, tiny_encoders, "dreambench++", progress=False)
     own, real = features(tiny_encoders.dinov2, images[:2]), features(tiny_encoders.dinov2, references)
-    assert result["scores"]["dinov2"] == pytest.approx(50 * float(own[0] @ real[1] + own[1] @ real[0]), abs=1e-3)
+    assert result["scores"]["dinov2"] == pytest.approx(
+        50 * float(own[0] @ (real[1] + real[2]) / 2 + own[1] @ real[0]), abs=1e-3
+    )
     assert result["real"] == {}
 
 
@@ -395,16 +397,16 @@ Prompts
 Object Prompts
 
 prompt_list = [
-'a {0} {1} in the jungle'.format(unique_token, class_token),
-'a purple {0} {1}'.format(unique_token, class_token),
-'a cube shaped {0} {1}'.format(unique_token, class_token)
+'a {0} {1} on the moon'.format(unique_token, class_token),
+'a striped {0} {1}'.format(unique_token, class_token),
+'a paper {0} {1}'.format(unique_token, class_token)
 ]
 
 Live Subject Prompts
 
 prompt_list = [
-'a {0} {1} wearing a red hat'.format(unique_token, class_token),
-'a wet {0} {1}'.format(unique_token, class_token)
+'a {0} {1} with a kite'.format(unique_token, class_token),
+'a sleepy {0} {1}'.format(unique_token, class_token)
 ]
 """
 
@@ -415,8 +417,8 @@ def test_dreambooths_listing(tmp_path):
     file.write_text(LISTING)
     classes, objects, live = protocols.read_prompts_and_classes(file)
     assert classes == {"bear_plushie": "stuffed animal", "dog8": "dog"}
-    assert objects == ["a {} in the jungle", "a purple {}", "a cube shaped {}"] == protocols.read_prompts(file, "vase")
-    assert live == ["a {} wearing a red hat", "a wet {}"] == protocols.read_prompts(file, "dog")
+    assert objects == ["a {} on the moon", "a striped {}", "a paper {}"] == protocols.read_prompts(file, "vase")
+    assert live == ["a {} with a kite", "a sleepy {}"] == protocols.read_prompts(file, "dog")
     with pytest.raises(UserError, match="--class_name tells"):
         protocols.read_prompts(file)
     file.write_text("Classes\nsubject_name,class\ncat,cat\n")
@@ -611,15 +613,15 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     assert set(result["scores"]) == {"clip_i", "clip_t", "dinov1", "dinov2", "diversity", "drift"}
     assert result["counts"]["clip_i"] == 4 and result["counts"]["drift"] == 2 and result["missing"] == []
     first, far = result["samples"][0], result["samples"][-1]
-    assert first["prompt"] == "a sks dog wearing a red hat" and first["text"] == "a dog wearing a red hat"
-    assert first["template"] == "a {} wearing a red hat" and first["file"] == "samples/0000.png"
+    assert first["prompt"] == "a sks dog with a kite" and first["text"] == "a dog with a kite"
+    assert first["template"] == "a {} with a kite" and first["file"] == "samples/0000.png"
     assert far["unrelated"] and far["prompt"] == "a house" and far["seed"] == 1
     (cost,) = result["cost"]
     assert cost["training"] == {"parameters": 7}
     assert cost["bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     read = protocols.read_samples(tmp_path / "plus")
     assert [m["file"] for m in read.about] == [f"dog_00/{n}.jpg" for n in ("0_0", "0_1", "1_0", "1_1")]
-    assert read.prompts[0] == "a dog wearing a red hat"
+    assert read.prompts[0] == "a dog with a kite"
     # the same from the pictures that now lie there
     again = {name: value for name, value in words.items() if name[2:] in (*NAMES, "subject", "class_name", "references",
              "unrelated_prompt", "device")}  # fmt: skip
