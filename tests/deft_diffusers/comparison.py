@@ -70,9 +70,10 @@ def _write_job(root, name, job, prompts, rng):
                 "prompt": [sample["prompt"] for sample in samples]}  # fmt: skip
     subject = {"name": name, "instance_data_dir": str(root / "subjects" / name), "instance_prompt": f"a photo of {words}",
                "class_name": kind, "words": words}  # fmt: skip
-    scores = {key: round(float(rng.uniform(*between)), 4) for key, between in (
-        ("clip_i", (0.7, 0.95)), ("clip_t", (0.25, 0.33)), ("dinov1", (0.5, 0.9)), ("dinov2", (0.5, 0.9)),
-        ("diversity", (0.1, 0.3)), ("drift", (0.0, 0.2)), ("individual", (0, 1)), ("scene", (0, 1)))}  # fmt: skip
+    strength = 0 if method == "base" else len(row) % 5 / 5 + 0.2  # so that rows differ by more than their seeds
+    scores = {key: round(start + change * strength + float(rng.normal(0, abs(change) / 60)), 4) for key, start, change in (
+        ("clip_i", 0.7, 0.2), ("clip_t", 0.32, -0.06), ("dinov1", 0.5, 0.3), ("dinov2", 0.45, 0.4), ("diversity", 0.3, -0.1),
+        ("drift", 0.0, 0.2), ("individual", 0.0, 0.9), ("scene", 0.95, -0.2))}  # fmt: skip
     scored = [
         sample | {"template": template, "unrelated": template == UNRELATED, "clip_t": 0.31}
         | ({} if template == UNRELATED else {"clip_i": 0.83, "dinov2": 0.71, "individual": True, "scene": False})

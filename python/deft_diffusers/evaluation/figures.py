@@ -17,6 +17,7 @@ What a figure asks for and no job has drawn is an empty cell that says so.
 import itertools
 import sys
 from pathlib import Path
+from statistics import fmean, stdev
 
 import matplotlib
 import numpy as np
@@ -29,6 +30,7 @@ from scipy import stats
 from .. import UserError, near, read_json
 from ..data import find_pictures, read_image
 from ..grid import wrap
+from ..sweep import BASE
 from ..writing import replacing
 
 FIGURES = "figures"  # folder in the comparison's, and key of the plan
@@ -36,7 +38,15 @@ SPEC = {"title": str, "subjects": list, "rows": list, "prompts": list, "seed": i
 NEEDED = ("subjects", "rows", "prompts")
 
 DPI = 300
-CELL, GAP = 320, 24  # pixels; five of them for each of a 64-pixel picture's
+SETTINGS = {  # what the note under a title says
+    "pretrained_model_name_or_path": "base model {}",
+    "steps": "{} training steps",
+    "num_inference_steps": "{} denoising steps",
+    "guidance_scale": "guidance {}",
+    "training": "training seed {}",
+    "picture": "picture seed {}",
+}
+CELL, GAP = 320, 24  # pixels: a cell is five for each of a 64-pixel picture
 TEXT, TITLE = 7, 9  # sizes in points
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib, so that pages are the same everywhere
@@ -80,7 +90,8 @@ COLOURS = {  # of methods: Okabe and Ito's, told apart by colour-blind eyes too
     "textual_inversion": "#56b4e9",
     "base": "#777777",
 }
-MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X"  # of subjects
+FILLS = ("full", "none", "bottom", "top")  # of a method's rows
 
 
 # what there is to show ------------------------------------------------------------------------------------------------
@@ -98,7 +109,8 @@ def read_samples(folder):
     record = read_json(record)
     samples, templates = record["samples"], {}
     if (folder / "job.json").is_file():
-        drawn = read_json(folder / "job.json").get("drawn", {}).get("prompt", [])
+        drawn = read_json(folder / "job.json").get("drawn", {})
+        drawn = [*drawn.get("prompt", []), *drawn.get("unrelated", [])]
         templates = dict(zip(record["settings"].get("prompt", []), drawn))
     scored = read_json(folder / "scores.json")["samples"] if (folder / "scores.json").is_file() else []
     scored = {sample["file"]: sample for sample in scored}
@@ -107,21 +119,27 @@ def read_samples(folder):
     ]
 
 
-def concept(folder):
-    """The subject's first photograph, a PIL image; None if it is not there any more."""
+def photographs(folder):
+    """The files that a job has learned its subject from; [] if they are not there any more."""
     job = Path(folder) / "job.json"
-    where = read_json(job)["subject"]["instance_data_dir"] if job.is_file() else None
+    where = Path(read_json(job)["subject"]["instance_data_dir"]) if job.is_file() else None
+    return find_pictures(where) if where and where.exists() else []
+
+
+def _read(file):
+    """A picture, or None if it is not there or is none."""
     try:
-        return read_image(find_pictures(where)[0]) if where else None
+        return read_image(file) if file and file.is_file() else None
     except UserError:
         return None
 
 
 def read_figures(plan):
-    """The plan's figures, {name: what to show}. UserError names what is wrong with one."""
+    """The plan's figures, {name: what to show}; a number stands for `figure<number>`. UserError names what is wrong with one."""
     figures = plan.get(FIGURES) or {}
     if not isinstance(figures, dict):
         raise UserError(f"`{FIGURES}` is {figures!r}, expected names with {', '.join(SPEC)}")
+    figures = {f"figure{name}" if str(name).isdigit() else str(name): spec for name, spec in figures.items()}
     for name, spec in figures.items():
         if not isinstance(spec, dict):
             raise UserError(f"{FIGURES}: {name} is {spec!r}, expected {', '.join(SPEC)}")
@@ -154,8 +172,11 @@ class _Page:
         self.width, self.height = width, height
         self.figure = Figure((width / DPI, height / DPI), dpi=DPI)
 
-    def text(self, x, y, lines, **how):
-        self.figure.text(x / self.width, 1 - y / self.height, "\n".join(lines), **{"va": "top", "linespacing": 1.2} | how)
+    def text(self, x, y, lines, size=TEXT, **how):
+        """Lines one by one, their first one's top at y: matplotlib's own spacing depends on the letters."""
+        for n, line in enumerate(lines):
+            baseline = y + (n + 0.5) * _line(size) + 0.36 * size * DPI / 72
+            self.figure.text(x / self.width, 1 - baseline / self.height, line, fontsize=size, **how)
 
     def cell(self, x, y, image):
         """The picture in the middle of a cell; for None an empty one."""
@@ -173,6 +194,11 @@ class _Page:
         axes.text(0.5, 0.5, "missing", ha="center", va="center", color="#6b6b6b", transform=axes.transAxes)
 
 
+def _line(points):
+    """Height of a line of text in pixels."""
+    return round(points * 1.25 * DPI / 72)
+
+
 def _font(points):
     return ImageFont.truetype(font_manager.findfont(STYLE["font.family"]), points * DPI / 72)
 
@@ -183,29 +209,27 @@ def draw_grid(lines, columns, title, note):
     `lines` is a list of (subject, photograph, [(label, [picture …]) …]) with PIL images, None for one that is missing;
     `columns` are the texts above the pictures. `title` and `note` stand on top.
     """
-    font, bold = _font(TEXT), _font(TITLE)
-    step, high = round(TEXT * 1.2 * DPI / 72), round(TITLE * 1.3 * DPI / 72)
+    font, bold, step = _font(TEXT), _font(TITLE), _line(TEXT)
     labels = [[wrap(font, label, CELL) for label, _ in rows] for _, _, rows in lines]
-    heads = [wrap(font, text, CELL) for text in ("concept", *columns)]
-    left = GAP + max(round(font.getlength(text)) for group in labels for label in group for text in label)
-    width = left + GAP + len(heads) * (CELL + GAP)
+    heads = [wrap(font, text, CELL) for text in columns]
+    first = CELL + 3 * GAP + max(round(font.getlength(text)) for group in labels for label in group for text in label)
+    width = first + len(heads) * (CELL + GAP)
     titles, notes = wrap(bold, title, 0.94 * (width - 2 * GAP)), wrap(font, note, width - 2 * GAP)
-    body = 3 * GAP + len(titles) * high + len(notes) * step + max(map(len, heads)) * step
-    height = body + GAP + sum(len(rows) * (CELL + GAP) + GAP for _, _, rows in lines)
-    page = _Page(width, height)
-    page.text(GAP, GAP, titles, fontsize=TITLE, weight="bold", linespacing=1.3)
-    page.text(GAP, GAP + len(titles) * high, notes, color="#555555")
+    body = 3 * GAP + len(titles) * _line(TITLE) + (len(notes) + max(map(len, heads))) * step
+    page = _Page(width, body + sum(len(rows) * (CELL + GAP) + GAP for _, _, rows in lines))
+    page.text(GAP, GAP, titles, TITLE, weight="bold")
+    page.text(GAP, GAP + len(titles) * _line(TITLE), notes, color="#555555")
     for k, text in enumerate(heads):
-        page.text(left + GAP + k * (CELL + GAP) + CELL / 2, body - GAP / 3, text, ha="center", va="bottom")
+        page.text(first + k * (CELL + GAP) + CELL / 2, body - GAP / 3 - len(text) * step, text, ha="center")
     y = body
     for (subject, photograph, rows), group in zip(lines, labels):
         middle = y + (len(rows) * (CELL + GAP) - GAP - CELL) // 2
-        page.cell(left + GAP, middle, photograph and at_print_size(photograph))
-        page.text(left + GAP + CELL / 2, middle + CELL + GAP / 3, [subject], ha="center", color="#555555")
+        page.cell(GAP, middle, photograph and at_print_size(photograph))
+        page.text(GAP + CELL / 2, middle - GAP / 3 - step, [subject], ha="center")
         for (_, pictures), label in zip(rows, group):
-            page.text(GAP, y + CELL / 2, label, va="center")
-            for k, picture in enumerate(pictures, 1):
-                page.cell(left + GAP + k * (CELL + GAP), y, picture and at_print_size(picture))
+            page.text(CELL + 2 * GAP, y + (CELL - len(label) * step) / 2, label)
+            for k, picture in enumerate(pictures):
+                page.cell(first + k * (CELL + GAP), y, picture and at_print_size(picture))
             y += CELL + GAP
         y += GAP
     return page.figure
@@ -213,66 +237,72 @@ def draw_grid(lines, columns, title, note):
 
 def draw_figure(root, results, name, spec):
     """The matplotlib figure that `spec` of the plan asks for, as the module says, and what is missing in it, as texts."""
-    root, lines, settings, missing = Path(root), [], {}, []
+    lines, said, missing = [], {key: [] for key in SETTINGS}, []
     for subject in spec["subjects"]:
         photograph, rows = None, []
         for label in spec["rows"]:
-            found = [row for row in results["rows"] if (row["subject"], row["row"]) == (subject, label)]
-            wanted = [row for row in found if spec.get("seed") in (None, row["seed"]) or row["method"] == "base"]
-            job = min(wanted, key=lambda row: row["seed"], default=None)
-            if job is None:
-                missing.append(f"{name}: no job of {subject}, {label}")
-                rows.append((label, [None] * len(spec["prompts"])))
-                continue
-            folder = root / job["folder"]
-            photograph = photograph or concept(folder)
-            samples = {}
-            for sample in read_samples(folder):
-                samples.setdefault(sample["template"], sample)
-            pictures = []
-            for prompt in spec["prompts"]:
-                file = folder / "samples" / samples[prompt]["file"] if prompt in samples else None
-                pictures.append(read_image(file) if file and file.is_file() else None)
-                if pictures[-1] is None:
-                    missing.append(f"{name}: {job['job']} has no picture of {prompt!r}")
-                else:
-                    _add(settings, "picture seed", samples[prompt]["seed"])
-            if job["method"] != "base":
-                _add(settings, "training seed", job["seed"])
-            record = folder / "samples" / "samples.json"
-            for key, said in (read_json(record)["settings"] if record.is_file() else {}).items():
-                if key in SETTINGS:
-                    _add(settings, SETTINGS[key], said)
+            jobs = [row for row in results["rows"] if (row["subject"], row["row"]) == (subject, label)]
+            jobs = [row for row in jobs if row["method"] == BASE or spec.get("seed") in (None, row["seed"])]
+            job = min(jobs, key=lambda row: row["seed"], default=None)
+            pictures = [None] * len(spec["prompts"])
+            if job:
+                folder = Path(root) / job["folder"]
+                photograph = photograph or _read(next(iter(photographs(folder)), None))
+                pictures = _pictures(folder, job, spec["prompts"], said)
+                missing += [f"{name}: {job['job']} has no picture of {prompt!r}"
+                            for prompt, picture in zip(spec["prompts"], pictures) if picture is None]  # fmt: skip
+            else:
+                missing.append(f"{name}: there is no job of {subject}, {label}")
             rows.append((label, pictures))
         lines.append((subject, photograph, rows))
-    number = name.removeprefix("figure")
-    title = (f"Figure {number}. " if number.isdigit() else "") + spec.get("title", "" if number.isdigit() else name)
-    note = ", ".join(f"{key} {' and '.join(map(str, values))}" for key, values in settings.items())
+    note = ", ".join(text.format(" and ".join(said[key])) for key, text in SETTINGS.items() if said[key])
     columns = [prompt.replace("{}", "[V]") for prompt in spec["prompts"]]
-    return draw_grid(lines, columns, title.strip(), note), missing
+    return draw_grid(lines, columns, heading(name, spec), note), missing
 
 
-SETTINGS = {"pretrained_model_name_or_path": "model", "num_inference_steps": "denoising steps", "guidance_scale": "guidance"}
+def heading(name, spec):
+    """A figure's title."""
+    title, number = spec.get("title", ", ".join(spec["subjects"])), name.removeprefix("figure")
+    return f"Figure {number}. {title}" if number.isdigit() else title
 
 
-def _add(settings, key, value):
-    if value not in settings.setdefault(key, []):
-        settings[key].append(value)
+def _pictures(folder, job, prompts, said):
+    """The job's first picture of each prompt, None where there is none; adds to what is said of all."""
+    samples = {}
+    for sample in read_samples(folder):
+        samples.setdefault(sample["template"], sample)
+    files = [folder / "samples" / samples[prompt]["file"] if prompt in samples else None for prompt in prompts]
+    pictures = [_read(file) for file in files]
+    if any(pictures):
+        settings = read_json(folder / "samples" / "samples.json")["settings"]
+        settings |= {"steps": job["training"].get("steps"), "picture": [samples[p]["seed"] for p in prompts if p in samples]}
+        settings["training"] = None if job["method"] == BASE else job["seed"]
+        for key, values in said.items():
+            value = settings.get(key)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and str(one) not in values:
+                    values.append(str(one))
+    return pictures
 
 
 # plots ----------------------------------------------------------------------------------------------------------------
 
 
+def interval_factor(n):
+    """Half the width of a 95 % t-interval of a mean of n numbers, in their standard deviations."""
+    return stats.t.ppf(0.975, n - 1) / n**0.5
+
+
 def interval(values):
     """Mean of some numbers, and half the width of its 95 % t-interval, None for a single one."""
-    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values) if len(values) > 1 else None
-    return float(np.mean(values)), half
+    return fmean(values), interval_factor(len(values)) * stdev(values) if len(values) > 1 else None
 
 
 def points(results, x, y):
     """Where each row and subject stands: a list of {row, subject, method, rank, n, x, y, dx, dy}.
 
-    x and y are means over seeds, dx and dy half the widths of their 95 % t-intervals, None for a single seed.
+    x and y are means over seeds, dx and dy half the widths of their 95 % t-intervals, None for a single seed. More than
+    `SHOWN` subjects are one, their mean.
     """
     key = lambda row: (row["subject"], row["row"])
     found = []
@@ -289,31 +319,30 @@ def points(results, x, y):
 def draw_plot(results, x, y, title):
     """A matplotlib figure: a point for each row (colour) and subject (shape), bars for the 95 % t-intervals over seeds.
 
-    Of several ranks of a method the highest is filled, the lowest hollow. The points' group ids are `point-0` … in the order
+    Of several rows of a method the one of the highest rank is filled, the next hollow. The points' group ids are `point-0` … in the order
     of `points`.
     """
     order = {label: k for k, label in enumerate(dict.fromkeys(row["row"] for row in results["rows"]))}
     found = sorted(points(results, x, y), key=lambda p: (order[p["row"]], p["subject"]))
-    subjects = sorted({p["subject"] for p in found})
+    markers = dict(zip(dict.fromkeys(p["subject"] for p in found), itertools.cycle(MARKERS)))
+    rows = {p["row"]: (p["method"], -(p["rank"] or 0)) for p in found}
     faces = {}
-    for p in found:
-        ranks = sorted({q["rank"] for q in found if q["method"] == p["method"] and q["rank"] is not None})
-        share = ranks.index(p["rank"]) / (len(ranks) - 1) if len(ranks) > 1 else 1.0
-        faces[p["row"]] = COLOURS.get(p["method"], "#000000"), share
+    for method, labels in itertools.groupby(sorted(rows, key=rows.get), lambda label: rows[label][0]):
+        for label, fill in zip(labels, itertools.cycle(FILLS)):
+            faces[label] = {"color": COLOURS.get(method, "#000000"), "fillstyle": fill}
     figure = Figure((6.4, 3.6))
     axes = figure.add_axes((0.09, 0.13, 0.6, 0.77))
     axes.set_title(title, loc="left", fontsize=TITLE, weight="bold")
     axes.set_xlabel(AXES.get(x, SCORES[x]))
     axes.set_ylabel(AXES.get(y, SCORES[y]))
-    how = lambda colour, share: {"color": colour, "markerfacecolor": (colour, share), "markersize": 5.5, "mew": 1.2}
+    how = {"markersize": 5.5, "markeredgewidth": 1.2}
     for k, p in enumerate(found):
-        bars = axes.errorbar(p["x"], p["y"], xerr=p["dx"], yerr=p["dy"], fmt=MARKERS[subjects.index(p["subject"]) % len(MARKERS)],
-                             elinewidth=0.7, capsize=0, **how(*faces[p["row"]]))  # fmt: skip
+        bars = axes.errorbar(p["x"], p["y"], p["dy"], p["dx"], marker=markers[p["subject"]], elinewidth=0.7,
+                             **how, **faces[p["row"]])  # fmt: skip
         bars.lines[0].set_gid(f"point-{k}")
-    handles = [Line2D([], [], marker="o", ls="", label=label, **how(*face)) for label, face in faces.items()]
+    handles = [Line2D([], [], marker="o", ls="", label=label, **how, **faces[label]) for label in rows]
     axes.add_artist(axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0)))
-    handles = [Line2D([], [], marker=MARKERS[k % len(MARKERS)], ls="", label=subject, color="#777777", markersize=5.5)
-               for k, subject in enumerate(subjects)]  # fmt: skip
+    handles = [Line2D([], [], marker=m, ls="", label=name, color="#777777", **how) for name, m in markers.items()]
     axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(1.02, 0.0))
     return figure
 
