@@ -207,7 +207,8 @@ def _plots(root, results):
         file = root / FIGURES / f"{name}.svg"
         if file.is_file():
             svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-            svg = re.sub(r' id="[^"]*_[^"]*"', "", svg)  # matplotlib's own names, the same in every plot
+            svg = re.sub(r' id="[^"]*[_-][^"]*"', "", svg)  # of groups, which are the same in every plot
+            svg = re.sub(r'(id="|#)(?=[mp][0-9a-f]{10}\b)', rf"\1{name}-", svg)  # and those of shapes, which are referred to
             found.append(markupsafe.Markup(svg.replace("#000000", "currentColor")))
     return found
 
