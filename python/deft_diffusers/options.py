@@ -302,6 +302,22 @@ class SweepOptions:
 
 
 @dataclass(kw_only=True)
+class CompareOptions(SweepOptions):
+    """What `deft compare` takes: all that a sweep does, and a plan that says what to score and show."""
+
+    plan: str = option(
+        "What to train", "YAML file as `deft sweep` takes it, and besides: unrelated (prompts that tell what was forgotten), "
+        "evaluate (options of `deft evaluate`), figures, and parts, named tables with what is their own of all that; an entry "
+        "of methods may be a row with a name of its own: {PaRa + uncond: {method: para, ranks: [4], caption_dropout: 1}}; "
+        "only: which subjects, and what they are called in the published tables; benchmarks/quality has examples",
+        metavar="FILE",
+    )  # fmt: skip
+    output_dir: str = option(
+        "What to train", "where each job has its folder, and tables, figures and report.html go", metavar="DIR"
+    )
+
+
+@dataclass(kw_only=True)
 class ConvertOptions:
     """What `deft convert` takes."""
 

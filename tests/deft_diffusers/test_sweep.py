@@ -17,7 +17,7 @@ from deft_diffusers import sweep as module
 from deft_diffusers.cli import main
 from deft_diffusers.grid import MARGIN
 from deft_diffusers.options import SweepOptions
-from deft_diffusers.sweep import CLAIM, _command, _say, _train_command, find_subjects, read_plan, sweep, table
+from deft_diffusers.sweep import CLAIM, _command, _train_command, find_subjects, read_plan, say, sweep, table
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipeline import python_environment, write_picture
@@ -159,8 +159,8 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         "print('ready', flush=True); time.sleep(5)"
     )
     mine = (
-        "import sys; from deft_diffusers.sweep import _call, _claim; from pathlib import Path; folder = Path(sys.argv[1]);\n"
-        "with _claim(folder) as claim, open(folder / 'said', 'w') as output:\n"
+        "import sys; from deft_diffusers.sweep import _call, claimed; from pathlib import Path; folder = Path(sys.argv[1]);\n"
+        "with claimed(folder) as claim, open(folder / 'said', 'w') as output:\n"
         "    sys.exit(_call([sys.executable, '-c', sys.argv[2]], None, output, claim))"
     )
     for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -9)):
@@ -170,7 +170,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         process.send_signal(number)
         assert process.wait() == code
         assert ("saved" in (tmp_path / "said").read_text()) == (number == signal.SIGTERM)
-        with module._claim(tmp_path) as claim:  # the job of a process that was killed goes on, and nobody else takes it
+        with module.claimed(tmp_path) as claim:  # the job of a process that was killed goes on, and nobody else takes it
             assert (claim is None) == (number == signal.SIGKILL)
         (tmp_path / "said").unlink()
 
@@ -212,7 +212,7 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
      ("a pizza {}", "artist", "a pizza artist")],
 )  # fmt: skip
 def test_articles(prompt, subject, said):
-    assert _say(prompt, subject) == said
+    assert say(prompt, subject) == said
 
 
 def test_options_of_a_plan_become_flags():
