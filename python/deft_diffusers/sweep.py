@@ -110,7 +110,7 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the jobs of one part of a plan share: options of every `deft train`, of those of a row of its methods, of every
-    `deft sample` and of what scores it; what to draw, {} for the subject, and what to draw that has nothing to do with it."""
+    `deft sample`, and of its scores; what to draw, {} for the subject, and what to draw that has nothing to do with it."""
 
     model: str
     train: dict
@@ -234,7 +234,8 @@ def _check_options(where, command, given):
     known = {field.name for field in dataclasses.fields(OPTIONS[command])}
     for name in given:
         if name not in known:
-            raise UserError(f"{where} has unknown {name}{near(name, known - OWN[command])}; expected options of `deft {command}`")
+            hint = near(name, known - OWN[command])
+            raise UserError(f"{where} has unknown {name}{hint}; expected options of `deft {command}`")
         if name in OWN[command]:
             raise UserError(f"{where} cannot set {name}: every job has its own")
 
@@ -311,10 +312,16 @@ def _read_part(name, given, subjects, options):
         method = own.get("method", row)
         if seed in seeds[row] and subject.name in own.get("subjects", names):
             jobs += [Job(subject, method, r, seed, row, name) for r in (ranks[row] if method in ADAPTERS else [None])]
-    only, own = given.get("only", []), {row: {k: v for k, v in o.items() if k not in ROW} for row, o in rows.items()}
-    published = only if isinstance(only, dict) else {}
-    part = Part(model, given["train"], own, given["sample"], prompts, given.get("unrelated", []), given["evaluate"], published)
-    return part, jobs
+    return Part(
+        model=model,
+        train=given["train"],
+        rows={row: {name: value for name, value in own.items() if name not in ROW} for row, own in rows.items()},
+        sample=given["sample"],
+        prompts=prompts,
+        unrelated=given.get("unrelated", []),
+        evaluate=given["evaluate"],
+        published=given["only"] if isinstance(given.get("only"), dict) else {},
+    ), jobs
 
 
 def _check_prompts(prompts, unrelated, subjects):

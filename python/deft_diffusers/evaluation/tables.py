@@ -133,8 +133,9 @@ def _about(part, rows):
     """What a reader of any score has to know."""
     encoders = ", ".join(f"{name} {facts['id']}" for name, facts in part.get("encoders", {}).items())
     seeds = len({row["seed"] for row in rows if row["method"] != BASE})
-    scale = {1: "0–1", 100: "×100"}.get(part.get("scale"), "unknown, nothing is scored")
-    return f"Protocol {part['protocol']}, scale {scale}; encoders: {encoders or 'none'}; mean ± 95 % t-interval over n of {seeds} seeds."
+    scale = {1: "0 to 1", 100: "times 100"}.get(part.get("scale"), "unknown, nothing is scored")
+    known = f"Protocol {part['protocol']}, scale {scale}; encoders: {encoders or 'none'}"
+    return f"{known}; mean ± 95 % t-interval over n of {seeds} seeds."
 
 
 def _order(rows, published):
@@ -191,10 +192,11 @@ def _table2(part, rows, published, source):
             methods.setdefault(row["row"].split(" (rank=")[0], {})[row["row"]] = None
     printed = {(entry["row"], entry["image"]): entry["values"] for entry in published["rows"]}
     caption = (
-        f"{', '.join(published['columns'])} by method and image, and what the supplement printed (its table 2, which tells no "
-        f"rank). {_about(part, rows)} {BOLD} Printed: {source}."
+        f"{', '.join(published['columns'])} by method and image, and what the supplement printed (its table 2, which tells "
+        f"no rank). {_about(part, rows)} {BOLD} Printed: {source}."
     )
-    table = Table(caption, ["method", "image", "n"], [*published["columns"], *(f"printed {c}" for c in published["columns"])])
+    columns = [*published["columns"], *(f"printed {name}" for name in published["columns"])]
+    table = Table(caption, ["method", "image", "n"], columns)
     for method in dict.fromkeys([*(entry["row"] for entry in published["rows"]), *methods]):
         for name, image in itertools.product(methods.get(method, {method: None}), images):
             its = [row for row in rows if (row["row"], row["subject"]) == (name, own.get(image))]
@@ -225,8 +227,8 @@ def _scores(results):
         (f"{name}: " if name else "") + _about(part, [r for r in rows if r["part"] == name]) for name, part in parts.items()
     )
     caption = (
-        f"All scores by part, subject ({ALL}: mean over the part's subjects, of the seeds that all of them have) and method; "
-        f"drift: less is better. {about} {BOLD}"
+        f"All scores by part, subject ({ALL}: mean over the part's subjects, of the seeds that all of them have) and "
+        f"method; drift: less is better. {about} {BOLD}"
     )
     table = Table(
         caption, ["part", "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())]
@@ -319,8 +321,7 @@ def _csv(name, table):
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "±": r"$\pm$", "×": r"$\times$", "—": "---", "–": "--", "−": "$-$", "…": r"\ldots{}", "“": "``", "”": "''",
-    "`": r"\textasciigrave{}", "→": r"$\rightarrow$",
+    "±": r"$\pm$", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "`": r"\textasciigrave{}",
 }  # fmt: skip
 
 
