@@ -1,0 +1,328 @@
+"""A comparison as one HTML page that needs no network: tables, plots, figures, every picture, costs, and what is missing.
+
+It is made of `results.json`, the tables and figures beside it, and the jobs' folders; `report.html` is its template. A job's
+`strength/<weight>/` holds what `draw_strengths` draws.
+"""
+
+import base64
+import csv
+import dataclasses
+import io
+import json
+import os
+import re
+from pathlib import Path
+from statistics import fmean
+
+import jinja2
+import markupsafe
+import yaml
+from PIL import Image
+
+from .. import UserError, read_json
+from ..options import SampleOptions
+from ..sweep import BASE
+from ..writing import replacing
+from .figures import FIGURES, PLOTS, SCORES, heading, interval_factor, photographs, read_figures, read_samples
+
+REPORT = "report.html"  # in the comparison's folder; the template beside this file has the same name
+TABLES = {
+    "table1": "Fidelity for each subject (the supplement's table 1); published figures in columns of their own",
+    "table2": "DEFT and LoRA, one picture to learn from (the supplement's table 2); published figures in columns of their own",
+    "scores": "All scores",
+}
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+STRENGTH = "strength"
+TINY = 128  # a picture no wider is shown in squares
+FIGURE_SIDE = 2000  # pixels of a figure, at most
+FILTERS = ("subject", "row", "seed", "prompt")
+BUDGET = 40e6  # bytes of all embedded pictures: what browsers open without a wait
+SIDES = (None, 512, 256, 128, 64)  # pixels, the first that keeps to the budget; None leaves files as they are
+QUALITY = 85  # of JPEG
+PROBES = 24  # pictures that are encoded to foresee the size of all
+
+
+# strength -------------------------------------------------------------------------------------------------------------
+
+
+def draw_strengths(folder, templates, seed=0, weights=WEIGHTS):
+    """Draws a job's prompts again at several weights of what it has learned, to `strength/<weight>/`, as `deft sample` does,
+    with the settings that its samples were drawn with. `templates` are of the plan's prompts. What is there stays.
+
+    The base model and new words (textual inversion) have no strength: nothing is drawn. UserError if a prompt is not among
+    the job's samples.
+    """
+    from ..sample import RECORD, sample  # imports diffusers
+
+    folder = Path(folder)
+    if read_json(folder / "job.json")["method"] in (BASE, "textual_inversion"):
+        return
+    prompts = {s["template"]: s["prompt"] for s in read_samples(folder)}
+    if unknown := [template for template in templates if template not in prompts]:
+        raise UserError(f"{folder} has no picture of {unknown[0]!r}, to be drawn at other weights too")
+    settings = read_json(folder / "samples" / RECORD)["settings"]
+    known = {field.name for field in dataclasses.fields(SampleOptions)}
+    options = {key: value for key, value in settings.items() if key in known}
+    options |= {"prompt": [prompts[template] for template in templates], "prompts_file": None, "num_images_per_prompt": 1,
+                "seed": seed, "adapter": [str(folder)], "overwrite_output_dir": True}  # fmt: skip
+    for weight in weights:
+        target = folder / STRENGTH / f"{weight:g}"
+        drawn = read_json(target / RECORD)["samples"] if (target / RECORD).is_file() else []
+        if [(s["prompt"], s["seed"]) for s in drawn] != [(prompt, seed) for prompt in options["prompt"]]:
+            sample(SampleOptions(**options | {"adapter_weight": [weight], "output_dir": str(target)}))
+
+
+# pictures -------------------------------------------------------------------------------------------------------------
+
+
+def encode(file, side):
+    """A picture as a data URI: its file as it is, or, wider or higher than `side` pixels, a smaller JPEG."""
+    with Image.open(file) as image:
+        kind, data = image.get_format_mimetype(), None
+        if side and max(image.size) > side:
+            small, data = image.convert("RGB"), io.BytesIO()
+            small.thumbnail((side, side), Image.LANCZOS)
+            small.save(data, "JPEG", quality=QUALITY)
+            kind, data = "image/jpeg", data.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data or Path(file).read_bytes()).decode()}"
+
+
+def choose_side(files, budget=BUDGET):
+    """The first of `SIDES` with which all pictures stay within the budget, as some of them foretell; else the last."""
+    probes = files[:: max(1, len(files) // PROBES)]
+    for side in SIDES:
+        if not files or fmean(len(encode(file, side)) for file in probes) * len(files) <= budget:
+            return side
+    return SIDES[-1]
+
+
+# what the page says ---------------------------------------------------------------------------------------------------
+
+
+def _number(value):
+    """For people: 4 digits, thousands apart."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
+
+
+def _scores(scores):
+    """The scores of a job or of a picture, in words."""
+    said = []
+    for key, name in SCORES.items():
+        value = scores.get(key)
+        if isinstance(value, bool):
+            said.append(f"{name}: {'yes' if value else 'no'}")
+        elif value is not None:
+            said.append(f"{name} {value:.4g}")
+    return " · ".join(said)
+
+
+def _shot(root, file, title, facts, **filters):
+    """What the template shows of a picture. Of `filters` (subject, row, seed, prompt) what is left out fits every choice."""
+    return {"path": file, "file": os.path.relpath(file, root), "title": title, "label": title, "facts": facts} | filters
+
+
+def _sample(root, row, folder, sample):
+    seeds = (_seed(row), f"picture seed {sample['seed']}")
+    unrelated = "unrelated to the subject" if sample.get("unrelated") else ""
+    facts = (row["subject"], row["row"], *seeds, unrelated, _scores(sample))
+    filters = {} if row["method"] == BASE else {"seed": row["seed"]}
+    return _shot(root, folder / sample["file"], sample["prompt"], " · ".join(filter(None, facts)), subject=row["subject"],
+                 row=row["row"], prompt=sample.get("template") or sample["prompt"], **filters)  # fmt: skip
+
+
+def _seed(row):
+    return "" if row["method"] == BASE else f"training seed {row['seed']}"
+
+
+def _title(row):
+    return " · ".join(filter(None, (row["subject"], row["row"], _seed(row))))
+
+
+def _jobs(root, results, missing):
+    """The photographs of each subject, then its jobs. Adds to `missing` what jobs have not done."""
+    jobs = []
+    for subject in dict.fromkeys(row["subject"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["subject"] == subject]
+        photos = photographs(root / rows[0]["folder"])
+        if not photos:
+            missing.append((f"photographs of {subject}", "they are not where they were when it was trained"))
+        shots = [_shot(root, file, file.name, f"{subject} · photograph", subject=subject) for file in photos]
+        jobs.append({"title": f"{subject} · photographs", "shots": shots})
+        jobs += [_job(root, row, missing) for row in rows]
+    return jobs
+
+
+def _job(root, row, missing):
+    folder = root / row["folder"]
+    shots = [_sample(root, row, folder / "samples", sample) for sample in read_samples(folder)]
+    job = read_json(folder / "job.json") if (folder / "job.json").is_file() else {"said": "the job has not run"}
+    why = "" if job.get("status") == "done" else job["said"] or job["status"]
+    if not shots:
+        missing.append((f"pictures of {row['job']}", why or "none has been drawn"))
+    if not row.get("scores"):
+        missing.append((f"scores of {row['job']}", why or "it has not been scored"))
+    if (folder / "scores.json").is_file():
+        told = read_json(folder / "scores.json").get("missing", [])
+        missing += [(f"{row['job']}: {one['what']}", one["why"]) for one in told]
+    return {"title": _title(row), "scores": _scores(row.get("scores") or {}), "shots": shots}
+
+
+def _strips(root, results):
+    """A strip for each job and prompt that has been drawn at several weights."""
+    strips = []
+    for row in results["rows"]:
+        drawn = {}
+        for record in (root / row["folder"] / STRENGTH).glob("*/samples.json"):
+            told = read_json(record)
+            (weight,) = told["settings"]["adapter_weight"]
+            for sample in told["samples"]:
+                shot = _sample(root, row, record.parent, sample) | {"label": f"{weight:g}"}
+                shot["facts"] += f" · weight {weight:g}"
+                drawn.setdefault(sample["prompt"], []).append((weight, shot))
+        for prompt, shots in drawn.items():
+            shots = [shot for _, shot in sorted(shots, key=lambda pair: pair[0])]
+            strips.append({"title": _title(row), "scores": prompt, "shots": shots})
+    return strips
+
+
+def _figures(root, results):
+    specs, found = {name: spec for name, spec in read_figures(results["plan"]).items()}, []
+    for name, spec in specs.items():
+        file = root / FIGURES / f"{name}.png"
+        title = heading(name, spec)
+        facts = f"lines: {', '.join(spec['rows'])}; columns: {', '.join(spec['prompts'])}".replace("{}", "[V]")
+        found.append(_shot(root, file, title, facts) | {"kind": "figure"})
+    return found
+
+
+def _plots(root):
+    """The plots that there are, as SVG in the page's colours."""
+    found = []
+    for name in PLOTS:
+        file = root / FIGURES / f"{name}.svg"
+        if file.is_file():
+            svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+            svg = re.sub(r' id="[^"]*_[^"]*"', "", svg)  # matplotlib's own names, the same in every plot
+            found.append(markupsafe.Markup(svg.replace("#000000", "currentColor")))
+    return found
+
+
+def _tables(root):
+    tables = []
+    for name, caption in TABLES.items():
+        if (root / f"{name}.csv").is_file():
+            with open(root / f"{name}.csv", newline="", encoding="utf-8") as file:
+                head, *rows = csv.reader(file)
+            tables.append({"name": name, "caption": caption, "head": head, "rows": rows})
+    return tables
+
+
+def _costs(results):
+    """A line for each row: how many jobs, and the means of all numbers that their trainings have told."""
+    trained = [row for row in results["rows"] if row.get("training")]
+    told = [row["training"].items() for row in trained]
+    keys = list(dict.fromkeys(key for items in told for key, v in items if isinstance(v, int | float)))
+    lines = []
+    for label in dict.fromkeys(row["row"] for row in trained):
+        own = [row["training"] for row in trained if row["row"] == label]
+        values = [[one[key] for one in own if one.get(key) is not None] for key in keys]
+        lines.append([label, str(len(own)), *(_number(fmean(v)) if v else "" for v in values)])
+    return {"head": ["", "jobs", *(key.replace("_", " ") for key in keys)], "rows": lines}
+
+
+def _settings(root, results):
+    """What everything was made with: (heading, [(name, text) …]) each."""
+    say = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    encoders, protocols = {}, {}
+    for row in results["rows"]:
+        file = root / row["folder"] / "scores.json"
+        told = read_json(file) if file.is_file() else {}
+        for name, facts in (told.get("encoders") or {}).items():
+            text = ", ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in facts.items())
+            encoders.setdefault(text, {"name": name})
+        if told:
+            protocols[f"{told['protocol']}, similarities times {told['scale']:g}"] = None
+    made = [(key, say(results[key])) for key in ("commit", "device") if results.get(key)]
+    found = [
+        ("This comparison", [*made, *((key, say(value)) for key, value in (results.get("settings") or {}).items())]),
+        ("Versions", list((results.get("versions") or {}).items())),
+        ("Scores", [*(("protocol", text) for text in protocols), *((e["name"], text) for text, e in encoders.items())]),
+    ]
+    return [(name, entries) for name, entries in found if entries]
+
+
+def _noise(results):
+    seeds = sorted({row["seed"] for row in results["rows"] if row["method"] != BASE})
+    subjects = sorted({row["subject"] for row in results["rows"]})
+    count = f"{len(seeds)} training seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})"
+    texts = []
+    if len(seeds) > 1:
+        from scipy import stats
+
+        factor = stats.t.ppf(0.975, len(seeds) - 1) / len(seeds) ** 0.5
+        texts.append(
+            f"Every row is a mean over {count}; ± is half the width of the 95 % t-interval, with {len(seeds)} seeds "
+            f"{factor:.2f} standard deviations. Where the intervals of two rows overlap, this comparison does not tell "
+            "which is better."
+        )
+    else:
+        texts.append(f"There is only {count}: no interval can be given, and no difference told from chance.")
+    texts.append(
+        f"The intervals tell how much another seed would change, and nothing else: the subjects ({', '.join(subjects)}), their "
+        "photographs, the prompts and the encoders are the same throughout, and others may order the methods otherwise."
+    )
+    if results.get("published"):
+        texts.append(
+            "Published figures are quoted as printed. They come from other base models, data and pictures, and stand beside "
+            "these to be compared in their order, not in their size."
+        )
+    return texts
+
+
+def _embed(shots, missing, budget=BUDGET):
+    """Puts the pictures' data into `shots`, and returns how, in words."""
+    for shot in shots:
+        try:
+            with Image.open(shot["path"]) as image:
+                shot["tiny"] = max(image.size) <= TINY
+        except OSError as error:
+            missing.append((shot["file"], "it is not there" if isinstance(error, FileNotFoundError) else "it is no picture"))
+            shot["path"] = None
+    there = [shot for shot in shots if shot["path"]]
+    side = choose_side([shot["path"] for shot in there if "kind" not in shot], budget)
+    for shot in there:
+        shot["uri"] = encode(shot["path"], FIGURE_SIDE if "kind" in shot else side)
+    if side is None:
+        return "The pictures are here as they were drawn."
+    return (
+        f"So that this page stays below {budget / 1e6:.0f} MB, pictures are here at most {side} pixels wide and high; each has "
+        "a link to its file, which lies beside the page."
+    )
+
+
+def write(root, results):
+    """Writes `report.html` into a comparison's folder and returns its path. What is missing is told on the page."""
+    root, missing = Path(root), []
+    jobs, strips, figures = _jobs(root, results, missing), _strips(root, results), _figures(root, results)
+    shots = [shot for group in (*jobs, *strips) for shot in group["shots"]]
+    embedded = _embed([*shots, *figures], missing)
+    drawn = [shot for job in jobs for shot in job["shots"]]
+    filters = [(name, list(dict.fromkeys(shot[name] for shot in drawn if name in shot))) for name in FILTERS]
+    tables, plots = _tables(root), _plots(root)
+    parts = ("noise", "How far to trust it"), ("tables", "Tables"), ("plots", "Plots"), ("figures", "Figures"), \
+        ("pictures", "Pictures"), ("strength", "Weight strength"), ("costs", "Costs"), ("settings", "Settings"), \
+        ("missing", f"Missing ({len(missing)})")
+    there = {"plots": plots, "figures": figures, "strength": strips}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.ChainableUndefined).get_template(REPORT).render(
+        title=..., 
+        parts=[part for part in parts if there.get(part[0], True)],
+        noise=_noise(results), tables=tables, plots=plots, figures=figures, embedded=embedded, filters=filters, jobs=jobs,
+        strips=strips, costs=_costs(results), settings=_settings(root, results),
+        plan=yaml.safe_dump(results["plan"], sort_keys=False, allow_unicode=True), missing=missing,
+    )
+    with replacing(root / REPORT) as part:
+        part.write_text(page, encoding="utf-8")
+    return root / REPORT
