@@ -37,6 +37,7 @@ PLAN = {  # what a plan may hold: kinds, and what is expected
     "seeds": (list, "a list of numbers"),
     "train": (dict, "options of `deft train`"),
     "prompts": ((list, str), "a list of texts, or `captions`"),
+    "shown": (list, "a list of texts"),
     "unrelated": (list, "a list of texts"),
     "sample": (dict, "options of `deft sample`"),
     "evaluate": (dict, "options of `deft evaluate`"),
@@ -110,13 +111,15 @@ class Job:
 @dataclasses.dataclass(frozen=True)
 class Part:
     """What the jobs of one part of a plan share: options of every `deft train`, of those of a row of its methods, of every
-    `deft sample`, and of its scores; what to draw, {} for the subject, and what to draw that has nothing to do with it."""
+    `deft sample`, and of its scores; what to draw, {} for the subject, scored and only shown, and what to draw that has
+    nothing to do with it."""
 
     model: str
     train: dict
     rows: dict[str, dict]
     sample: dict
     prompts: list[str] | str
+    shown: list[str]
     unrelated: list[str]
     evaluate: dict
     published: dict[str, str]  # subject -> its name in the published tables
@@ -136,10 +139,14 @@ class Plan:
         options = {} if job.method == BASE else part.train | part.rows[job.row]
         return {"pretrained_model_name_or_path": part.model} | options
 
-    def prompts(self, job):
-        """What is drawn of its subject, {} for it; empty if nothing is."""
+    def scored(self, job):
+        """The prompts that its scores are of, {} for its subject."""
         prompts = self.parts[job.part].prompts
         return list(job.subject.captions) if prompts == CAPTIONS else prompts
+
+    def prompts(self, job):
+        """All that is drawn of its subject; empty if nothing is."""
+        return self.scored(job) + self.parts[job.part].shown
 
     def drawing(self, job):
         """What it is drawn with; empty if it is not."""
@@ -298,9 +305,10 @@ def _read_part(name, given, subjects, options):
     for row, own in rows.items():
         if unknown := [one for one in own.get("subjects", ()) if one not in names]:
             raise UserError(f"`{row}`: there is no subject {unknown[0]}{near(unknown[0], names)}")
-    prompts = options.prompt or given.get("prompts", [])
+    prompts, shown, unrelated = (given.get(name, []) for name in ("prompts", "shown", "unrelated"))
+    prompts = options.prompt or prompts
     subjects = [s for s in subjects if s.name in (options.subject or names)]
-    _check_prompts(prompts, given.get("unrelated", []), subjects)
+    _check_prompts(prompts, shown, unrelated, subjects)
     for s in subjects:
         by_word = any(own.get("method", row) == "textual_inversion" for row, own in rows.items())
         if s.words not in s.instance_prompt and (prompts or by_word):
@@ -318,19 +326,21 @@ def _read_part(name, given, subjects, options):
         rows={row: {name: value for name, value in own.items() if name not in ROW} for row, own in rows.items()},
         sample=given["sample"],
         prompts=prompts,
-        unrelated=given.get("unrelated", []),
+        shown=shown,
+        unrelated=unrelated,
         evaluate=given["evaluate"],
         published=given["only"] if isinstance(given.get("only"), dict) else {},
     ), jobs
 
 
-def _check_prompts(prompts, unrelated, subjects):
+def _check_prompts(prompts, shown, unrelated, subjects):
     if prompts == CAPTIONS:
         if without := [s.name for s in subjects if not s.captions]:
             raise UserError(f"`prompts` are the captions of the data set, of which {without[0]} has none")
     elif isinstance(prompts, str):
         raise UserError(f"`prompts` is {prompts!r}, expected {PLAN['prompts'][1]}")
-    elif wrong := [text for text in prompts if not (isinstance(text, str) and "{}" in text)]:
+    listed = [*shown, *(prompts if isinstance(prompts, list) else [])]
+    if wrong := [text for text in listed if not (isinstance(text, str) and "{}" in text)]:
         raise UserError(f"the prompt {wrong[0]!r} has no {{}}, which stands for the subject")
     if wrong := [text for text in unrelated if not isinstance(text, str) or "{}" in text or not text.strip()]:
         raise UserError(f"the unrelated prompt {wrong[0]!r} is no text without {{}}")

@@ -52,7 +52,7 @@ def compare(options):
     plan = sweep.read_plan(options)
     root = Path(options.output_dir).expanduser()
     for job in plan.jobs:
-        if not plan.prompts(job):
+        if not plan.scored(job):
             raise UserError(f"{options.plan}: there is nothing to score without `prompts`")
     figures.read_figures(plan.given)
     encoders = _Encoders(root / FEATURES)
@@ -151,13 +151,15 @@ def _score(job, plan, root, encoders):
     from .evaluate import score, write_scores
 
     folder, part, base = root / job.name, plan.parts[job.part], _base(job)
-    samples, references, missing = _read_samples(folder, job, plan), [], []
+    wanted, references, missing = plan.scored(job), [], []
+    samples = [s for s in _read_samples(folder, job, plan) if "unrelated" in s or s["template"] in wanted]
     try:
         references = data.find_pictures(job.subject.instance_data_dir)
     except UserError as error:
         missing.append({"what": "references", "why": str(error)})
     before = _read_samples(root / base.name, base, plan) if job != base else []
-    in_world = "encoders" in part.evaluate and job.subject.name in INDIVIDUALS
+    names = [job.subject.name, part.published.get(job.subject.name, "").casefold().replace(" ", "_")]
+    drawn = next((name for name in names if name in INDIVIDUALS), None) if "encoders" in part.evaluate else None
     result = score(
         [folder / SAMPLES / sample["file"] for sample in samples],
         [sample["prompt"] for sample in samples],
@@ -168,7 +170,7 @@ def _score(job, plan, root, encoders):
         base_images={(s["prompt"], s["seed"]): root / base.name / SAMPLES / s["file"] for s in before},
         subject=job.subject.words,
         class_name=job.subject.class_name,
-        individual=job.subject.name if in_world else None,
+        individual=drawn,
         progress=False,
     )
     result["missing"] = missing + result["missing"]
