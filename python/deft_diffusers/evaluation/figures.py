@@ -14,10 +14,12 @@ photograph before them (figures 1 to 5 of the supplement to arXiv 2509.22793 are
 What a figure asks for and no job has drawn is an empty cell that says so.
 """
 
+import html
 import itertools
+import re
 import sys
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import matplotlib
 import numpy as np
@@ -25,13 +27,14 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image, ImageFont
-from scipy import stats
 
 from .. import UserError, near, read_json
 from ..data import find_pictures, read_image
 from ..grid import wrap
 from ..sweep import BASE
 from ..writing import replacing
+from .metrics import mean_interval
+from .tables import ALL, OTHERS, SIMILARITIES
 
 FIGURES = "figures"  # folder in the comparison's, and key of the plan
 SPEC = {"title": str, "subjects": list, "rows": list, "prompts": list, "seed": int}
@@ -62,20 +65,15 @@ STYLE = {
     "axes.linewidth": 0.6,
     "legend.frameon": False,
 }
-SAVED = {"png": {"dpi": DPI}, "pdf": {"metadata": {"CreationDate": None}}, "svg": {"metadata": {"Date": None}}}
-
-SCORES = {  # of a job, and what they are called; fidelity first, in the order of preference for a plot
-    "dinov2": "DINOv2",
-    "dinov1": "DINOv1",
-    "clip_i": "CLIP-I",
-    "clip_t": "CLIP-T",
-    "individual": "this individual",
-    "scene": "that scene",
-    "diversity": "diversity",
-    "drift": "drift",
+SAVED = {
+    "png": {"dpi": DPI},
+    "pdf": {"metadata": {"CreationDate": None}},
+    "svg": {"metadata": {"Date": None}, "transparent": True},
 }
+
+SCORES = SIMILARITIES | OTHERS
 FIDELITY = ("dinov2", "dinov1", "clip_i")
-PLOTS = {  # file -> scores to put on x and y, the first that any job has
+PLOTS = {  # file -> scores to put on x and y, the first that any job has, and the title
     "fidelity_prompt": (("clip_t",), FIDELITY, "Fidelity against following the prompt"),
     "fidelity_drift": (("drift",), FIDELITY, "Fidelity against forgetting"),
     "individual_scene": (("scene",), ("individual",), "Share of pictures that show this individual, and that scene"),
@@ -98,7 +96,7 @@ FILLS = ("full", "none", "bottom", "top")  # of a method's rows
 
 
 def read_samples(folder):
-    """The records of a job's pictures, as `scores.json` has them, else, unscored, as `samples.json` has; [] if none is there.
+    """The records of a job's pictures, as `scores.json` has them or, not scored, `samples.json`; [] if none is there.
 
     Each has file, prompt, seed and, where it is known, template: the prompt with {} for the subject.
     """
@@ -114,9 +112,7 @@ def read_samples(folder):
         templates = dict(zip(record["settings"].get("prompt", []), drawn))
     scored = read_json(folder / "scores.json")["samples"] if (folder / "scores.json").is_file() else []
     scored = {sample["file"]: sample for sample in scored}
-    return [
-        {"template": templates.get(sample["prompt"])} | sample | scored.get(sample["file"], {}) for sample in samples
-    ]
+    return [{"template": templates.get(sample["prompt"])} | sample | scored.get(sample["file"], {}) for sample in samples]
 
 
 def photographs(folder):
@@ -135,7 +131,7 @@ def _read(file):
 
 
 def read_figures(plan):
-    """The plan's figures, {name: what to show}; a number stands for `figure<number>`. UserError names what is wrong with one."""
+    """The plan's figures, {name: what to show}; a number stands for `figure<number>`. UserError says what is wrong."""
     figures = plan.get(FIGURES) or {}
     if not isinstance(figures, dict):
         raise UserError(f"`{FIGURES}` is {figures!r}, expected names with {', '.join(SPEC)}")
@@ -288,42 +284,33 @@ def _pictures(folder, job, prompts, said):
 # plots ----------------------------------------------------------------------------------------------------------------
 
 
-def interval_factor(n):
-    """Half the width of a 95 % t-interval of a mean of n numbers, in their standard deviations."""
-    return stats.t.ppf(0.975, n - 1) / n**0.5
-
-
-def interval(values):
-    """Mean of some numbers, and half the width of its 95 % t-interval, None for a single one."""
-    return fmean(values), interval_factor(len(values)) * stdev(values) if len(values) > 1 else None
-
-
-def points(results, x, y):
+def points(rows, x, y):
     """Where each row and subject stands: a list of {row, subject, method, rank, n, x, y, dx, dy}.
 
-    x and y are means over seeds, dx and dy half the widths of their 95 % t-intervals, None for a single seed. More than
-    `SHOWN` subjects are one, their mean.
+    `rows` are jobs of one part. x and y are means over seeds, dx and dy half the widths of their 95 % t-intervals, None
+    for a single seed. Where there are more subjects than `MARKERS`, a point is of all of them: their mean, seed by seed.
     """
-    key = lambda row: (row["subject"], row["row"])
-    found = []
-    for (subject, label), rows in itertools.groupby(sorted(results["rows"], key=key), key):
-        rows = list(rows)
-        both = [r["scores"] for r in rows if r.get("scores") and None not in (r["scores"].get(x), r["scores"].get(y))]
-        if both:
-            (mx, dx), (my, dy) = (interval([scores[axis] for scores in both]) for axis in (x, y))
-            found.append({"row": label, "subject": subject, "method": rows[0]["method"], "rank": rows[0]["rank"],
-                          "n": len(both), "x": mx, "y": my, "dx": dx, "dy": dy})  # fmt: skip
+    subjects, groups, found = {row["subject"] for row in rows}, {}, []
+    several = len(subjects) > len(MARKERS)
+    for row in rows:
+        scores = row["scores"].get(x), row["scores"].get(y)
+        if None not in scores:
+            group = groups.setdefault((row["row"], ALL if several else row["subject"]), (row, {}))
+            group[1].setdefault(row["seed"], []).append(scores)
+    for (label, subject), (row, seeds) in groups.items():
+        whole = [pairs for pairs in seeds.values() if len(pairs) == (len(subjects) if several else 1)]
+        if whole:
+            (mx, dx), (my, dy) = (mean_interval([fmean(pair[k] for pair in pairs) for pairs in whole]) for k in (0, 1))
+            found.append({"row": label, "subject": subject, "method": row["method"], "rank": row["rank"], "n": len(whole),
+                          "x": mx, "y": my, "dx": dx, "dy": dy})  # fmt: skip
     return found
 
 
-def draw_plot(results, x, y, title):
-    """A matplotlib figure: a point for each row (colour) and subject (shape), bars for the 95 % t-intervals over seeds.
+def draw_plot(found, x, y, title):
+    """A matplotlib figure of `points`: colours for rows, shapes for subjects, bars for the intervals.
 
-    Of several rows of a method the one of the highest rank is filled, the next hollow. The points' group ids are `point-0` … in the order
-    of `points`.
+    Of several rows of a method the one of the highest rank is filled, the next hollow. The group id of point k is `point-k`.
     """
-    order = {label: k for k, label in enumerate(dict.fromkeys(row["row"] for row in results["rows"]))}
-    found = sorted(points(results, x, y), key=lambda p: (order[p["row"]], p["subject"]))
     markers = dict(zip(dict.fromkeys(p["subject"] for p in found), itertools.cycle(MARKERS)))
     rows = {p["row"]: (p["method"], -(p["rank"] or 0)) for p in found}
     faces = {}
@@ -347,14 +334,24 @@ def draw_plot(results, x, y, title):
     return figure
 
 
+def tip(point, x, y):
+    """What there is to say of one of `points`."""
+    said = []
+    for score, mean, half in ((x, point["x"], point["dx"]), (y, point["y"], point["dy"])):
+        said.append(f"{SCORES[score]} {mean:.4g}" + ("" if half is None else f" ± {half:.2g}"))
+    return f"{point['row']}, {point['subject']}: {', '.join(said)}; {point['n']} seed{'s' * (point['n'] != 1)}"
+
+
 def plots(results):
-    """What can be plotted: {name: (x, y, title)}, each of them a score that some job has."""
-    scored = {key for row in results["rows"] for key in row.get("scores") or {}}
+    """What can be plotted: {file's name: (points, score on x, on y, title)}, each part of the plan by itself, since
+    protocols differ in their scale."""
     found = {}
-    for name, (xs, ys, title) in PLOTS.items():
+    for part, (name, (xs, ys, title)) in itertools.product(results["parts"], PLOTS.items()):
+        rows = [row for row in results["rows"] if row["part"] == part]
+        scored = {key for row in rows for key in row["scores"]}
         x, y = (next((score for score in scores if score in scored), None) for scores in (xs, ys))
-        if x and y and points(results, x, y):
-            found[name] = x, y, title
+        if x and y and (where := points(rows, x, y)):
+            found[f"{part}-{name}" if part else name] = where, x, y, f"{title} ({part})" if part else title
     return found
 
 
@@ -370,14 +367,18 @@ def draw_all(root, results, plan):
             figure, lacking = draw_figure(root, results, name, spec)
             missing += lacking
             _save(figure, folder / name, ("png", "pdf"))
-        for name, (x, y, title) in plots(results).items():
-            _save(draw_plot(results, x, y, title), folder / name, ("png", "pdf", "svg"))
+        for name, (found, x, y, title) in plots(results).items():
+            figure = draw_plot(found, x, y, title)
+            _save(figure, folder / name, ("png", "pdf", "svg"), [tip(point, x, y) for point in found])
     for text in missing:
         print(f"warning: {text}", file=sys.stderr)
     return missing
 
 
-def _save(figure, stem, formats):
+def _save(figure, stem, formats, tips=()):
     for kind in formats:
         with replacing(stem.with_suffix(f".{kind}")) as part:
             figure.savefig(part, format=kind, **SAVED[kind])
+            if kind == "svg":  # a title is what a browser shows when a point is pointed at
+                titled = lambda found: f"{found[0]}<title>{html.escape(tips[int(found[1])])}</title>"
+                part.write_text(re.sub(r'<g id="point-(\d+)">', titled, part.read_text(encoding="utf-8")), encoding="utf-8")

@@ -5,7 +5,6 @@ It is made of `results.json`, the tables and figures beside it, and the jobs' fo
 """
 
 import base64
-import csv
 import dataclasses
 import io
 import json
@@ -23,18 +22,15 @@ from .. import UserError, read_json
 from ..options import SampleOptions
 from ..sweep import BASE
 from ..writing import replacing
-from .figures import FIGURES, PLOTS, SCORES, heading, interval_factor, photographs, read_figures, read_samples
+from . import tables
+from .figures import DPI, FIGURES, SCORES, heading, photographs, plots, read_figures, read_samples
+from .metrics import t_quantile
 
 REPORT = "report.html"  # in the comparison's folder; the template beside this file has the same name
-TABLES = {
-    "table1": "Fidelity for each subject (the supplement's table 1); published figures in columns of their own",
-    "table2": "DEFT and LoRA, one picture to learn from (the supplement's table 2); published figures in columns of their own",
-    "scores": "All scores",
-}
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 STRENGTH = "strength"
 TINY = 128  # a picture no wider is shown in squares
-FIGURE_SIDE = 2000  # pixels of a figure, at most
+FIGURE_SIDE, SCREEN = 2000, 120  # pixels of a figure, at most, and per inch on the page
 FILTERS = ("subject", "row", "seed", "prompt")
 BUDGET = 40e6  # bytes of all embedded pictures: what browsers open without a wait
 SIDES = (None, 512, 256, 128, 64)  # pixels, the first that keeps to the budget; None leaves files as they are
@@ -99,13 +95,6 @@ def choose_side(files, budget=BUDGET):
 # what the page says ---------------------------------------------------------------------------------------------------
 
 
-def _number(value):
-    """For people: 4 digits, thousands apart."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"
-
-
 def _scores(scores):
     """The scores of a job or of a picture, in words."""
     said = []
@@ -155,18 +144,13 @@ def _jobs(root, results, missing):
 
 
 def _job(root, row, missing):
-    folder = root / row["folder"]
-    shots = [_sample(root, row, folder / "samples", sample) for sample in read_samples(folder)]
-    job = read_json(folder / "job.json") if (folder / "job.json").is_file() else {"said": "the job has not run"}
-    why = "" if job.get("status") == "done" else job["said"] or job["status"]
-    if not shots:
-        missing.append((f"pictures of {row['job']}", why or "none has been drawn"))
-    if not row.get("scores"):
-        missing.append((f"scores of {row['job']}", why or "it has not been scored"))
-    if (folder / "scores.json").is_file():
-        told = read_json(folder / "scores.json").get("missing", [])
-        missing += [(f"{row['job']}: {one['what']}", one["why"]) for one in told]
-    return {"title": _title(row), "scores": _scores(row.get("scores") or {}), "shots": shots}
+    shots = [_sample(root, row, root / row["folder"] / "samples", sample) for sample in read_samples(root / row["folder"])]
+    if row["status"] != "done":
+        missing.append((row["job"], f"{row['status']}. {row['said']}"))
+    elif not row["scores"]:
+        missing.append((f"scores of {row['job']}", "nothing has scored it"))
+    missing += [(f"{row['job']}, {one['what']}", one["why"]) for one in row["missing"]]
+    return {"title": _title(row), "scores": _scores(row["scores"]), "shots": shots}
 
 
 def _strips(root, results):
@@ -188,8 +172,8 @@ def _strips(root, results):
 
 
 def _figures(root, results):
-    specs, found = {name: spec for name, spec in read_figures(results["plan"]).items()}, []
-    for name, spec in specs.items():
+    found = []
+    for name, spec in read_figures(results["plan"]).items():
         file = root / FIGURES / f"{name}.png"
         title = heading(name, spec)
         facts = f"lines: {', '.join(spec['rows'])}; columns: {', '.join(spec['prompts'])}".replace("{}", "[V]")
@@ -197,10 +181,10 @@ def _figures(root, results):
     return found
 
 
-def _plots(root):
+def _plots(root, results):
     """The plots that there are, as SVG in the page's colours."""
     found = []
-    for name in PLOTS:
+    for name in plots(results):
         file = root / FIGURES / f"{name}.svg"
         if file.is_file():
             svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -209,76 +193,56 @@ def _plots(root):
     return found
 
 
-def _tables(root):
-    tables = []
-    for name, caption in TABLES.items():
-        if (root / f"{name}.csv").is_file():
-            with open(root / f"{name}.csv", newline="", encoding="utf-8") as file:
-                head, *rows = csv.reader(file)
-            tables.append({"name": name, "caption": caption, "head": head, "rows": rows})
-    return tables
-
-
 def _costs(results):
     """A line for each row: how many jobs, and the means of all numbers that their trainings have told."""
-    trained = [row for row in results["rows"] if row.get("training")]
+    trained = [row for row in results["rows"] if row["training"]]
     told = [row["training"].items() for row in trained]
-    keys = list(dict.fromkeys(key for items in told for key, v in items if isinstance(v, int | float)))
+    keys = list(dict.fromkeys(key for items in told for key, value in items if isinstance(value, int | float)))
     lines = []
     for label in dict.fromkeys(row["row"] for row in trained):
         own = [row["training"] for row in trained if row["row"] == label]
         values = [[one[key] for one in own if one.get(key) is not None] for key in keys]
-        lines.append([label, str(len(own)), *(_number(fmean(v)) if v else "" for v in values)])
-    return {"head": ["", "jobs", *(key.replace("_", " ") for key in keys)], "rows": lines}
+        lines.append((label, [len(own), *(fmean(found) if found else None for found in values)]))
+    return {"columns": ["jobs", *(key.replace("_", " ") for key in keys)], "lines": lines}
 
 
-def _settings(root, results):
+def _settings(results):
     """What everything was made with: (heading, [(name, text) …]) each."""
     say = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    encoders, protocols = {}, {}
-    for row in results["rows"]:
-        file = root / row["folder"] / "scores.json"
-        told = read_json(file) if file.is_file() else {}
-        for name, facts in (told.get("encoders") or {}).items():
-            text = ", ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in facts.items())
-            encoders.setdefault(text, {"name": name})
-        if told:
-            protocols[f"{told['protocol']}, similarities times {told['scale']:g}"] = None
-    made = [(key, say(results[key])) for key in ("commit", "device") if results.get(key)]
-    found = [
-        ("This comparison", [*made, *((key, say(value)) for key, value in (results.get("settings") or {}).items())]),
-        ("Versions", list((results.get("versions") or {}).items())),
-        ("Scores", [*(("protocol", text) for text in protocols), *((e["name"], text) for text, e in encoders.items())]),
-    ]
-    return [(name, entries) for name, entries in found if entries]
+    made = {key: results[key] for key in ("time", "commit", "device") if results[key]} | results["settings"]
+    found = [("This comparison", made), ("Versions", results["versions"])]
+    for name, part in results["parts"].items():
+        facts = {"protocol": part["protocol"], "similarities": f"cosines times {part.get('scale', 1)}"}
+        for encoder, told in part.get("encoders", {}).items():
+            facts[encoder] = "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in told.items())
+        found.append((f"Scores of {name}" if name else "Scores", facts))
+    own = {row["row"]: row["options"] for row in results["rows"] if row["options"]}
+    found.append(("Options of training, where they are not the defaults", own))
+    return [(heading, [(key, say(value)) for key, value in facts.items()]) for heading, facts in found if facts]
 
 
 def _noise(results):
+    """What the figures do not know, in sentences."""
     seeds = sorted({row["seed"] for row in results["rows"] if row["method"] != BASE})
-    subjects = sorted({row["subject"] for row in results["rows"]})
+    subjects = list(dict.fromkeys(row["subject"] for row in results["rows"]))
     count = f"{len(seeds)} training seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})"
-    texts = []
     if len(seeds) > 1:
-        from scipy import stats
-
-        factor = stats.t.ppf(0.975, len(seeds) - 1) / len(seeds) ** 0.5
-        texts.append(
-            f"Every row is a mean over {count}; ± is half the width of the 95 % t-interval, with {len(seeds)} seeds "
-            f"{factor:.2f} standard deviations. Where the intervals of two rows overlap, this comparison does not tell "
+        factor = t_quantile(len(seeds) - 1) / len(seeds) ** 0.5
+        first = (
+            f"Every row is a mean over {count}; ± is half the width of the 95 % t-interval, which is {factor:.2f} standard "
+            f"deviations with {len(seeds)} seeds. Where the intervals of two rows overlap, this comparison does not tell "
             "which is better."
         )
     else:
-        texts.append(f"There is only {count}: no interval can be given, and no difference told from chance.")
-    texts.append(
-        f"The intervals tell how much another seed would change, and nothing else: the subjects ({', '.join(subjects)}), their "
-        "photographs, the prompts and the encoders are the same throughout, and others may order the methods otherwise."
-    )
-    if results.get("published"):
-        texts.append(
-            "Published figures are quoted as printed. They come from other base models, data and pictures, and stand beside "
-            "these to be compared in their order, not in their size."
-        )
-    return texts
+        first = f"There is only {count}: no interval can be given, and no difference told from chance."
+    return [
+        first,
+        "The intervals tell how much another training seed would change, and nothing else: subjects "
+        f"({', '.join(subjects)}), photographs, prompts and encoders are the same throughout, and others may order the "
+        "methods otherwise. Many rows are compared at once, so that some differences will look sure by chance.",
+        "Printed figures are the supplement's, from other base models, data and pictures: what may be compared is their "
+        "order, not their size.",
+    ]
 
 
 def _embed(shots, missing, budget=BUDGET):
@@ -286,7 +250,7 @@ def _embed(shots, missing, budget=BUDGET):
     for shot in shots:
         try:
             with Image.open(shot["path"]) as image:
-                shot["tiny"] = max(image.size) <= TINY
+                shot |= {"tiny": max(image.size) <= TINY, "width": round(image.width * SCREEN / DPI)}
         except OSError as error:
             missing.append((shot["file"], "it is not there" if isinstance(error, FileNotFoundError) else "it is no picture"))
             shot["path"] = None
@@ -297,8 +261,8 @@ def _embed(shots, missing, budget=BUDGET):
     if side is None:
         return "The pictures are here as they were drawn."
     return (
-        f"So that this page stays below {budget / 1e6:.0f} MB, pictures are here at most {side} pixels wide and high; each has "
-        "a link to its file, which lies beside the page."
+        f"So that this page stays below about {budget / 1e6:.0f} MB, pictures are here at most {side} pixels wide and high; "
+        "each has a link to its file, which lies beside the page."
     )
 
 
@@ -306,22 +270,27 @@ def write(root, results):
     """Writes `report.html` into a comparison's folder and returns its path. What is missing is told on the page."""
     root, missing = Path(root), []
     jobs, strips, figures = _jobs(root, results, missing), _strips(root, results), _figures(root, results)
-    shots = [shot for group in (*jobs, *strips) for shot in group["shots"]]
-    embedded = _embed([*shots, *figures], missing)
     drawn = [shot for job in jobs for shot in job["shots"]]
-    filters = [(name, list(dict.fromkeys(shot[name] for shot in drawn if name in shot))) for name in FILTERS]
-    tables, plots = _tables(root), _plots(root)
-    parts = ("noise", "How far to trust it"), ("tables", "Tables"), ("plots", "Plots"), ("figures", "Figures"), \
-        ("pictures", "Pictures"), ("strength", "Weight strength"), ("costs", "Costs"), ("settings", "Settings"), \
-        ("missing", f"Missing ({len(missing)})")
-    there = {"plots": plots, "figures": figures, "strength": strips}
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    page = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.ChainableUndefined).get_template(REPORT).render(
-        title=..., 
-        parts=[part for part in parts if there.get(part[0], True)],
-        noise=_noise(results), tables=tables, plots=plots, figures=figures, embedded=embedded, filters=filters, jobs=jobs,
-        strips=strips, costs=_costs(results), settings=_settings(root, results),
-        plan=yaml.safe_dump(results["plan"], sort_keys=False, allow_unicode=True), missing=missing,
+    embedded = _embed([*drawn, *(shot for strip in strips for shot in strip["shots"]), *figures], missing)
+    said = {
+        "noise": ("How far to trust it", _noise(results)),
+        "tables": ("Tables", tables.build(results)),
+        "plots": ("Plots", _plots(root, results)),
+        "figures": ("Figures", figures),
+        "pictures": ("Pictures", jobs),
+        "strength": ("Strength", strips),
+        "costs": ("Costs", _costs(results)),
+        "settings": ("Settings and versions", _settings(results)),
+        "missing": ("What is missing", missing),
+    }
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template(REPORT).render(
+        title=f"Comparison on {results['plan'].get('pretrained_model_name_or_path', 'several models')}",
+        parts={name: heading for name, (heading, content) in said.items() if content or name == "missing"},
+        filters={name: list(dict.fromkeys(shot[name] for shot in drawn if name in shot)) for name in FILTERS},
+        embedded=embedded,
+        plan=yaml.safe_dump(results["plan"], sort_keys=False, allow_unicode=True),
+        **{name: content for name, (_, content) in said.items()},
     )
     with replacing(root / REPORT) as part:
         part.write_text(page, encoding="utf-8")
