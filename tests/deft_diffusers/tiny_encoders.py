@@ -9,7 +9,7 @@ WORDS = ["<|startoftext|>", "<|endoftext|>", *"abcdefghijklmnopqrstuvwxyz"]
 
 
 def write_tiny_encoders(folder, size=32):
-    """`clip`, `dinov1` and `dinov2` of pictures of 32 pixels (`dinov1`: 224, as DINO's). Random weights, the same each time."""
+    """`clip`, `dinov1` and `dinov2` of pictures of 32 pixels (`dinov1`: 224, as DINO's). Random, the same each time."""
     from transformers import (
         BitImageProcessorPil,
         CLIPConfig,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from .. import UserError, data
 from ..cache import Cache, digest_of
@@ -129,14 +130,21 @@ def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, device=
             None is the default of `encoders`.
         cache_dir: folder that keeps features for later runs.
 
-    Nothing is downloaded: UserError tells for every model that is not here what to run and where it is looked for.
+    No model is downloaded (torch.hub's code may fetch its weights): UserError tells of every one that is not here what to
+    run and where it is looked for.
     """
     if encoders not in (None, TOYWORLD):
         raise UserError(f"--encoders must be {TOYWORLD}, or left out for --clip, --dinov1 and --dinov2; got {encoders!r}")
     defaults, judge = DEFAULTS, None
     if encoders == TOYWORLD:
+        from ..toyworld.judge import load_judge
+
         folder = Path(__file__).resolve().parent.parent / "toyworld" / "encoders"
         defaults = {name: str(folder / name) for name in DEFAULTS}
+        try:
+            judge = load_judge(device=device)
+        except FileNotFoundError as error:
+            raise UserError(f"the embedded encoders are missing from this installation ({folder})") from error
     asked = {name: given or defaults[name] for name, given in (("clip", clip), ("dinov1", dinov1), ("dinov2", dinov2))}
     asked = {name: id for name, id in asked.items() if id != NONE}
     if not asked:
@@ -151,11 +159,7 @@ def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, device=
         except _Missing as error:
             missing.append(f"--{name} {error}")
     if missing:
-        raise UserError("; ".join(missing) + "; or go without it by none")
-    if encoders == TOYWORLD:
-        from ..toyworld.judge import load_judge
-
-        judge = load_judge()
+        raise UserError("; ".join(missing) + "; to go without one, say none")
     return Encoders(**found, judge=judge)
 
 
@@ -198,10 +202,11 @@ def _from_transformers(name, id):
         model, report = kinds[name].from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **more)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if name == "clip" else None
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise _Missing(f"{id} cannot be loaded from {folder}: {_first_line(error)}: run `hf download {id}` again") from error
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        again = "" if Path(id).expanduser().is_dir() else f" (to get it whole, run `hf download {id}` again)"
+        raise UserError(f"--{name} {id} cannot be loaded from {folder}: {_first_line(error)}{again}") from error
     if report["missing_keys"]:
         raise UserError(f"--{name} {id} lacks weights, such as {min(report['missing_keys'])}: it is no whole {wanted} model")
     said = processor.to_dict()
@@ -210,10 +215,10 @@ def _from_transformers(name, id):
         return model, dino_transform, _DINO
     prepare = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
     facts = {key: _plain(said[key]) for key in SAID if said.get(key) is not None}
-    return model, prepare, {"by": said["image_processor_type"]} | facts, tokenizer
+    return model, prepare, {"by": f"transformers' {said['image_processor_type']}, PIL"} | facts, tokenizer
 
 
-_DINO = {"by": "DINO's evaluation transform", "resize": RESIZE, "resample": "bicubic", "center_crop": CROP,
+_DINO = {"by": "DINO's evaluation transform, PIL", "resize": RESIZE, "resample": "bicubic", "center_crop": CROP,
          "image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}  # fmt: skip
 
 

@@ -101,7 +101,7 @@ class Picture:
 
 
 def _without_token(prompt, subject, class_name):
-    return prompt.replace(subject, class_name) if subject and class_name else prompt
+    return prompt.replace(subject, class_name) if prompt and subject and class_name else prompt
 
 
 def _look(paths, encoders, judging, miss, progress):
@@ -239,7 +239,7 @@ def evaluate(options):
     if samples is None:
         samples, base = _draw(options, out)
     else:
-        base = _read_base(options)
+        base = _by_prompt(options.base_images) if options.base_images else {}
     for prompt, more in zip(samples.prompts, samples.about):
         more["unrelated"] = bool(more.get("unrelated")) or prompt in options.unrelated_prompt
     plus = samples.references is not None
@@ -258,6 +258,8 @@ def evaluate(options):
     print(table(result), end="")
     for entry in result["missing"]:
         print(f"missing: {entry['what']}: {entry['why']}", file=sys.stderr)
+    if not result["scores"]:
+        raise UserError(f"nothing could be scored: see what is missing in {out / SCORES}")
     print(f"{len(result['samples'])} pictures scored in {out / SCORES}")
     return result
 
@@ -306,6 +308,8 @@ def _check(options):
         raise UserError("--individual goes with --encoders toyworld, whose judge knows them")
     if options.dreambench_plus_dir and not options.references:
         raise UserError("--dreambench_plus_dir needs --references: its layout has the reference beside each picture")
+    if options.dreambench_plus_dir and not (options.collection_id or options.class_name):
+        raise UserError("--dreambench_plus_dir needs --collection_id, or --class_name to tell it")
 
 
 def _individual(references):
@@ -358,10 +362,6 @@ def _by_prompt(folder):
     return {(prompt, more.get("seed")): image for prompt, more, image in pairs}
 
 
-def _read_base(options):
-    return _by_prompt(options.base_images) if options.base_images else {}
-
-
 def _cost(options):
     """What the adapters took to train, where they tell it, and the bytes of their weights."""
     costs = []
@@ -379,11 +379,7 @@ def _cost(options):
 
 def _export(options, samples, references):
     """Writes the pictures of the subject in DreamBench++'s layout, beside the first reference."""
-    name = options.collection_id
-    if not name:
-        if not options.class_name:
-            raise UserError("--dreambench_plus_dir needs --collection_id, or --class_name to tell it")
-        name = protocols.collection_id(references[0].resolve(), options.class_name)
+    name = options.collection_id or protocols.collection_id(references[0].resolve(), options.class_name)
     kept = [k for k, more in enumerate(samples.about) if not more["unrelated"] and samples.prompts[k]]
     texts = [_without_token(samples.prompts[k], options.subject, options.class_name) for k in kept]
     images = [samples.images[k] for k in kept]

@@ -281,7 +281,7 @@ def write(root, results):
         "strength": ("Strength", strips),
         "costs": ("Costs", _costs(results)),
         "settings": ("Settings and versions", _settings(results)),
-        "missing": ("What is missing", missing),
+        "missing": (f"What is missing ({len(missing)})", missing),
     }
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template(REPORT).render(
