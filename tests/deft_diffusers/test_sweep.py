@@ -1,6 +1,5 @@
 """Subjects x methods x ranks: found in the layouts of the data sets, each trained once, whatever fails or is stopped."""
 
-import contextlib
 import fcntl
 import json
 import re
@@ -44,20 +43,6 @@ def options(tiny, dreambooth, tmp_path):
         return SweepOptions(plan=str(plan), **own | changes)
 
     return make
-
-
-@pytest.fixture
-def commands(monkeypatch):
-    """What a sweep runs, here without a process for each."""
-    commands = []
-
-    def here(command, environment, output, claim):
-        commands.append(command)
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return main(command[3:])
-
-    monkeypatch.setattr(module, "_call", here)
-    return commands
 
 
 def statuses(root):

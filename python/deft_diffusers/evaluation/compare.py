@@ -93,7 +93,7 @@ class _Encoders:
 
         key = self._key(options)
         if key not in self.facts:
-            found = load_encoders(**dict(key), progress=False)
+            found = load_encoders(**dict(key))
             self.facts[key] = {name: encoder.facts for name, encoder in found.present.items()}
 
     def facts_of(self, options):
@@ -105,7 +105,7 @@ class _Encoders:
         from .evaluate import device_of
 
         settings = {"batch_size": batch_size} if batch_size else {}
-        return load_encoders(**dict(key), device=device_of(device), cache_dir=self.cache_dir, progress=False, **settings)
+        return load_encoders(**dict(key), device=device_of(device), cache_dir=self.cache_dir, **settings)
 
     def load(self, options):
         """To score with, on the GPU of this process if there is one."""
@@ -152,12 +152,13 @@ def _score(job, plan, root, encoders):
 
     folder, part, base = root / job.name, plan.parts[job.part], _base(job)
     wanted, references, missing = plan.scored(job), [], []
-    samples = [s for s in _read_samples(folder, job, plan) if "unrelated" in s or s["template"] in wanted]
+    drifts = job.method != BASE  # the base model's pictures are what the others' are compared with
+    samples = [s for s in _read_samples(folder, job, plan) if s.get("template") in wanted or ("unrelated" in s and drifts)]
     try:
         references = data.find_pictures(job.subject.instance_data_dir)
     except UserError as error:
         missing.append({"what": "references", "why": str(error)})
-    before = _read_samples(root / base.name, base, plan) if job != base else []
+    before = _read_samples(root / base.name, base, plan) if drifts else []
     names = [job.subject.name, part.published.get(job.subject.name, "").casefold().replace(" ", "_")]
     drawn = next((name for name in names if name in INDIVIDUALS), None) if "encoders" in part.evaluate else None
     result = score(

@@ -108,34 +108,42 @@ def write(root, results):
 def _over_seeds(rows, value, digits, absent):
     """The `Cell` of one figure of some jobs that differ in their seed alone. `value(row)` is None where a job has none."""
     values = [value(row) for row in rows]
-    why = [_why(row, absent) for row, found in zip(rows, values) if found is None]
-    note = "; ".join(dict.fromkeys(why)) if rows else "not in this plan"
-    values = [found for found in values if found is not None]
+    why = [_why(row, found, absent) for row, found in zip(rows, values)] if rows else ["not in this plan"]
+    return _cell([found for found in values if found is not None], digits, why)
+
+
+def _cell(values, digits, why):
+    note = "; ".join(dict.fromkeys(filter(None, why)))
     if not values:
         return Cell(note=note)
     mean, half = mean_interval(values)
     return Cell(mean, half, len(values), digits, note=note)
 
 
-def _why(row, absent):
-    """Why a job has no figure: it failed, or has not run, or what scored it says why."""
+def _why(row, value, absent):
+    """Why a job has no figure, or not all of it: it failed, or has not run, or what scored it says why; else nothing."""
     if row["status"] != "done":
         return f"{row['job']} {row['status']}" + (f": {row['said']}" if row["said"] else "")
-    said = [f"{entry['what']}: {entry['why']}" for entry in row["missing"]]
-    return f"{row['job']}: {'; '.join(said)}" if said else absent
+    if row["missing"]:
+        return f"{row['job']}: " + "; ".join(f"{entry['what']}: {entry['why']}" for entry in row["missing"])
+    return absent if value is None else ""
 
 
 def _digits(part):
     return 2 if part.get("scale") == 100 else 4
 
 
-def _about(part, rows):
+def _about(parts):
     """What a reader of any score has to know."""
-    encoders = ", ".join(f"{name} {facts['id']}" for name, facts in part.get("encoders", {}).items())
-    seeds = len({row["seed"] for row in rows if row["method"] != BASE})
-    scale = {1: "0 to 1", 100: "times 100"}.get(part.get("scale"), "unknown, nothing is scored")
-    known = f"Protocol {part['protocol']}, scale {scale}; encoders: {encoders or 'none'}"
-    return f"{known}; mean ± 95 % t-interval over n of {seeds} seeds."
+    by_protocol, scales = {}, {1: "0 to 1", 100: "times 100"}
+    for name, part in parts.items():
+        scale = scales.get(part.get("scale"), "unknown, nothing is scored")
+        by_protocol.setdefault(f"protocol {part['protocol']}, scale {scale}", []).append(name)
+    said = [f"{', '.join(names)}: {how}" if len(by_protocol) > 1 else how for how, names in by_protocol.items()]
+    every = [f"{name} {facts['id']}" for part in parts.values() for name, facts in part.get("encoders", {}).items()]
+    encoders = ", ".join(dict.fromkeys(every)) or "none"
+    said = f"{'; '.join(said)}; encoders: {encoders}; mean ± 95 % t-interval over n seeds."
+    return said[0].upper() + said[1:] if len(by_protocol) == 1 else said
 
 
 def _order(rows, published):
@@ -163,7 +171,7 @@ def _table1(part, rows, published, source):
     printed = {entry["row"]: entry["values"] for entry in published["rows"]}
     said = prompt.replace("{}", "[V]")
     caption = (
-        f"CLIP-I of “{said}” by method and subject, and what the supplement printed (its table 1). {_about(part, rows)} "
+        f"CLIP-I of “{said}” by method and subject, and what the supplement printed (its table 1). {_about({'': part})} "
         f"{BOLD} Printed: {source}."
     )
     table = Table(caption, ["method", "n"], [*subjects, *(f"printed {name}" for name in published["columns"])])
@@ -193,7 +201,7 @@ def _table2(part, rows, published, source):
     printed = {(entry["row"], entry["image"]): entry["values"] for entry in published["rows"]}
     caption = (
         f"{', '.join(published['columns'])} by method and image, and what the supplement printed (its table 2, which tells "
-        f"no rank). {_about(part, rows)} {BOLD} Printed: {source}."
+        f"no rank). {_about({'': part})} {BOLD} Printed: {source}."
     )
     columns = [*published["columns"], *(f"printed {name}" for name in published["columns"])]
     table = Table(caption, ["method", "image", "n"], columns)
@@ -223,12 +231,9 @@ def _scores(results):
     known = {key: name for key, name in (SIMILARITIES | OTHERS).items() if key in scored}
     costs = {key: kind for key, kind in COSTS.items() if any(key in row["training"] for row in rows)}
     parts = results["parts"]
-    about = " ".join(
-        (f"{name}: " if name else "") + _about(part, [r for r in rows if r["part"] == name]) for name, part in parts.items()
-    )
     caption = (
         f"All scores by part, subject ({ALL}: mean over the part's subjects, of the seeds that all of them have) and "
-        f"method; drift: less is better. {about} {BOLD}"
+        f"method; drift: less is better. {_about(parts)} {BOLD}"
     )
     table = Table(
         caption, ["part", "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())]
@@ -255,23 +260,16 @@ def _scores(results):
 
 def _mean_of_subjects(rows, kind, key, digits):
     """The `Cell` of a figure whose value for a seed is the mean over the subjects, all of which must have it."""
-    absent = "nothing is trained" if kind == "training" else "does not apply"
     if kind == "training" and all(row["method"] == BASE for row in rows):
-        return Cell(note=absent)
+        return Cell(note="nothing is trained")
     whole, why = [], []
-    for _, same in itertools.groupby(sorted(rows, key=lambda row: row["seed"]), key=lambda row: row["seed"]):
-        same = list(same)
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        same = [row for row in rows if row["seed"] == seed]
         values = [row[kind].get(key) for row in same]
-        if None in values:
-            why += [_why(row, absent) for row, value in zip(same, values) if value is None]
-        else:
+        why += [_why(row, value, "does not apply") for row, value in zip(same, values) if kind == "scores" or value is None]
+        if None not in values:
             whole.append(sum(values) / len(values))
-    note = "; ".join(dict.fromkeys(why))
-    if not whole:
-        return Cell(note=note)
-    mean, half = mean_interval(whole)
-    half = None if key == "parameters" else half
-    return Cell(mean, half, len(whole), digits, note=note)
+    return _cell(whole, digits, why)
 
 
 # how they are written -----------------------------------------------------------------------------------------------
