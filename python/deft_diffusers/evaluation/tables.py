@@ -235,9 +235,7 @@ def _scores(results):
         f"All scores by part, subject ({ALL}: mean over the part's subjects, of the seeds that all of them have) and "
         f"method; drift: less is better. {_about(parts)} {BOLD}"
     )
-    table = Table(
-        caption, ["part", "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())]
-    )
+    table = Table(caption, ["part", "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())])
     for name, part in parts.items():
         its = [row for row in rows if row["part"] == name]
         labels = list(dict.fromkeys(row["row"] for row in its))
@@ -269,7 +267,10 @@ def _mean_of_subjects(rows, kind, key, digits):
         why += [_why(row, value, "does not apply") for row, value in zip(same, values) if kind == "scores" or value is None]
         if None not in values:
             whole.append(sum(values) / len(values))
-    return _cell(whole, digits, why)
+    cell = _cell(whole, digits, why)
+    if kind == "training" and cell.half == 0:  # the same by construction, not by chance
+        cell.half = None
+    return cell
 
 
 # how they are written -----------------------------------------------------------------------------------------------
@@ -297,7 +298,7 @@ def _markdown(name, table):
 
 
 def _csv(name, table):
-    """Figures without rounding to what is shown: to nine digits."""
+    """Figures with two digits more than are shown."""
     printed = [all(cell.mean is None and not cell.n for _, cells in table.lines for cell in [cells[k]])
                for k in range(len(table.columns))]  # fmt: skip
     head = list(table.labels)
@@ -306,11 +307,11 @@ def _csv(name, table):
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
     rows.writerow([*head, "notes"])
-    number = lambda value: "" if value is None else f"{value:.9g}"
+    number = lambda value, digits: "" if value is None else f"{round(value, digits + 2):.15g}"
     for labels, cells in table.lines:
         line = list(labels)
         for cell, plain in zip(cells, printed):
-            line += [cell.text] if plain else [cell.text or number(cell.mean), number(cell.half), cell.n or ""]
+            line += [cell.text] if plain else [number(cell.mean, cell.digits), number(cell.half, cell.digits), cell.n or ""]
         notes = [f"{column}: {cell.note}" for column, cell in zip(table.columns, cells) if cell.note]
         rows.writerow([*line, "; ".join(notes)])
     return file.getvalue()
