@@ -61,9 +61,15 @@ class Cache:
         except OSError as error:
             raise UserError(f"cannot make --cache_dir {folder}: {error}") from error
 
+    def _file(self, source):
+        return self.folder / f"{hashlib.sha256(self.encoder + source).hexdigest()}.safetensors"
+
+    def __contains__(self, source):
+        return self._file(source).is_file()
+
     def get(self, source, make):
         """The tensors, on the CPU, that `make()` gives for `source` (bytes); from the disk if they are there."""
-        file = self.folder / f"{hashlib.sha256(self.encoder + source).hexdigest()}.safetensors"
+        file = self._file(source)
         if file.is_file():
             try:
                 entry = load_file(file)

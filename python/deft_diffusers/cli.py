@@ -10,19 +10,28 @@ import types
 import typing
 
 from . import UserError, __version__, near
-from .options import ConvertOptions, DemoOptions, SampleOptions, SweepOptions, TrainOptions
+from .options import (
+    CompareOptions,
+    ConvertOptions,
+    DemoOptions,
+    EvaluateOptions,
+    SampleOptions,
+    SweepOptions,
+    TrainOptions,
+)
 
 INTERRUPTED = 130  # a shell's exit code for a command stopped by Ctrl-C
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One command: `deft_diffusers.<name>` has a function `<name>(options)`."""
+    """One command: `deft_diffusers.<name>`, or `deft_diffusers.<package>.<name>`, has a function `<name>(options)`."""
 
     name: str
     options: type
     summary: str
     example: str
+    package: str = ""
 
 
 COMMANDS = (
@@ -48,11 +57,36 @@ COMMANDS = (
   with a plan:               deft sweep --plan sweep.yaml --output_dir runs""",
     ),
     Command(
+        "compare",
+        CompareOptions,
+        "Train, draw and score subjects by many methods: tables with intervals, figures, a report; it goes on where it was.",
+        """deft compare --plan benchmarks/quality/toyworld.yaml --output_dir outputs/compare
+
+  on two cores, or every GPU: torchrun --standalone --nproc-per-node 2 -m deft_diffusers compare …
+  go on after a stop, or only write tables, figures and report again: the same command""",
+        "evaluation",
+    ),
+    Command(
         "sample",
         SampleOptions,
         "Draw pictures with a base model and any number of adapters.",
         """deft sample --pretrained_model_name_or_path toyworld --adapter outputs/cat \\
     --prompt "a photo of sks cat in the snow" --num_images_per_prompt 4 --output_dir outputs/snow""",
+    ),
+    Command(
+        "evaluate",
+        EvaluateOptions,
+        "Score pictures: how like the subject, how true to their texts, how various, and what the model has forgotten.",
+        """deft evaluate --images outputs/snow --references photos/ --subject "sks cat" --class_name cat \\
+    --clip openai/clip-vit-base-patch32 --dinov1 facebook/dino-vits16 --output_dir outputs/scores
+
+  nothing is downloaded here:  hf download openai/clip-vit-base-patch32   fetches an encoder, once
+  draw first, and tell the drift:
+    deft evaluate --pretrained_model_name_or_path toyworld --adapter outputs/cat --encoders toyworld \\
+      --subject "sks cat" --class_name cat --prompt "a photo of {} in the snow" \\
+      --unrelated_prompt "a photo of a house" --references photos/ --output_dir outputs/scores
+  DreamBench++'s samples:      deft evaluate --images samples/METHOD --output_dir outputs/scores""",
+        "evaluation",
     ),
     Command(
         "convert",
@@ -173,7 +207,8 @@ def main(argv=None):
     for library in ("DIFFUSERS", "TRANSFORMERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     try:
-        run = getattr(importlib.import_module(f".{command.name}", __package__), command.name)
+        module = ".".join(["", *filter(None, (command.package, command.name))])
+        run = getattr(importlib.import_module(module, __package__), command.name)
         run(command.options(**values))
         return 0
     except KeyboardInterrupt as stop:

@@ -13,6 +13,7 @@ OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 WEIGHTING_SCHEMES = ("none", "sigma_sqrt", "logit_normal", "mode", "cosmap")
 QUANTISATIONS = ("nf4", "fp4", "int8")
 TRACKERS = ("tensorboard", "wandb", "none")
+PROTOCOLS = ("dreambooth", "dreambench++")
 
 
 def option(group, help, default=MISSING, **more):
@@ -299,6 +300,109 @@ class SweepOptions:
         "the base model its class; SUBJECT.png shows them side by side", repeat=True, metavar="TEXT",
     )  # fmt: skip
     output_dir: str = option("What to train", "where each job has its folder; sweep.md says what happened", metavar="DIR")
+
+
+@dataclass(kw_only=True)
+class CompareOptions(SweepOptions):
+    """What `deft compare` takes: all that a sweep does, and a plan that says what to score and show."""
+
+    plan: str = option(
+        "What to train", "YAML file as `deft sweep` takes it, and besides: shown (prompts that are not scored), unrelated "
+        "(texts that tell what was forgotten), evaluate (options of `deft evaluate`), figures, only (which subjects, and "
+        "their names in the published tables), parts, each with its own of all that; an entry of methods may be a row: "
+        "{PaRa + uncond: {method: para, ranks: [4], caption_dropout: 1}}; benchmarks/quality has examples",
+        metavar="FILE",
+    )  # fmt: skip
+    output_dir: str = option(
+        "What to train", "where each job has its folder, and tables, figures and report.html go", metavar="DIR"
+    )
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions:
+    """What `deft evaluate` takes."""
+
+    images: str | None = option(
+        "What to score", "folder of pictures: of `deft sample`, a method's in DreamBench++'s layout (src_image, tgt_image, "
+        "text), or any, with NAME.txt beside NAME.jpg or with --prompts_file", None, metavar="DIR",
+    )  # fmt: skip
+    references: str | None = option(
+        "What to score", "the subject's own pictures, a folder or one, for CLIP-I, DINOv1 and DINOv2; DreamBench++'s layout "
+        "has them", None, metavar="PATH",
+    )  # fmt: skip
+    prompts_file: str | None = option(
+        "What to score", "file with one text per line: for --images that of each picture, else what to draw, for which "
+        "DreamBooth's prompts_and_classes.txt will do, of which the list for --class_name is taken", None, metavar="FILE",
+    )  # fmt: skip
+    subject: str | None = option(
+        "What to score", "the subject's words in the prompts, such as 'sks dog'; CLIP-T is asked for --class_name in their "
+        "place", None, metavar="TEXT",
+    )  # fmt: skip
+    class_name: str | None = option("What to score", "what the subject is, such as 'dog'", None, metavar="TEXT")
+    unrelated_prompt: list[str] = option(  # noqa: RUF009
+        "What to score", "a text that is not of the subject; its pictures tell but the drift, what the model has forgotten; "
+        "repeat for several", repeat=True, metavar="TEXT",
+    )  # fmt: skip
+    base_images: str | None = option(
+        "What to score", "for --images: the base model's pictures of the unrelated texts, with the same seeds, by "
+        "`deft sample`", None, metavar="DIR",
+    )  # fmt: skip
+
+    pretrained_model_name_or_path: str | None = option(
+        "Draw first", f"instead of --images; {MODEL_HELP}", None, metavar="MODEL"
+    )
+    adapter: list[str] = option(  # noqa: RUF009
+        "Draw first", "folder or hub id of an adapter, or a LoRA file; repeat for several at once; none: the base model",
+        repeat=True, metavar="ADAPTER",
+    )  # fmt: skip
+    prompt: list[str] = option(  # noqa: RUF009
+        "Draw first", "'a photo of {} in the snow', {} being --subject; repeat for several", repeat=True, metavar="TEXT"
+    )
+    num_images_per_prompt: int = option("Draw first", "picture k of every text has seed --seed + k", 4, metavar="N")
+    num_inference_steps: int = option("Draw first", "denoising steps", 50, metavar="N")
+    guidance_scale: float | None = option("Draw first", "how much the text counts (default: the pipeline's own)", None)
+    seed: int = option("Draw first", "seed of each text's first picture", 0)
+
+    protocol: str | None = option(
+        "Protocol and encoders", "dreambooth: each picture with all references, cosines as they are; dreambench++: times "
+        "100 (default: that of the folder's layout, else dreambooth)", None, choices=PROTOCOLS,
+    )  # fmt: skip
+    encoders: str | None = option(
+        "Protocol and encoders", "toyworld: the embedded encoders, which know the drawn world alone", None,
+        choices=("toyworld",),
+    )  # fmt: skip
+    clip: str | None = option(
+        "Protocol and encoders", "hub id, folder, or none (default: openai/clip-vit-base-patch32)", None, metavar="MODEL"
+    )
+    dinov1: str | None = option(
+        "Protocol and encoders", "hub id such as facebook/dino-vits16 (DreamBooth's), folder, torchhub:owner/repo:ref:entry "
+        "or none (default: torchhub:facebookresearch/dino:main:dino_vits8, which needs torchvision)", None, metavar="MODEL",
+    )  # fmt: skip
+    dinov2: str | None = option(
+        "Protocol and encoders", "hub id, folder, or none (default: facebook/dinov2-small)", None, metavar="MODEL"
+    )
+    individual: str | None = option(
+        "Protocol and encoders", "with --encoders toyworld: whom of the drawn world the pictures shall show, such as "
+        "bear_plushie (default: the references' folder, if it has such a name)", None, metavar="NAME",
+    )  # fmt: skip
+    batch_size: int = option("Protocol and encoders", "pictures at once; no score depends on it", 32, metavar="N")
+    device: str | None = option(
+        "Protocol and encoders", "such as cpu or cuda:1 (default: a GPU if there is one)", None, metavar="DEVICE"
+    )
+    cache_dir: str | None = option(
+        "Protocol and encoders", "folder that keeps features for later runs", None, metavar="DIR"
+    )
+
+    output_dir: str = option("Files", "where scores.json and scores.md go, and what is drawn", metavar="DIR")
+    overwrite_output_dir: bool = option("Files", "replace the scores, and the samples, that it holds", False)
+    dreambench_plus_dir: str | None = option(
+        "Files", "write the pictures to this folder of a method in DreamBench++'s layout too, for its own scripts", None,
+        metavar="DIR",
+    )  # fmt: skip
+    collection_id: str | None = option(
+        "Files", "the subject's name there, such as live_subject_animal_00_kitten (default: told by the reference and "
+        "--class_name)", None, metavar="NAME",
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True)

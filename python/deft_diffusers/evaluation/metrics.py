@@ -1,0 +1,82 @@
+"""The scores, of features alone: every argument is a matrix of unit rows, float32, one row a picture or a text.
+
+A cosine lies in [−1, 1], of pictures mostly in 0–1; what a protocol prints (as it is, or ×100) is its scale, which
+`evaluate.score` applies.
+"""
+
+import math
+
+
+def pairwise(generated, references):
+    """(n,) for (n, d) and (m, d): each generated picture's mean cosine with all references.
+
+    The mean of these is DreamBooth's CLIP-I and DINO (arXiv 2208.12242, section 4.1): over all pairs of generated and real
+    pictures of a subject.
+    """
+    return (generated.double() @ references.double().T).mean(1)
+
+
+def paired(one, other):
+    """(n,) for (n, d) twice: the cosine of row k with row k. CLIP-T, of texts and pictures (arXiv 2208.12242); and
+    DreamBench++'s scores (arXiv 2406.16855), of pairs of files, whose flat mean is the method's."""
+    return (one.double() * other.double()).sum(1)
+
+
+def similarity_within(references):
+    """The mean cosine of pairs of different pictures, of (m, d), or None for fewer than two. Of the real pictures of a
+    subject it is the most that can be wished for (DreamBooth's "real images", DINO ≈ 0.77): what lies above it copies."""
+    m = len(references)
+    if m < 2:
+        return None
+    cosines = references.double() @ references.double().T
+    return ((cosines.sum() - cosines.diagonal().sum()) / (m * (m - 1))).item()
+
+
+def diversity(features, prompts):
+    """How much pictures of the same prompt differ: the mean of 1 − cosine over the pairs within each prompt, then over the
+    prompts; 0 (all the same) to 2, or None where no prompt has two pictures.
+
+    DreamBooth's DIV (arXiv 2208.12242, section 4.3) is the same mean of LPIPS. That needs the weights of an AlexNet or VGG,
+    which come with torchvision; DINO's features see less of texture and layout, so that its figures do not compare.
+    """
+    rows = {prompt: [k for k, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)}
+    within = [similarity_within(features[own]) for own in rows.values() if len(own) > 1]
+    return 1 - sum(within) / len(within) if within else None
+
+
+def drift(base, adapted):
+    """(1 − mean cosine) / 2 of the base model's and the adapted model's pictures of unrelated prompts, row by row with the
+    same prompt and seed: 0 (nothing was forgotten) to 1. PEFT's harness (`method_comparison`)."""
+    return (1 - paired(base, adapted).mean().item()) / 2
+
+
+def t_quantile(degrees, probability=0.975):
+    """Student's t below which `probability` (above ½) lies, for a whole number of degrees of freedom: the finite sums of
+    Abramowitz and Stegun, 26.7.3 and 26.7.4, inverted by bisection."""
+
+    def within(t):  # of a variable between −t and t
+        angle = math.atan2(t, math.sqrt(degrees))
+        term, total = (math.cos(angle), 0.0) if degrees % 2 else (1.0, 0.0)
+        for k in range(degrees % 2, degrees - 1, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * (k + 1) / (k + 2)
+        return (angle + math.sin(angle) * total) * 2 / math.pi if degrees % 2 else math.sin(angle) * total
+
+    low, high = 0.0, 2.0
+    while within(high) < 2 * probability - 1:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) < 2 * probability - 1 else (low, middle)
+    return high
+
+
+def mean_interval(values, probability=0.95):
+    """(mean, half the width of its t-interval) of independent values, such as a score over seeds; the half is None for one
+    value, which tells nothing of its noise."""
+    n = len(values)
+    mean = math.fsum(values) / n
+    if n < 2:
+        return mean, None
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
+    return mean, t_quantile(n - 1, (1 + probability) / 2) * deviation / math.sqrt(n)

@@ -1,0 +1,188 @@
+"""The layouts of DreamBooth's data set and of DreamBench++'s samples and scores, and of plain folders of pictures."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .. import UserError, data, read_json, read_text
+from ..writing import replacing
+
+DREAMBOOTH, DREAMBENCH_PLUS = "dreambooth", "dreambench++"
+SCALE = {DREAMBOOTH: 1.0, DREAMBENCH_PLUS: 100.0}  # of cosines, as each protocol prints them
+LIVE = ("cat", "dog")  # DreamBooth's live subjects; the others have its prompts for objects
+SOURCE, TARGET, TEXT = "src_image", "tgt_image", "text"  # DreamBench++'s folders below a method's
+# DreamBench++'s own files, each {"<collection_id>-<i>_<j>": score of a picture}
+SCORES = {"clip_scores_image.json": "clip_i", "clip_scores_text.json": "clip_t", "dino_scores_v1.json": "dinov1",
+          "dino_scores_v2.json": "dinov2"}  # fmt: skip
+
+
+@dataclass
+class Samples:
+    """Generated pictures with what is known of each.
+
+    `prompts` has None for a picture without a text; `about` has for each what its record shall say beyond the scores (file,
+    seed, …); `references` is None, or has for each its own; `missing` tells what was expected and is not there.
+    """
+
+    images: list = field(default_factory=list)
+    prompts: list = field(default_factory=list)
+    about: list = field(default_factory=list)
+    references: list | None = None
+    missing: list = field(default_factory=list)
+
+    def add(self, image, prompt, **about):
+        self.images.append(image)
+        self.prompts.append(prompt)
+        self.about.append(about)
+
+    def miss(self, what, why):
+        self.missing.append({"what": str(what), "why": why})
+
+
+def read_samples(folder, prompts_file=None):
+    """The `Samples` of a folder: what `deft sample` wrote (`samples.json`), a method's folder of DreamBench++'s samples, or
+    plain pictures, in natural order, with texts from `prompts_file` (a line each) or .txt files beside them.
+
+    UserError if there is no picture at all, or none of a kind that is known.
+    """
+    folder = Path(folder).expanduser()
+    if (folder / TARGET).is_dir():
+        return _read_dreambench_plus(folder)
+    return _read_record(folder) if (folder / "samples.json").is_file() else _read_plain(folder, prompts_file)
+
+
+def _read_record(folder):
+    record, samples = read_json(folder / "samples.json"), Samples()
+    try:
+        for entry in record["samples"]:
+            more = {key: entry[key] for key in ("seed", "template", "unrelated") if key in entry}
+            samples.add(folder / entry["file"], entry["prompt"], file=entry["file"], **more)
+    except (KeyError, TypeError) as error:
+        raise UserError(f'{folder / "samples.json"} is no record of samples: expected {{"samples": [{{"file": …, "prompt": '
+                        '…, "seed": …}]}') from error  # fmt: skip
+    if not samples.images:
+        raise UserError(f"{folder / 'samples.json'} records no samples")
+    return samples
+
+
+def _read_plain(folder, prompts_file):
+    paths, samples = data.find_pictures(folder), Samples()
+    if prompts_file:
+        lines = [line.strip() for line in read_text(prompts_file).splitlines() if line.strip()]
+        for line in lines[len(paths) :]:
+            samples.miss(line, f"a prompt of {prompts_file} that {folder} has no picture of")
+        prompts = lines[: len(paths)] + [None] * (len(paths) - len(lines))
+    else:
+        beside = [path.with_suffix(".txt") for path in paths]
+        prompts = [" ".join(read_text(file).split()) or None if file.is_file() else None for file in beside]
+        for file in sorted(set(folder.glob("*.txt") if folder.is_dir() else ()) - set(beside)):
+            samples.miss(file.name, "a prompt without a picture")
+    for path, prompt in zip(paths, prompts):
+        samples.add(path, prompt, file=path.name)
+    return samples
+
+
+def read_prompts_and_classes(file):
+    """({subject: class}, prompts for objects, prompts for live subjects) of DreamBooth's `prompts_and_classes.txt`; in a
+    prompt {} stands for token and class. A list that the file lacks is empty. UserError if it names neither."""
+    classes, prompts, kind = {}, {"object": [], "live": []}, None
+    for line in read_text(file).splitlines():
+        line = line.strip()
+        name, comma, said = line.partition(",")
+        if line.lower() in ("object prompts", "live subject prompts"):
+            kind = line.lower().split()[0]
+        elif prompt := re.match(r"""(['"])(.*)\1\s*(?:\.format\(|,|$)""", line):
+            if kind:
+                prompts[kind].append(prompt[2].replace("{0} {1}", "{}"))
+        elif kind is None and comma and line != "subject_name,class":
+            classes[name.strip()] = said.strip()
+    if not classes and not any(prompts.values()):
+        raise UserError(f"{file} is no prompts_and_classes.txt: expected lines of 'subject,class', and lists of prompts")
+    return classes, prompts["object"], prompts["live"]
+
+
+def dreambooth_prompts(file, class_name):
+    """The 25 prompts that DreamBooth asks of a subject of this class, {} for the subject. UserError if the file has none."""
+    _, objects, live = read_prompts_and_classes(file)
+    prompts = live if class_name in LIVE else objects
+    if not prompts:
+        raise UserError(f"{file} lists no prompts for {'live subjects' if class_name in LIVE else 'objects'}")
+    return prompts
+
+
+def read_captions(file):
+    """(subject, prompts) of a caption file of DreamBench++: a line for the subject, then nine for the prompts (0–3
+    photorealistic, 4–6 in a style, 7–8 imaginative). UserError if it has not both."""
+    lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
+    if len(lines) < 2:
+        raise UserError(f"{file}: expected the subject in its first line and a prompt in each of the others")
+    return lines[0], lines[1:]
+
+
+def collection_id(image, subject):
+    """DreamBench++'s name of one of its pictures: `images/live_subject/animal/00.jpg` of a kitten is
+    `live_subject_animal_00_kitten`."""
+    category = Path(image).parent.name
+    category = f"live_subject_{category}" if category in ("animal", "human") else category
+    return f"{category}_{Path(image).stem}_{subject.lower().replace(' ', '_')}"
+
+
+def _below(folder, suffixes):
+    """{path below the folder without suffix: file}, in natural order of their names."""
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != "."]
+    key = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.as_posix())]
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(files, key=key)}
+
+
+def _read_dreambench_plus(folder):
+    """Samples of DreamBench++'s layout: `{src_image,tgt_image,text}/<collection_id>/<i>_<j>.{jpg,txt}`, j being the picture
+    of prompt i. Each picture has one reference, the file of the same name."""
+    samples = Samples(references=[])
+    sources, targets = (_below(folder / name, data.SUFFIXES) for name in (SOURCE, TARGET))
+    texts = _below(folder / TEXT, (".txt",))
+    if not targets:
+        raise UserError(f"{folder / TARGET} holds no pictures: expected <collection_id>/<i>_<j>.jpg")
+    for name, image in targets.items():
+        prompt = read_text(texts[name]).strip() if name in texts else None
+        samples.add(image, prompt, file=image.relative_to(folder / TARGET).as_posix())
+        samples.references.append([sources[name]] if name in sources else [])
+    for name in dict.fromkeys((*sources, *texts)):
+        if name not in targets:
+            has = " and ".join(part for part, found in ((SOURCE, sources), (TEXT, texts)) if name in found)
+            samples.miss(f"{TARGET}/{name}", f"there is {has} of it, but no picture")
+    return samples
+
+
+def write_dreambench_plus(folder, collection, images, prompts, reference, negative_prompt=""):
+    """Adds one subject's pictures to a method's folder in DreamBench++'s layout, as its own `generate_images.py` does: JPEG,
+    the reference beside each, the n-th different prompt being prompt n. Returns the names, `<i>_<j>`.
+
+    `images` are paths, `reference` is one; the prompts must not have the token, since they are what CLIP-T asks for.
+    """
+    folder, counts, names = Path(folder).expanduser(), {}, []
+    source = data.read_image(reference)
+    for part in (SOURCE, TARGET, TEXT):
+        (folder / part / collection).mkdir(parents=True, exist_ok=True)
+    (folder / "negative_prompt.txt").write_text(negative_prompt or "", encoding="utf-8")
+    for image, prompt in zip(images, prompts, strict=True):
+        counts[prompt] = counts.get(prompt, -1) + 1
+        names.append(f"{list(counts).index(prompt)}_{counts[prompt]}")
+        data.read_image(image).save(folder / TARGET / collection / f"{names[-1]}.jpg")
+        source.save(folder / SOURCE / collection / f"{names[-1]}.jpg")
+        (folder / TEXT / collection / f"{names[-1]}.txt").write_text(prompt, encoding="utf-8")
+    return names
+
+
+def write_dreambench_plus_scores(folder, result):
+    """Writes DreamBench++'s own JSON of the scores that `evaluate.score` gave for its layout; a picture without one is not
+    in it. Returns the files."""
+    written = []
+    for file, score in SCORES.items():
+        found = {Path(s["file"]).with_suffix("").as_posix().replace("/", "-"): s[score]
+                 for s in result["samples"] if score in s}  # fmt: skip
+        if found:
+            with replacing(Path(folder) / file) as part:
+                part.write_text(json.dumps(found, indent=4) + "\n")
+            written.append(Path(folder) / file)
+    return written

@@ -1,0 +1,587 @@
+"""Encoders, protocols and `deft evaluate`, on tiny encoders that are built here."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from deft_diffusers import UserError, cli
+from deft_diffusers.evaluation import protocols
+from deft_diffusers.evaluation.encoders import dino_transform, load_encoders
+from deft_diffusers.evaluation.evaluate import score
+from deft_diffusers.families import load_family
+from deft_diffusers.options import EvaluateOptions
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_encoders import write_tiny_encoders
+from tiny_pipeline import write_picture
+
+import deft_kernels as dk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+NAMES = ("clip", "dinov1", "dinov2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = write_tiny_encoders(tmp_path_factory.mktemp("encoders"))
+    return {name: str(folder / name) for name in NAMES}
+
+
+@pytest.fixture
+def load(folders):
+    return lambda **more: load_encoders(**folders | more)
+
+
+@pytest.fixture(scope="module")
+def tiny_encoders(folders):
+    return load_encoders(**folders)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Six pictures, the last two of an unrelated prompt, three references, and the base's pictures of that prompt."""
+    images = [write_picture(tmp_path / f"{k}.png", k, (40, 48)) for k in range(6)]
+    references = [write_picture(tmp_path / f"r{k}.png", 10 + k, (64, 48)) for k in range(3)]
+    base = {("a house", k): write_picture(tmp_path / f"base{k}.png", 20 + k, (40, 48)) for k in (4, 5)}
+    prompts = ["a sks cat in snow"] * 2 + ["a sks cat in rain"] * 2 + ["a house"] * 2
+    about = [{"seed": k, "unrelated": k > 3} for k in range(6)]
+    settings = {"about": about, "base_images": base, "subject": "sks cat", "class_name": "cat", "progress": False}
+    return images, prompts, references, settings
+
+
+def features(encoder, paths):
+    """By the model alone, one picture at a time."""
+    rows = [encoder._encode_images([Image.open(path)])[0].double() for path in paths]
+    return [row / row.norm() for row in rows]
+
+
+def text_features(encoder, texts):
+    rows = [encoder._encode_texts([text])[0].double() for text in texts]
+    return [row / row.norm() for row in rows]
+
+
+# encoders ---------------------------------------------------------------------------------------------------------------
+
+
+WIDE = [[1.7694151401519775, 0.1254388839006424, -1.2959158420562744],
+        [-0.5301119685173035, 0.5903362035751343, -0.10994395613670349],
+        [2.0125491619110107, 1.472244143486023, 1.0888018608093262]]  # fmt: skip
+TALL = [[0.5193082094192505, -1.1417930126190186, -0.09718302637338638],
+        [-0.7577030062675476, -0.7927169799804688, 1.3256303071975708],
+        [-0.3403920829296112, -0.845838725566864, 0.7750764489173889]]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "seed, size, some, total",
+    [(5, (30, 47), WIDE, 33618.11441824166), (6, (61, 40), TALL, 35029.20437418902)],
+    ids=["wide", "tall"],
+)
+def test_dino_sees_what_torchvision_would_show_it(seed, size, some, total):
+    """Values of torchvision 0.29.2 for the same noise: Resize(256, BICUBIC), CenterCrop(224), ToTensor, Normalize."""
+    image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+    found = dino_transform(image)
+    assert found.shape == (3, 224, 224) and found.dtype == torch.float32
+    assert found[:, [0, 100, 223], [0, 57, 223]].tolist() == some
+    assert found.double().sum().item() == pytest.approx(total, rel=1e-12)
+
+
+def test_models_are_asked_as_transformers_documents(tiny_encoders, pictures):
+    """Pixels by hand, features by the models' documented calls."""
+    image = Image.open(pictures[0][0])
+
+    def by_hand(mean, deviation):  # to 36 pixels, 32 of the middle; transformers rounds an odd rest down
+        small = image.resize((36, 43), Image.BICUBIC).crop((2, 5, 34, 37))
+        pixels = (np.asarray(small, np.float64) / 255 - mean) / deviation
+        return torch.from_numpy(pixels).float().permute(2, 0, 1)[None]
+
+    openai = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    clip, dinov1, dinov2 = (encoder.model for encoder in tiny_encoders.present.values())
+    with torch.no_grad():
+        expected = {
+            "clip": clip.visual_projection(clip.vision_model(by_hand(*openai)).pooler_output),
+            "dinov1": dinov1(dino_transform(image)[None]).last_hidden_state[:, 0],
+            "dinov2": dinov2(by_hand(*openai)).last_hidden_state[:, 0],
+        }
+    for name, encoder in tiny_encoders.present.items():
+        found = encoder.images([image])
+        assert found.norm().item() == pytest.approx(1, abs=1e-6)
+        torch.testing.assert_close(found, expected[name] / expected[name].norm(), rtol=0, atol=2e-5)
+        assert encoder.facts["id"] == encoder.id and len(encoder.facts["revision_or_sha256"]) == 64
+    assert tiny_encoders.clip.facts["preprocessing"]["crop_size"] == {"height": 32, "width": 32}
+    assert tiny_encoders.dinov1.facts["preprocessing"]["center_crop"] == 224
+
+
+def test_a_text_has_the_same_feature_alone_and_beside_a_longer_one(tiny_encoders):
+    alone = tiny_encoders.clip.texts(["a cat"])[0]
+    beside = tiny_encoders.clip.texts(["a dog in the rain", "a cat", "a cat"])
+    torch.testing.assert_close(beside[1], alone, rtol=0, atol=1e-6)
+    assert torch.equal(beside[1], beside[2]) and (beside[0] - alone).abs().max() > 0.01
+
+
+def test_features_are_kept_and_then_touch_no_model(load, pictures, tmp_path):
+    images, prompts, references, settings = pictures
+    cold = load(cache_dir=tmp_path / "cache")
+    first = score(images, prompts, references, cold, **settings)
+    assert [encoder.calls for encoder in cold.present.values()] == [2, 1, 1]
+    warm = load(cache_dir=tmp_path / "cache")
+    for encoder in warm.present.values():
+        encoder.model = encoder.prepare = None
+    warm.clip.cut_text = lambda text: False
+    assert score(images, prompts, references, warm, **settings) == first
+    assert [encoder.calls for encoder in warm.present.values()] == [0, 0, 0]
+
+
+def test_other_weights_or_other_pixels_are_not_found(load, folders, pictures, tmp_path):
+    image = Image.open(pictures[0][0])
+    cache = tmp_path / "cache"
+    before = load(cache_dir=cache).dinov2
+    row = before.images([image])
+    other = tmp_path / "other"
+    shutil.copytree(folders["dinov2"], other)
+    weights = load_file(other / "model.safetensors")
+    weights["layernorm.weight"][3] += 1
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    changed = load(cache_dir=cache, dinov2=str(other)).dinov2
+    assert not torch.equal(changed.images([image]), row) and changed.sha256 != before.sha256
+    mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert not torch.equal(before.images([mirrored]), row) and before.calls == 2
+    assert torch.equal(load(cache_dir=cache).dinov2.images([image]), row)
+
+
+def test_what_is_not_downloaded_is_named_with_its_command_and_folder(monkeypatch, tmp_path):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    with pytest.raises(UserError) as error:
+        load_encoders()
+    said = str(error.value)
+    for words in ("--clip openai/clip-vit-base-patch32 is not downloaded", "run `hf download openai/clip-vit-base-patch32`",
+                  str(tmp_path / "hub" / "models--openai--clip-vit-base-patch32"), "run `hf download facebook/dinov2-small`",
+                  str(tmp_path / "torch" / "facebookresearch_dino_main"), "facebook/dino-vits8",
+                  "torch.hub.load('facebookresearch/dino:main', 'dino_vits8')"):  # fmt: skip
+        assert words in said, words
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [({"clip": "dinov2"}, "--clip .* is a model of type dinov2, expected clip"),
+     ({"dinov1": "/no/such/folder"}, "no such folder of an encoder, nor a hub id"),
+     ({"dinov1": "torchhub:a/b:c"}, "expected torchhub:owner/repo:ref:entry"),
+     ({"clip": "none", "dinov1": "none", "dinov2": "none"}, "nothing to score with"),
+     ({"encoders": "toyword"}, "--encoders must be toyworld, .* got 'toyword'")],
+    ids=["kind", "folder", "torchhub", "none", "encoders"],
+)  # fmt: skip
+def test_wrong_encoders_are_refused(folders, words, said):
+    words = {name: folders.get(value, value) for name, value in words.items()}
+    with pytest.raises(UserError, match=said):
+        load_encoders(**folders | words)
+
+
+def test_an_encoder_without_all_its_weights_is_refused(folders, tmp_path):
+    shutil.copytree(folders["dinov2"], tmp_path / "half")
+    weights = load_file(tmp_path / "half" / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lacks weights, such as layernorm.weight"):
+        load_encoders(**folders | {"dinov2": str(tmp_path / "half")})
+
+
+def test_a_model_of_torch_hub(monkeypatch, folders, pictures, tmp_path):
+    """A repository as torch.hub keeps it, whose entry point returns a plain module."""
+    repository = tmp_path / "owner_repo_main"
+    repository.mkdir()
+    (repository / "hubconf.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.grey = torch.nn.Linear(3, 2, bias=False)\n        torch.nn.init.eye_(self.grey.weight)\n\n"
+        "    def forward(self, x):\n        return self.grey(x.mean((2, 3)))\n\n\ndef tiny():\n    return Net()\n"
+    )
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    found = load_encoders(**folders | {"dinov1": "torchhub:owner/repo:main:tiny"}, cache_dir=tmp_path / "cache").dinov1
+    image = Image.open(pictures[0][0])
+    mean = dino_transform(image).mean((1, 2))[:2]
+    torch.testing.assert_close(found.images([image])[0], mean / mean.norm(), rtol=1e-5, atol=1e-6)
+    assert found.facts["id"] == "torchhub:owner/repo:main:tiny"
+    with pytest.raises(UserError, match="cannot be loaded from .*Cannot find callable nobody"):
+        load_encoders(**folders | {"dinov1": "torchhub:owner/repo:main:nobody"})
+
+
+# score ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol, scale", [("dreambooth", 1), ("dreambench++", 100)])
+def test_scores_are_the_cosines_of_the_models_features(tiny_encoders, pictures, protocol, scale):
+    images, prompts, references, settings = pictures
+    result = score(images, prompts, references, tiny_encoders, protocol, **settings)
+    own = {name: features(getattr(tiny_encoders, name), images) for name in NAMES}
+    real = {name: features(getattr(tiny_encoders, name), references) for name in NAMES}
+    near = lambda value: pytest.approx(value, abs=scale * 1e-5)
+    for name, encoder in (("clip_i", "clip"), ("dinov1", "dinov1"), ("dinov2", "dinov2")):
+        cosines = [[float(a @ b) for b in real[encoder]] for a in own[encoder][:4]]
+        assert result["scores"][name] == near(scale * np.mean(cosines))
+        assert [s[name] for s in result["samples"][:4]] == near([scale * np.mean(row) for row in cosines])
+        among = [float(real[encoder][i] @ real[encoder][j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        assert result["real"][name] == near(scale * np.mean(among))
+        assert all(name not in s for s in result["samples"][4:])
+    said = text_features(tiny_encoders.clip, ["a cat in snow"] * 2 + ["a cat in rain"] * 2)
+    cosines = [float(a @ b) for a, b in zip(said, own["clip"])]
+    assert result["scores"]["clip_t"] == near(scale * np.mean(cosines))
+    one = own["dinov1"]
+    assert result["scores"]["diversity"] == pytest.approx(1 - float(one[0] @ one[1] + one[2] @ one[3]) / 2, abs=1e-5)
+    before = features(tiny_encoders.dinov2, settings["base_images"].values())
+    apart = [float(a @ b) for a, b in zip(before, own["dinov2"][4:])]
+    assert result["scores"]["drift"] == pytest.approx((1 - np.mean(apart)) / 2, abs=1e-5)
+    assert result["counts"] == {"clip_i": 4, "clip_t": 4, "dinov1": 4, "dinov2": 4, "diversity": 4, "drift": 2}
+    assert (result["protocol"], result["scale"], result["missing"]) == (protocol, scale, [])
+    assert result["references"] == ["r0.png", "r1.png", "r2.png"]
+    first = result["samples"][0]
+    assert (first["file"], first["seed"], first["text"]) == ("0.png", 0, "a cat in snow")
+    assert set(result["versions"]) == {"torch", "transformers", "diffusers", "deft_kernels"}
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_no_score_depends_on_batches_or_order(load, pictures):
+    images, prompts, references, settings = pictures
+    expected = score(images, prompts, references, load(batch_size=32), **settings)
+    order = [5, 2, 0, 4, 3, 1]
+    shuffled = [[values[k] for k in order] for values in (images, prompts, settings["about"])]
+    for size in (1, 4):
+        settings["about"] = shuffled[2]
+        found = score(shuffled[0], shuffled[1], references[::-1], load(batch_size=size), **settings)
+        assert found["scores"] == pytest.approx(expected["scores"], abs=1e-5)
+        for k, sample in zip(order, found["samples"]):
+            same = expected["samples"][k]
+            assert sample.keys() == same.keys() and sample["file"] == same["file"]
+            for name in ("clip_i", "clip_t", "dinov1", "dinov2"):
+                assert sample.get(name) == pytest.approx(same.get(name), abs=1e-5)
+
+
+def test_each_picture_may_have_its_own_reference(tiny_encoders, pictures):
+    images, prompts, references, _ = pictures
+    each = [[references[1]], [references[0]]]
+    result = score(images[:2], prompts[:2], each, tiny_encoders, "dreambench++", progress=False)
+    own, real = features(tiny_encoders.dinov2, images[:2]), features(tiny_encoders.dinov2, references)
+    assert result["scores"]["dinov2"] == pytest.approx(50 * float(own[0] @ real[1] + own[1] @ real[0]), abs=1e-3)
+    assert result["real"] == {}
+
+
+def test_what_is_wrong_is_named_and_the_rest_is_scored(tiny_encoders, pictures, tmp_path, capsys, monkeypatch):
+    images, prompts, references, settings = pictures
+    whole = score(images, prompts, references, tiny_encoders, **settings)
+    capsys.readouterr()
+    images[1].write_bytes(b"no picture")
+    images[2].unlink()
+    rotated = Image.open(references[2])
+    exif = rotated.getexif()
+    exif[274] = 6
+    rotated.transpose(Image.Transpose.ROTATE_90).save(references[2], exif=exif)  # looks as before
+    clear = Image.open(images[3]).convert("RGBA")
+    clear.save(images[3])
+    grey = tmp_path / "grey.png"
+    Image.new("L", (90, 30), 77).save(grey)
+    settings["about"].append({"seed": 9})
+    result = score([*images, grey], [*prompts, None], references, tiny_encoders, **settings)
+    for k in (0, 3):
+        assert result["samples"][k]["dinov1"] == pytest.approx(whole["samples"][k]["dinov1"], abs=1e-5)
+    assert result["counts"] == {"clip_i": 3, "clip_t": 2, "dinov1": 3, "dinov2": 3, "drift": 2}
+    missing = {entry["what"]: entry["why"] for entry in result["missing"]}
+    assert "cannot read the picture" in missing[str(images[1])]
+    assert missing[str(images[2])] == "there is no such picture"
+    assert "no CLIP-T" in missing["grey.png"] and len(missing) == 3
+    assert "of another size than most (40 x 48): grey.png (90 x 30)" in capsys.readouterr().err
+
+
+def test_features_that_are_no_numbers_are_named_and_never_kept(load, pictures, tmp_path):
+    images, prompts, references, settings = pictures
+    sick = load(cache_dir=tmp_path / "cache", batch_size=3)
+    marked = torch.from_numpy(np.asarray(Image.open(images[0])).copy())
+    prepare = sick.dinov2.prepare
+
+    def spoilt(image):
+        same = torch.equal(torch.from_numpy(np.asarray(image).copy()), marked)
+        return prepare(image) * (math.nan if same else 1)
+
+    sick.dinov2.prepare = spoilt
+    result = score(images, prompts, references, sick, **settings)
+    assert result["missing"] == [{"what": str(images[0]), "why": "dinov2 gives features that are not finite"}]
+    assert result["counts"]["dinov2"] == 3 and result["counts"]["clip_i"] == 4
+    assert "dinov2" not in result["samples"][0] and all(math.isfinite(v) for v in result["scores"].values())
+    well = score(images, prompts, references, load(cache_dir=tmp_path / "cache"), **settings)
+    assert well["missing"] == [] and well["counts"]["dinov2"] == 4
+
+
+def test_without_references_texts_and_drift_are_still_scored(tiny_encoders, pictures):
+    images, prompts, _, settings = pictures
+    result = score(images, prompts, [], tiny_encoders, **settings)
+    assert set(result["scores"]) == {"clip_t", "diversity", "drift"}
+    assert [entry["what"] for entry in result["missing"]] == ["references"]
+    del settings["base_images"][("a house", 5)]
+    result = score(images, prompts, [], tiny_encoders, **settings)
+    assert result["counts"]["drift"] == 1 and "for 5.png: no drift" in result["missing"][1]["why"]
+
+
+def test_an_encoder_left_out_takes_only_its_scores(load, pictures):
+    images, prompts, references, settings = pictures
+    result = score(images, prompts, references, load(clip="none"), **settings)
+    assert set(result["scores"]) == {"dinov1", "dinov2", "diversity", "drift"}
+    assert set(result["encoders"]) == {"dinov1", "dinov2"}
+
+
+def test_the_judge_of_the_drawn_world(tiny_encoders, pictures, monkeypatch):
+    images, prompts, references, settings = pictures
+    said = (("cat", "snow"), (None, "snow"), ("cat", "snow"), ("dog", None), ("cat", "snow"), ("cat", "snow"))
+    said = {Image.open(path).tobytes(): dict(zip(("individual", "scene"), words)) for path, words in zip(images, said)}
+    nothing = {"individual": None, "scene": None}
+    judge = lambda pictures: [said.get(picture.tobytes(), nothing) for picture in pictures]
+
+    asked = lambda prompt: {"scene": "snow" if "snow" in prompt else "rain" if "rain" in prompt else None}
+    monkeypatch.setitem(sys.modules, "deft_diffusers.toyworld.judge", types.SimpleNamespace(asked=asked))
+    found = dataclasses.replace(tiny_encoders, judge=judge)
+    result = score(images, prompts, references, found, individual="cat", **settings)
+    assert result["scores"]["individual"] == 2 / 4 and result["scores"]["scene"] == 2 / 4
+    assert [(s["individual"], s["scene"]) for s in result["samples"][:4]] == [
+        (True, True), (False, True), (True, False), (False, False)]  # fmt: skip
+    assert "individual" not in result["samples"][4]
+    assert "individual" not in score(images, prompts, references, found, **settings)["scores"]
+
+
+# protocols --------------------------------------------------------------------------------------------------------------
+
+LISTING = """Classes
+
+subject_name,class
+bear_plushie,stuffed animal
+dog8,dog
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+'a purple {0} {1}'.format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token),
+'a wet {0} {1}'.format(unique_token, class_token)
+]
+"""
+
+
+def test_dreambooths_listing(tmp_path):
+    """Lines as in the data set's own file."""
+    file = tmp_path / "prompts_and_classes.txt"
+    file.write_text(LISTING)
+    classes, objects, live = protocols.read_prompts_and_classes(file)
+    assert classes == {"bear_plushie": "stuffed animal", "dog8": "dog"}
+    assert objects == ["a {} in the jungle", "a purple {}", "a cube shaped {}"] == protocols.dreambooth_prompts(file, "vase")
+    assert live == ["a {} wearing a red hat", "a wet {}"] == protocols.dreambooth_prompts(file, "dog")
+    file.write_text("Classes\nsubject_name,class\ncat,cat\n")
+    assert protocols.read_prompts_and_classes(file) == ({"cat": "cat"}, [], [])
+    with pytest.raises(UserError, match="lists no prompts for live subjects"):
+        protocols.dreambooth_prompts(file, "cat")
+    file.write_text("nothing of the kind\n")
+    with pytest.raises(UserError, match="is no prompts_and_classes.txt"):
+        protocols.read_prompts_and_classes(file)
+
+
+def test_dreambench_plus_names_and_captions(tmp_path):
+    assert protocols.collection_id("images/live_subject/animal/00.jpg", "Kitten") == "live_subject_animal_00_kitten"
+    assert protocols.collection_id("images/object/07.jpg", "Red Mug") == "object_07_red_mug"
+    file = tmp_path / "00.txt"
+    file.write_text("kitten\n" + "".join(f"a kitten {k} \n" for k in range(9)))
+    assert protocols.read_captions(file) == ("kitten", [f"a kitten {k}" for k in range(9)])
+    file.write_text("kitten\n")
+    with pytest.raises(UserError, match="a prompt in each of the others"):
+        protocols.read_captions(file)
+
+
+def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
+    images, _, references, _ = pictures
+    prompts = ["a kitten in snow", "a kitten in rain", "a kitten in snow"]
+    folder, name = tmp_path / "samples" / "deft", "live_subject_animal_00_kitten"
+    names = protocols.write_dreambench_plus(folder, name, images[:3], prompts, references[0], "ugly")
+    assert names == ["0_0", "1_0", "0_1"]
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    assert found == sorted(["negative_prompt.txt", *(f"{part}/{name}/{n}.{end}" for n in names for part, end in
+                            (("src_image", "jpg"), ("tgt_image", "jpg"), ("text", "txt")))])  # fmt: skip
+    assert (folder / "negative_prompt.txt").read_text() == "ugly"
+    protocols.write_dreambench_plus(folder, "object_07_mug", images[3:4], ["a mug"], references[1])
+    read = protocols.read_samples(folder)
+    order = [f"{name}/{n}" for n in ("0_0", "0_1", "1_0")] + ["object_07_mug/0_0"]
+    assert [more["file"] for more in read.about] == [f"{n}.jpg" for n in order]
+    assert read.prompts == ["a kitten in snow", "a kitten in snow", "a kitten in rain", "a mug"] and read.missing == []
+    each = {"about": read.about, "progress": False}
+    result = score(read.images, read.prompts, read.references, tiny_encoders, "dreambench++", **each)
+    pairs = [(folder / "src_image" / more["file"], folder / "tgt_image" / more["file"]) for more in read.about]
+    dino = [100 * float(a @ b) for a, b in (features(tiny_encoders.dinov1, pair) for pair in pairs)]
+    assert result["scores"]["dinov1"] == pytest.approx(np.mean(dino), abs=1e-3)
+    written = protocols.write_dreambench_plus_scores(tmp_path, result)
+    assert [file.name for file in written] == [
+        "clip_scores_image.json", "clip_scores_text.json", "dino_scores_v1.json", "dino_scores_v2.json"]  # fmt: skip
+    found = json.loads((tmp_path / "dino_scores_v1.json").read_text())
+    assert list(found) == [n.replace("/", "-") for n in order]
+    assert list(found.values()) == pytest.approx(dino, abs=1e-3)
+    text = json.loads((tmp_path / "clip_scores_text.json").read_text())
+    assert sum(text.values()) / len(text) == pytest.approx(result["scores"]["clip_t"])
+
+
+def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
+    images, _, references, _ = pictures
+    folder = tmp_path / "samples"
+    protocols.write_dreambench_plus(folder, "mug", images[:3], ["a", "b", "c"], references[0])
+    (folder / "src_image" / "mug" / "0_0.jpg").unlink()
+    (folder / "text" / "mug" / "1_0.txt").unlink()
+    (folder / "tgt_image" / "mug" / "2_0.jpg").unlink()
+    read = protocols.read_samples(folder)
+    assert read.missing == [{"what": "tgt_image/mug/2_0", "why": "there is src_image and text of it, but no picture"}]
+    each = {"about": read.about, "progress": False}
+    result = score(read.images, read.prompts, read.references, tiny_encoders, "dreambench++", **each)
+    assert result["counts"] == {"clip_i": 1, "clip_t": 1, "dinov1": 1, "dinov2": 1}
+    assert [entry["what"] for entry in result["missing"]] == ["mug/1_0.jpg", "references"]
+
+
+def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
+    (photos / "0.txt").write_text("a cat\n")
+    (photos / "9.txt").write_text("a lost cat\n")
+    read = protocols.read_samples(photos)
+    assert read.prompts == ["a cat", None, None] and [more["file"] for more in read.about] == ["0.png", "1.png", "2.png"]
+    assert read.missing == [{"what": "9.txt", "why": "a prompt without a picture"}]
+    texts = tmp_path / "prompts.txt"
+    texts.write_text("one\n\ntwo\nthree\nfour\n")
+    read = protocols.read_samples(photos, texts)
+    assert read.prompts == ["one", "two", "three"] and [entry["what"] for entry in read.missing] == ["four"]
+    texts.write_text("one\n")
+    assert protocols.read_samples(photos, texts).prompts == ["one", None, None]
+
+
+# the command ------------------------------------------------------------------------------------------------------------
+
+
+def run(words, capsys):
+    """Exit code, standard output and standard error of `deft evaluate` with these words."""
+    try:
+        code = cli.main(["evaluate", *(str(w) for pair in words.items() for w in pair if w is not None)])
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def flags(folders, photos, tmp_path):
+    own = {f"--{name}": folder for name, folder in folders.items()}
+    return own | {"--images": photos, "--output_dir": tmp_path / "out", "--device": "cpu"}
+
+
+def test_help_tells_every_option(capsys):
+    code, out, _ = run({"--help": None}, capsys)
+    assert code == 0 and "example:\n  deft evaluate" in out and max(map(len, out.splitlines())) <= 110
+    for field in dataclasses.fields(EvaluateOptions):
+        assert f"--{field.name}" in out and f"{field.metadata['group']}:" in out
+
+
+def test_a_folder_of_pictures_by_the_command(flags, pictures, photos, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\na cat\na dog\n")
+    more = {"--prompts_file": tmp_path / "prompts.txt", "--references": pictures[2][0]}
+    code, out, err = run(flags | more, capsys)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert result["counts"] == {"clip_i": 3, "clip_t": 3, "dinov1": 3, "dinov2": 3, "diversity": 3}
+    assert f"| CLIP-I | {result['scores']['clip_i']:.4f} | 3 |" in out and "protocol dreambooth, scale 1" in out
+    assert out.startswith((tmp_path / "out" / "scores.md").read_text())
+    code, _, err = run(flags | more, capsys)
+    assert code == 2 and "scores.json is there already" in err and "--overwrite_output_dir" in err
+    assert run(flags | more | {"--overwrite_output_dir": None}, capsys)[0] == 0
+
+
+def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
+    images, _, references, _ = pictures
+    protocols.write_dreambench_plus(tmp_path / "deft", "mug", images[:2], ["a mug", "a red mug"], references[0])
+    code, out, err = run(flags | {"--images": tmp_path / "deft"}, capsys)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert result["scale"] == 100 and f"| DINOv2 | {result['scores']['dinov2']:.2f} | 2 |" in out
+    assert list(json.loads((tmp_path / "out" / "clip_scores_image.json").read_text())) == ["mug-0_0", "mug-1_0"]
+
+
+def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
+    """An adapter of the tiny pipeline, prompts of DreamBooth's listing, and the pictures in DreamBench++'s layout too."""
+    model = load_family(str(tiny), torch.float32).model
+    dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False))
+    dk.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "adapter" / "result.json").write_text('{"parameters": 7}')
+    (tmp_path / "listing.txt").write_text(LISTING)
+    words = {f"--{name}": folder for name, folder in folders.items()} | {
+        "--pretrained_model_name_or_path": tiny, "--adapter": tmp_path / "adapter",
+        "--prompts_file": tmp_path / "listing.txt", "--subject": "sks dog", "--class_name": "dog",
+        "--unrelated_prompt": "a house", "--references": pictures[2][0],
+        "--num_images_per_prompt": 2, "--num_inference_steps": 1, "--device": "cpu", "--output_dir": tmp_path / "out",
+        "--dreambench_plus_dir": tmp_path / "plus", "--collection_id": "dog_00",
+    }  # fmt: skip
+    code, _, err = run(words, capsys)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(result["scores"]) == {"clip_i", "clip_t", "dinov1", "dinov2", "diversity", "drift"}
+    assert result["counts"]["clip_i"] == 4 and result["counts"]["drift"] == 2 and result["missing"] == []
+    first, far = result["samples"][0], result["samples"][-1]
+    assert first["prompt"] == "a sks dog wearing a red hat" and first["text"] == "a dog wearing a red hat"
+    assert first["template"] == "a {} wearing a red hat" and first["file"] == "samples/0000.png"
+    assert far["unrelated"] and far["prompt"] == "a house" and far["seed"] == 1
+    (cost,) = result["cost"]
+    assert cost["training"] == {"parameters": 7}
+    assert cost["bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    read = protocols.read_samples(tmp_path / "plus")
+    assert [m["file"] for m in read.about] == [f"dog_00/{n}.jpg" for n in ("0_0", "0_1", "1_0", "1_1")]
+    assert read.prompts[0] == "a dog wearing a red hat"
+    # the same from the pictures that now lie there
+    again = {name: value for name, value in words.items() if name[2:] in (*NAMES, "subject", "class_name", "references",
+             "unrelated_prompt", "device")}  # fmt: skip
+    again |= {"--images": tmp_path / "out" / "samples", "--base_images": tmp_path / "out" / "base"}
+    code, _, err = run(again | {"--output_dir": tmp_path / "again"}, capsys)
+    assert code == 0, err
+    found = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
+    assert found == pytest.approx(result["scores"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [({"--images": None}, "give either --images, a folder of pictures, or --pretrained_model_name_or_path"),
+     ({"--images": "nowhere"}, "no such folder or file of pictures"),
+     ({"--references": "nowhere"}, "no such folder or file of pictures"),
+     ({"--subject": "sks cat"}, "--subject and --class_name go together"),
+     ({"--prompt": "a cat"}, "--adapter and --prompt are for drawing"),
+     ({"--batch_size": 0}, "--batch_size must be at least 1, got 0"),
+     ({"--protocol": "dreambench"}, "did you mean dreambench\\+\\+"),
+     ({"--individual": "cat"}, "--individual goes with --encoders toyworld"),
+     ({"--dreambench_plus_dir": "plus"}, "--dreambench_plus_dir needs --references"),
+     ({"--device": "cuda:7"}, "cannot use --device cuda:7"),
+     ({"--images": None, "--pretrained_model_name_or_path": "toyworld"}, "either with --prompt or with --prompts_file"),
+     ({"--images": None, "--pretrained_model_name_or_path": "toyworld", "--prompt": "a {}"}, "stands for the subject")],
+    ids=["neither", "images", "references", "subject", "prompt", "batch", "protocol", "individual", "plus", "device",
+         "texts", "braces"],
+)  # fmt: skip
+def test_wrong_words_are_refused_before_anything_is_written(flags, change, said, tmp_path, capsys):
+    flags = {name: value for name, value in (flags | change).items() if value is not None}
+    code, _, err = run(flags, capsys)
+    assert code == 2 and re.search(said, err) and err.count("\n") == 1, err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_that_can_be_scored_is_an_error_that_says_why(flags, photos, tmp_path, capsys):
+    for path in photos.iterdir():
+        path.write_bytes(b"")
+    code, _, err = run(flags, capsys)
+    assert code == 2 and "nothing could be scored" in err and "cannot read the picture" in err
+    assert len(json.loads((tmp_path / "out" / "scores.json").read_text())["samples"]) == 3
