@@ -232,7 +232,7 @@ def _settings(results):
     made = {key: results[key] for key in ("time", "commit", "device") if results[key]} | results["settings"]
     found = [("This comparison", made), ("Versions", results["versions"])]
     for name, part in results["parts"].items():
-        facts = {"protocol": part["protocol"], "similarities": f"cosines times {part.get('scale', 1)}"}
+        facts = {"protocol": part["protocol"], "similarities": f"cosines times {part.get('scale', 1):g}"}
         for encoder, told in part.get("encoders", {}).items():
             facts[encoder] = "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in told.items())
         found.append((f"Scores of {name}" if name else "Scores", facts))
