@@ -20,6 +20,7 @@ from deft_diffusers.evaluation.figures import (
     at_print_size,
     draw_all,
     draw_figure,
+    find_job,
     plots,
     points,
     read_figures,
@@ -93,8 +94,7 @@ def pictures_in(file):
 def test_pictures_larger_than_a_cell_are_reduced_and_smaller_ones_are_whole_squares():
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8))
     grown = np.asarray(at_print_size(noise))
-    assert grown.shape == (150, 300, 3)
-    assert np.array_equal(grown[1::3, 1::3], np.asarray(noise))
+    assert np.array_equal(grown, np.asarray(noise).repeat(3, 0).repeat(3, 1))
     assert at_print_size(noise.resize((1024, 512))).size == (CELL, CELL // 2)
 
 
@@ -127,6 +127,7 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(drawn, capsys):
     figure, _ = draw_figure(root, results, "figure3", FIGURES["figure3"])
     assert sum(len(axes.images) for axes in figure.axes) == 3  # two photographs, one picture
     assert "training seed 1" in " ".join(texts(figure))
+    assert find_job(results, "cat", "base", 1)["job"] == "cat/base"  # which has one seed, for every figure
 
 
 def test_pictures_that_are_not_scored_are_shown(drawn, tmp_path):
