@@ -1,6 +1,7 @@
 # Everything a fresh machine needs is made here: python3 (3.11 or later), pip, make and gcc are enough.
 #   make demo    personalise the embedded model on a photograph and look at outputs/demo/demo.png
 #   make methods every method on one subject of five pictures, side by side in outputs/methods/bear_plushie.png
+#   make compare the supplement's tables, figures and a report on the embedded model, in outputs/compare; make compare-quick less
 #   make test    every test that this machine can run
 #   make bench   one adapted layer, merging and a training step beside their peers
 
@@ -10,7 +11,7 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 comma  := ,
 
-.PHONY: demo methods test bench lint wheel sanitize sanitize-gpu clean
+.PHONY: demo methods compare compare-quick test bench lint wheel sanitize sanitize-gpu clean
 
 demo: $(READY)
 	$(BIN)/deft demo
@@ -18,6 +19,15 @@ demo: $(READY)
 methods: $(READY)
 	$(BIN)/python -m deft_diffusers.toyworld.subjects --output_dir outputs/subjects
 	$(BIN)/deft sweep --plan benchmarks/methods.yaml --subject bear_plushie --output_dir outputs/methods
+
+# Two processes share the work; both targets go on where they were.
+compare: PLAN = toyworld
+compare-quick: PLAN = toyworld-quick
+compare compare-quick: $(READY)
+	$(BIN)/python -m deft_diffusers.toyworld.subjects --output_dir outputs/subjects
+	$(BIN)/python -m deft_diffusers.toyworld.subjects --output_dir outputs/plus --layout dreambench++
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m deft_diffusers compare \
+	--plan benchmarks/quality/$(PLAN).yaml --output_dir outputs/$@
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests

@@ -119,7 +119,11 @@ setup(
     version=version,
     packages=find_packages(include=["deft_kernels*"]) + find_packages("python"),
     package_dir={"deft_diffusers": "python/deft_diffusers"},
-    package_data={"deft_kernels.triton": ["configs/*.json"], "deft_diffusers.toyworld": ["model/**/*", "model/*"]},
+    package_data={
+        "deft_kernels.triton": ["configs/*.json"],
+        "deft_diffusers.toyworld": ["model/**/*", "model/*", "judge/*", "encoders/*/*"],
+        "deft_diffusers.evaluation": ["report.html", "published.json"],
+    },
     include_package_data=False,  # what is named above, and nothing because MANIFEST.in has it in the source package
     ext_modules=extensions,
     cmdclass={"build_ext": Ninja},

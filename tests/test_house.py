@@ -102,8 +102,9 @@ def test_wheel_without_a_compiler(tmp_path):
         if name.endswith(".py") and name.startswith(("deft_kernels/", "python/")):
             assert name.removeprefix("python/") in names
     assert "deft_kernels/triton/configs/default.json" in names
-    model = {n.removeprefix("python/") for n in tracked() if n.startswith("python/deft_diffusers/toyworld/model/")}
-    assert model <= set(names), model - set(names)
+    weights = tuple(f"python/deft_diffusers/toyworld/{folder}/" for folder in ("model", "judge", "encoders"))
+    weights = {n.removeprefix("python/") for n in tracked() if n.startswith(weights)}
+    assert weights <= set(names), weights - set(names)
     assert not any(n.startswith(("tests", "benchmarks", "csrc")) for n in names)
     assert "Requires-Dist: torch>=2.11\n" in metadata and "Provides-Extra: diffusers" in metadata
     assert "deft = deft_diffusers.cli:main" in scripts

@@ -10,7 +10,15 @@ import types
 import typing
 
 from . import UserError, __version__, near
-from .options import ConvertOptions, DemoOptions, EvaluateOptions, SampleOptions, SweepOptions, TrainOptions
+from .options import (
+    CompareOptions,
+    ConvertOptions,
+    DemoOptions,
+    EvaluateOptions,
+    SampleOptions,
+    SweepOptions,
+    TrainOptions,
+)
 
 INTERRUPTED = 130  # a shell's exit code for a command stopped by Ctrl-C
 
@@ -47,6 +55,16 @@ COMMANDS = (
 
   on every GPU of a machine: torchrun --nproc-per-node 8 -m deft_diffusers sweep …
   with a plan:               deft sweep --plan sweep.yaml --output_dir runs""",
+    ),
+    Command(
+        "compare",
+        CompareOptions,
+        "Train, draw and score subjects by many methods: tables with intervals, figures, a report; it goes on where it was.",
+        """deft compare --plan benchmarks/quality/toyworld.yaml --output_dir outputs/compare
+
+  on two cores, or every GPU: torchrun --standalone --nproc-per-node 2 -m deft_diffusers compare …
+  go on after a stop, or only write tables, figures and report again: the same command""",
+        "evaluation",
     ),
     Command(
         "sample",

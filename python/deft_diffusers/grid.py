@@ -7,7 +7,8 @@ MARGIN = 8
 INK, PAPER = (24, 24, 28), (255, 255, 255)
 
 
-def _wrap(font, text, width):
+def wrap(font, text, width):
+    """Lines no longer than `width` in the font's pixels, as far as words allow."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -28,12 +29,12 @@ def grid(rows, column_labels=None, row_labels=None, title=None, note=None, cell=
     font, bold = ImageFont.load_default(TEXT), ImageFont.load_default(TEXT + 5)
     line = TEXT + 4
     columns = max(map(len, rows))
-    above = [_wrap(font, text, cell) for text in column_labels or []]
-    left = [_wrap(font, text, cell) for text in row_labels or []]
+    above = [wrap(font, text, cell) for text in column_labels or []]
+    left = [wrap(font, text, cell) for text in row_labels or []]
     label_width = int(max(font.getlength(t) for lines in left for t in lines)) + MARGIN if left else 0
     width = label_width + columns * (cell + MARGIN) + MARGIN
-    titles = _wrap(bold, title, width - 2 * MARGIN) if title else []
-    notes = _wrap(font, note, width - 2 * MARGIN) if note else []
+    titles = wrap(bold, title, width - 2 * MARGIN) if title else []
+    notes = wrap(font, note, width - 2 * MARGIN) if note else []
     head = (len(titles) * (line + 5) + MARGIN if title else 0) + (max(map(len, above)) * line + MARGIN if above else 0)
     foot = head + len(rows) * (cell + MARGIN) + MARGIN
     size = (width, foot + len(notes) * line + (MARGIN if note else 0))

@@ -303,6 +303,22 @@ class SweepOptions:
 
 
 @dataclass(kw_only=True)
+class CompareOptions(SweepOptions):
+    """What `deft compare` takes: all that a sweep does, and a plan that says what to score and show."""
+
+    plan: str = option(
+        "What to train", "YAML file as `deft sweep` takes it, and besides: shown (prompts that are not scored), unrelated "
+        "(texts that tell what was forgotten), evaluate (options of `deft evaluate`), figures, only (which subjects, and "
+        "their names in the published tables), parts, each with its own of all that; an entry of methods may be a row: "
+        "{PaRa + uncond: {method: para, ranks: [4], caption_dropout: 1}}; benchmarks/quality has examples",
+        metavar="FILE",
+    )  # fmt: skip
+    output_dir: str = option(
+        "What to train", "where each job has its folder, and tables, figures and report.html go", metavar="DIR"
+    )
+
+
+@dataclass(kw_only=True)
 class EvaluateOptions:
     """What `deft evaluate` takes."""
 

@@ -1,4 +1,7 @@
-"""Trains many subjects by many methods, and draws each of them: one folder a job, what is done is not done again."""
+"""Trains many subjects by many methods, and draws each of them: one folder a job, what is done is not done again.
+
+A plan (YAML) says what; `deft compare` reads the same ones, for what is to be scored and shown besides.
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +21,7 @@ from tqdm import tqdm
 
 from . import UserError, data, near, read_json, read_text
 from .grid import grid
-from .options import METHODS, SampleOptions, TrainOptions
+from .options import METHODS, EvaluateOptions, SampleOptions, TrainOptions
 from .writing import replacing
 
 RESULT, CLAIM, OUTPUT, SAMPLES, TABLE = "job.json", ".claim", "output.txt", "samples", "sweep.md"
@@ -28,19 +31,39 @@ BASE = "base"  # in a method's place: nothing is trained, the base model draws t
 PLAN = {  # what a plan may hold: kinds, and what is expected
     "pretrained_model_name_or_path": (str, "a model"),
     "subjects": ((str, dict), "a folder, or names with instance_data_dir and instance_prompt"),
+    "only": ((list, dict), "a list of subjects, or subjects with their names in the published tables"),
     "methods": ((list, dict), "a list of methods, or methods with options of their own"),
     "ranks": (list, "a list of numbers"),
     "seeds": (list, "a list of numbers"),
     "train": (dict, "options of `deft train`"),
-    "prompts": (list, "a list of texts"),
+    "prompts": ((list, str), "a list of texts, or `captions`"),
+    "shown": (list, "a list of texts"),
+    "unrelated": (list, "a list of texts"),
     "sample": (dict, "options of `deft sample`"),
+    "evaluate": (dict, "options of `deft evaluate`"),
 }
+WHOLE = {  # what only a plan as a whole may hold
+    "parts": (dict, "names with what is their own of the above"),
+    "figures": (dict, "numbers of figures with their subjects, rows and prompts"),
+}
+CAPTIONS = "captions"  # in the prompts' place: those that DreamBench++ has for each picture
 SUBJECT = ("instance_data_dir", "instance_prompt", "class_name")
-OPTIONS = {"train": TrainOptions, "sample": SampleOptions}
-# What a job decides itself; the plan's `train` and `sample` set the other options of these commands.
-OWN = {"method", "rank", "seed", "output_dir", "overwrite_output_dir", "instance_data_dir", "resume_from_checkpoint",
-       "adapter", "adapter_weight", "prompt", "prompts_file", "pretrained_model_name_or_path",
-       "placeholder_token"}  # fmt: skip
+ROW = {  # what a method of a plan may say, beside options of `deft train`
+    "method": (str, f"one of {', '.join(METHODS)}"),
+    "ranks": PLAN["ranks"],
+    "seeds": PLAN["seeds"],
+    "subjects": (list, "a list of subjects"),
+}
+OPTIONS = {"train": TrainOptions, "sample": SampleOptions, "evaluate": EvaluateOptions}
+# What a job decides itself; the plan's `train`, `sample` and `evaluate` set the other options of these commands.
+OWN = {
+    "train": {"method", "rank", "seed", "output_dir", "overwrite_output_dir", "instance_data_dir", "placeholder_token",
+              "resume_from_checkpoint", "pretrained_model_name_or_path"},
+    "sample": {"output_dir", "overwrite_output_dir", "adapter", "adapter_weight", "prompt", "prompts_file",
+               "pretrained_model_name_or_path"},
+    "evaluate": {f.name for f in dataclasses.fields(EvaluateOptions)} - {"protocol", "encoders", "clip", "dinov1", "dinov2",
+                                                                        "batch_size", "device"},
+}  # fmt: skip
 INTERRUPTED = 130  # as a shell says it
 STOPPED = (INTERRUPTED, -signal.SIGINT, -signal.SIGTERM)
 # What a launcher (accelerate, torchrun) tells its processes; a job is not one of them but a run of its own.
@@ -56,6 +79,7 @@ class Subject:
     instance_prompt: str
     class_name: str
     words: str  # what stands for it in a text, such as "sks dog"
+    captions: tuple[str, ...] = ()  # texts that its data set asks for, {} where they name it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,42 +90,69 @@ class Job:
     method: str
     rank: int | None
     seed: int
+    row: str  # of the plan's methods: the method, or the name that it has there
+    part: str = ""  # of the plan
 
     @property
     def label(self):
         """For people."""
-        return self.method + ("" if self.rank is None else f", rank {self.rank}")
+        return self.row + ("" if self.rank is None else f", rank {self.rank}")
 
     @property
     def name(self):
         """Its folder's."""
         if self.method == BASE:
             return f"{self.subject.name}/{BASE}"
+        row = self.row if self.row == self.method else re.sub(r"[^\w.]+", "-", self.row.lower()).strip("-")
         rank = "" if self.rank is None else f"-r{self.rank}"
-        return f"{self.subject.name}/{self.method}{rank}-seed{self.seed}"
+        return f"{self.subject.name}/{row}{rank}-seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What the jobs of one part of a plan share: options of every `deft train`, of those of a row of its methods, of every
+    `deft sample`, and of its scores; what to draw, {} for the subject, scored and only shown, and what to draw that has
+    nothing to do with it."""
+
+    model: str
+    train: dict
+    rows: dict[str, dict]
+    sample: dict
+    prompts: list[str] | str
+    shown: list[str]
+    unrelated: list[str]
+    evaluate: dict
+    published: dict[str, str]  # subject -> its name in the published tables
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a sweep does: jobs, options of every `deft train`, of those of a method, and of every `deft sample`, and what
-    to draw, {} for the subject."""
+    """All that a sweep does, and what a comparison shows of it."""
 
-    model: str
     jobs: list[Job]
-    train: dict
-    methods: dict[str, dict]
-    sample: dict
-    prompts: list[str]
+    parts: dict[str, Part]
+    given: dict  # the plan's file as it was read
 
     def training(self, job):
         """What its training is asked for beyond the job itself."""
-        options = {} if job.method == BASE else self.train | self.methods.get(job.method, {})
-        return {"pretrained_model_name_or_path": self.model} | options
+        part = self.parts[job.part]
+        options = {} if job.method == BASE else part.train | part.rows[job.row]
+        return {"pretrained_model_name_or_path": part.model} | options
 
-    @property
-    def drawing(self):
-        """What every run is drawn with; empty if none is."""
-        return self.sample | {"prompt": self.prompts} if self.prompts else {}
+    def scored(self, job):
+        """The prompts that its scores are of, {} for its subject."""
+        prompts = self.parts[job.part].prompts
+        return list(job.subject.captions) if prompts == CAPTIONS else prompts
+
+    def prompts(self, job):
+        """All that is drawn of its subject; empty if nothing is."""
+        return self.scored(job) + self.parts[job.part].shown
+
+    def drawing(self, job):
+        """What it is drawn with; empty if it is not."""
+        part, prompts = self.parts[job.part], self.prompts(job)
+        unrelated = {"unrelated": part.unrelated} if part.unrelated else {}
+        return part.sample | {"prompt": prompts} | unrelated if prompts else {}
 
 
 # what to train ------------------------------------------------------------------------------------------------------
@@ -133,7 +184,8 @@ def dreambench_plus_subjects(folder, token="sks"):
             raise UserError(f"{folder / 'captions' / inner}.txt does not name its subject in its first line")
         kind = lines[0].strip()
         name = "_".join((*inner.parts, kind.replace(" ", "_")))
-        subjects.append(Subject(name, str(image), f"a photo of {token} {kind}", kind, f"{token} {kind}"))
+        texts = tuple(line.strip().replace(kind, "{}") for line in lines[1:] if line.strip())
+        subjects.append(Subject(name, str(image), f"a photo of {token} {kind}", kind, f"{token} {kind}", texts))
     return subjects
 
 
@@ -155,22 +207,32 @@ def _read_yaml(file):
         plan = yaml.safe_load(read_text(file))
     except yaml.YAMLError as error:
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(plan, dict):
-        raise UserError(f"{file}: expected {', '.join(PLAN)}")
-    plan = {name: value for name, value in plan.items() if value is not None}
-    for name, value in plan.items():
-        if name not in PLAN:
-            raise UserError(f"{file}: unknown {name}{near(name, PLAN)}; expected {', '.join(PLAN)}")
-        kinds, expected = PLAN[name]
+    plan = _check(file, plan, PLAN | WHOLE)
+    for name, part in plan.get("parts", {}).items():
+        plan["parts"][name] = _check(f"{file}: `{name}`", part, PLAN)
+    return plan
+
+
+def _check(where, given, known):
+    """What is given of `known`. UserError names the first that is not known, or of another kind."""
+    if not isinstance(given, dict):
+        raise UserError(f"{where}: expected {', '.join(known)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"{where}: unknown {name}{near(name, known)}; expected {', '.join(known)}")
+        kinds, expected = known[name]
         if not isinstance(value, kinds):
-            raise UserError(f"{file}: `{name}` is {value!r}, expected {expected}")
-    methods = plan.get("methods", [])
-    own = {method: given or {} for method, given in methods.items()} if isinstance(methods, dict) else {}
-    for method, given in own.items():
-        _check_options(f"{file}: `{method}`", "train", given)
+            raise UserError(f"{where}: `{name}` is {value!r}, expected {expected}")
+    methods = given.get("methods", {})
+    for row, options in methods.items() if isinstance(methods, dict) else ():
+        here, options = f"{where}: `{row}`", options or {}
+        own = options.keys() & ROW.keys() if isinstance(options, dict) else ()
+        _check(here, {name: options[name] for name in own}, ROW)
+        _check_options(here, "train", {k: v for k, v in options.items() if k not in ROW} if own else options)
     for command in OPTIONS:
-        _check_options(f"{file}: `{command}`", command, plan.get(command, {}))
-    return plan | {"methods": own or methods} if methods else plan
+        _check_options(f"{where}: `{command}`", command, given.get(command, {}))
+    return given
 
 
 def _check_options(where, command, given):
@@ -179,18 +241,36 @@ def _check_options(where, command, given):
     known = {field.name for field in dataclasses.fields(OPTIONS[command])}
     for name in given:
         if name not in known:
-            raise UserError(f"{where} has unknown {name}{near(name, known - OWN)}; expected options of `deft {command}`")
-        if name in OWN:
+            hint = near(name, known - OWN[command])
+            raise UserError(f"{where} has unknown {name}{hint}; expected options of `deft {command}`")
+        if name in OWN[command]:
             raise UserError(f"{where} cannot set {name}: every job has its own")
 
 
 def read_plan(options):
     """The `Plan` of the YAML file, or of the folder of subjects and the flags."""
-    plan = _read_yaml(options.plan) if options.plan else {}
-    model = options.pretrained_model_name_or_path or plan.get("pretrained_model_name_or_path")
-    if not model:
-        raise UserError("which base model? --pretrained_model_name_or_path, or the same in the plan")
-    wanted = options.subjects or plan.get("subjects")
+    given = _read_yaml(options.plan) if options.plan else {}
+    shared = {name: value for name, value in given.items() if name not in WHOLE}
+    sections = {}
+    for name, own in given.get("parts", {"": {}}).items():
+        sections[name] = shared | own | {key: shared.get(key, {}) | own.get(key, {}) for key in OPTIONS}
+    found = {name: _find_subjects(section, options) for name, section in sections.items()}
+    names = [s.name for subjects in found.values() for s in subjects]
+    if unknown := [name for name in options.subject if name not in names]:
+        raise UserError(f"there is no subject {unknown[0]}{near(unknown[0], names)}; there are {', '.join(names)}")
+    parts, jobs = {}, []
+    for name, section in sections.items():
+        parts[name], its = _read_part(name, section, found[name], options)
+        jobs += its
+    folders = [job.name for job in jobs]
+    if twice := [name for name in folders if folders.count(name) > 1]:
+        raise UserError(f"two jobs would be {twice[0]}: a subject has its place in one part, a row a name of its own")
+    return Plan(jobs, parts, given)
+
+
+def _find_subjects(given, options):
+    """All that a part is about."""
+    wanted = options.subjects or given.get("subjects")
     if not wanted:
         raise UserError("which subjects? --subjects FOLDER, or `subjects` in the plan")
     here = Path(options.plan).parent if options.plan and not options.subjects else Path()
@@ -198,34 +278,72 @@ def read_plan(options):
         subjects = find_subjects(here / Path(wanted).expanduser(), options.token)
     else:
         subjects = [_subject(name, entry, here, options.token) for name, entry in wanted.items()]
-    names = [s.name for s in subjects]
-    if unknown := [name for name in options.subject if name not in names]:
-        raise UserError(f"there is no subject {unknown[0]}{near(unknown[0], names)}; there are {', '.join(names)}")
-    subjects = [s for s in subjects if s.name in (options.subject or names)]
-    said = plan.get("methods", ["deft"])
-    methods = options.method or list(said)
-    ranks, seeds = options.rank or plan.get("ranks", [8]), options.seed or plan.get("seeds", [0])
-    if wrong := [m for m in (*methods, *said) if m not in METHODS]:
+    names, only = [s.name for s in subjects], given.get("only", [])
+    if unknown := [name for name in only if name not in names]:
+        raise UserError(f"`only`: there is no subject {unknown[0]}{near(unknown[0], names)}; there are {', '.join(names)}")
+    return [s for s in subjects if s.name in (only or names)]
+
+
+def _read_part(name, given, subjects, options):
+    """One `Part`, and its jobs."""
+    model = options.pretrained_model_name_or_path or given.get("pretrained_model_name_or_path")
+    if not model:
+        raise UserError("which base model? --pretrained_model_name_or_path, or the same in the plan")
+    said = given.get("methods", ["deft"])
+    rows = {row: (said[row] if isinstance(said, dict) else None) or {} for row in said}
+    if wrong := [m for m in (own.get("method", row) for row, own in rows.items()) if m not in METHODS]:
         raise UserError(f"unknown method {wrong[0]}{near(wrong[0], METHODS)}; expected one of {', '.join(METHODS)}")
-    for name, values, least in (("rank", ranks, 1), ("seed", seeds, 0)):
-        if not all(type(v) is int and v >= least for v in values):
-            raise UserError(f"{name}s are {values!r}, expected a list of numbers from {least} up")
-    prompts = options.prompt or plan.get("prompts", [])
-    if wrong := [text for text in prompts if not (isinstance(text, str) and "{}" in text)]:
-        raise UserError(f"the prompt {wrong[0]!r} has no {{}}, which stands for the subject")
-    for s in subjects if prompts or "textual_inversion" in methods else ():
-        if s.words not in s.instance_prompt:
+    rows = {row: rows.get(row, {}) for row in options.method or rows}
+    ranks, seeds = options.rank or given.get("ranks", [8]), options.seed or given.get("seeds", [0])
+    ranks = {row: options.rank or own.get("ranks", ranks) for row, own in rows.items()}
+    seeds = {row: options.seed or own.get("seeds", seeds) for row, own in rows.items()}
+    for kind, lists, least in (("rank", ranks, 1), ("seed", seeds, 0)):
+        for values in lists.values():
+            if not values or not all(type(v) is int and v >= least for v in values):
+                raise UserError(f"{kind}s are {values!r}, expected a list of numbers from {least} up")
+    names = [s.name for s in subjects]
+    for row, own in rows.items():
+        if unknown := [one for one in own.get("subjects", ()) if one not in names]:
+            raise UserError(f"`{row}`: there is no subject {unknown[0]}{near(unknown[0], names)}")
+    prompts, shown, unrelated = (given.get(name, []) for name in ("prompts", "shown", "unrelated"))
+    prompts = options.prompt or prompts
+    subjects = [s for s in subjects if s.name in (options.subject or names)]
+    _check_prompts(prompts, shown, unrelated, subjects)
+    for s in subjects:
+        by_word = any(own.get("method", row) == "textual_inversion" for row, own in rows.items())
+        if s.words not in s.instance_prompt and (prompts or by_word):
             why = "to draw it" if prompts else "for textual_inversion"
             raise UserError(f"{s.name}: {why}, its prompt must say {s.words!r} (--token, class_name): {s.instance_prompt!r}")
-    jobs = [
-        Job(subject, method, rank, seed)
-        for seed, subject, method in itertools.product(seeds, subjects, methods)
-        for rank in (ranks if method in ADAPTERS else [None])
-    ]
-    if prompts:
-        jobs = [*(Job(subject, BASE, None, seeds[0]) for subject in subjects), *jobs]
-    own = said if isinstance(said, dict) else {}
-    return Plan(model, jobs, plan.get("train", {}), own, plan.get("sample", {}), prompts)
+    every = dict.fromkeys(seed for values in seeds.values() for seed in values)
+    jobs = [Job(s, BASE, None, next(iter(every)), BASE, name) for s in subjects] if prompts else []
+    for seed, subject, (row, own) in itertools.product(every, subjects, rows.items()):
+        method = own.get("method", row)
+        if seed in seeds[row] and subject.name in own.get("subjects", names):
+            jobs += [Job(subject, method, r, seed, row, name) for r in (ranks[row] if method in ADAPTERS else [None])]
+    return Part(
+        model=model,
+        train=given["train"],
+        rows={row: {name: value for name, value in own.items() if name not in ROW} for row, own in rows.items()},
+        sample=given["sample"],
+        prompts=prompts,
+        shown=shown,
+        unrelated=unrelated,
+        evaluate=given["evaluate"],
+        published=given["only"] if isinstance(given.get("only"), dict) else {},
+    ), jobs
+
+
+def _check_prompts(prompts, shown, unrelated, subjects):
+    if prompts == CAPTIONS:
+        if without := [s.name for s in subjects if not s.captions]:
+            raise UserError(f"`prompts` are the captions of the data set, of which {without[0]} has none")
+    elif isinstance(prompts, str):
+        raise UserError(f"`prompts` is {prompts!r}, expected {PLAN['prompts'][1]}")
+    listed = [*shown, *(prompts if isinstance(prompts, list) else [])]
+    if wrong := [text for text in listed if not (isinstance(text, str) and "{}" in text)]:
+        raise UserError(f"the prompt {wrong[0]!r} has no {{}}, which stands for the subject")
+    if wrong := [text for text in unrelated if not isinstance(text, str) or "{}" in text or not text.strip()]:
+        raise UserError(f"the unrelated prompt {wrong[0]!r} is no text without {{}}")
 
 
 def _subject(name, entry, here, token):
@@ -257,15 +375,16 @@ def _train_command(job, plan, folder):
 
 
 def _sample_command(job, plan, folder):
-    words = {"pretrained_model_name_or_path": plan.model, "output_dir": folder / SAMPLES, "overwrite_output_dir": True}
+    part = plan.parts[job.part]
+    words = {"pretrained_model_name_or_path": part.model, "output_dir": folder / SAMPLES, "overwrite_output_dir": True}
     subject = job.subject.class_name if job.method == BASE else job.subject.words
-    words["prompt"] = [_say(prompt, subject) for prompt in plan.prompts]
+    words["prompt"] = [say(prompt, subject) for prompt in plan.prompts(job)] + part.unrelated
     if job.method != BASE:
         words["adapter"] = folder
-    return _command("sample", words | plan.sample)
+    return _command("sample", words | part.sample)
 
 
-def _say(prompt, subject):
+def say(prompt, subject):
     """The prompt with the subject in the place of {}, and "a" or "an" before it as it wants."""
     article = r"\1n {}" if subject[0].lower() in "aeiou" else r"\1 {}"
     return re.sub(r"\b([Aa])n? \{\}", article, prompt).replace("{}", subject)
@@ -283,7 +402,7 @@ def _command(name, words):
     return command
 
 
-def _found(folder):
+def outcome(folder):
     """What came of a job; {} if it has not run."""
     return read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
 
@@ -293,12 +412,13 @@ def _has_run(folder, since):
     return (folder / RESULT).is_file() and (folder / RESULT).stat().st_mtime >= since
 
 
-def _is_done(result, plan):
-    return result.get("status") == "done" and result["drawn"] == plan.drawing
+def is_done(result, job, plan):
+    """Whether the job has come to all that the plan wants drawn."""
+    return result.get("status") == "done" and result["drawn"] == plan.drawing(job)
 
 
 @contextlib.contextmanager
-def _claim(folder):
+def claimed(folder):
     """Yields a locked file if this process may run the folder's job, else None. The system unlocks it when this process and
     those it has started for the job are gone, however they went."""
     with open(folder / CLAIM, "w") as file:
@@ -334,7 +454,7 @@ def _call(command, environment, output, claim):
 def _run(job, plan, root, claim):
     """Trains and draws one job in processes of its own, writes what came of it, and returns that."""
     folder = root / job.name
-    before = _found(folder)
+    before = outcome(folder)
     has_trained = lambda: job.method == BASE or (folder / CARD).is_file()
     trained = has_trained()
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
@@ -346,7 +466,7 @@ def _run(job, plan, root, claim):
         if not trained:
             code = _call(_train_command(job, plan, folder), environment, output, claim)
         seconds = before.get("seconds", 0.0) if trained else round(time.perf_counter() - start, 1)
-        if code == 0 and plan.prompts:
+        if code == 0 and plan.prompts(job):
             code = _call(_sample_command(job, plan, folder), environment, output, claim)
     last = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
     result = dataclasses.asdict(job) | {
@@ -355,7 +475,7 @@ def _run(job, plan, root, claim):
         "seconds": seconds,  # of training, from start to end of the process
         "training": read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {},
         "options": plan.training(job),
-        "drawn": plan.drawing if code == 0 else {},
+        "drawn": plan.drawing(job) if code == 0 else {},
         "said": last[-1] if last else "",
     }
     with replacing(folder / RESULT) as part:
@@ -367,7 +487,7 @@ def table(root, jobs):
     """What has become of every job, in Markdown."""
     lines = ["| job | status | parameters | seconds | images/s | |", "|---|---|---:|---:|---:|---|"]
     for job in jobs:
-        found = _found(root / job.name) or {"status": "waiting", "seconds": "", "training": {}, "said": ""}
+        found = outcome(root / job.name) or {"status": "waiting", "seconds": "", "training": {}, "said": ""}
         said = found["said"].replace("|", "/") if found["status"] != "done" else ""
         parameters, rate = (found["training"].get(key, "") for key in ("parameters", "images_per_second"))
         lines.append(f"| {job.name} | {found['status']} | {parameters} | {found['seconds']} | {rate} | {said} |")
@@ -377,33 +497,33 @@ def table(root, jobs):
 def _draw_figures(root, plan):
     """A page for each subject: a row for each method, a column for each prompt, its own pictures on top."""
     for subject, group in itertools.groupby(sorted(plan.jobs, key=lambda job: job.subject.name), lambda job: job.subject):
-        jobs = [job for job in group if _is_done(_found(root / job.name), plan)]
-        if not jobs:
+        jobs = [job for job in group if is_done(outcome(root / job.name), job, plan)]
+        prompts = plan.prompts(jobs[0]) if jobs else []
+        if not prompts:
             continue
-        own = data.find_pictures(subject.instance_data_dir)[: len(plan.prompts)]
+        count = len(prompts) + len(plan.parts[jobs[0].part].unrelated)
+        own = data.find_pictures(subject.instance_data_dir)[: len(prompts)]
         rows = [[data.read_image(path) for path in own]]
         for job in jobs:
             samples = read_json(root / job.name / SAMPLES / "samples.json")["samples"]
-            files = samples[:: len(samples) // len(plan.prompts)]  # the first of each prompt
+            files = samples[:: len(samples) // count][: len(prompts)]  # the first of each prompt
             rows.append([data.read_image(root / job.name / SAMPLES / sample["file"]) for sample in files])
         several = len({job.seed for job in jobs}) > 1
         labels = [f"{job.label}, seed {job.seed}" if several and job.method != BASE else job.label for job in jobs]
-        page = grid(rows, [prompt.replace("{}", "…") for prompt in plan.prompts], [subject.name, *labels])
+        page = grid(rows, [prompt.replace("{}", "…") for prompt in prompts], [subject.name, *labels])
         with replacing(root / f"{subject.name}.png") as part:
             page.save(part, "PNG")
 
 
-def sweep(options):
-    """Runs `deft sweep`: takes `SweepOptions`, returns the number of jobs that have failed.
+def run(plan, root):
+    """Trains and draws every job of the plan in its folder under `root`, and returns the number of those that have failed.
 
     Every process of a launcher, on every machine that shares the folder, takes the next job that nobody has taken.
     """
-    plan = read_plan(options)
     jobs = plan.jobs
-    root = Path(options.output_dir).expanduser()
     for job in jobs:
-        found, asked = _found(root / job.name), plan.training(job)
-        used = found["options"] if found.get("trained") else asked
+        before, asked = outcome(root / job.name), plan.training(job)
+        used = before["options"] if before.get("trained") else asked
         if other := [name for name in asked | used if asked.get(name) != used.get(name)]:
             raise UserError(f"{root / job.name} is done, with another {other[0]}: delete it, or choose another --output_dir")
     for job in jobs:
@@ -412,23 +532,35 @@ def sweep(options):
     with tqdm(jobs, desc="jobs", unit="job", disable=int(os.environ.get("RANK", 0)) > 0) as bar:
         for job in bar:
             folder = root / job.name
-            with _claim(folder) as claim:
-                if claim is None or _is_done(_found(folder), plan) or _has_run(folder, started):
+            with claimed(folder) as claim:
+                if claim is None or is_done(outcome(folder), job, plan) or _has_run(folder, started):
                     continue
                 bar.set_postfix_str(job.name)
                 result = _run(job, plan, root, claim)
             if result["status"] == "stopped":
                 raise KeyboardInterrupt(f"stopped in {job.name}; the same command goes on")
             failed += result["status"] == "failed"
-    report = table(root, jobs)
+    return failed
+
+
+def finish(failed, jobs, where):
+    """Ends a command: UserError if jobs have failed, except under a launcher, which would stop the others."""
+    if failed:
+        message = f"{failed} of {jobs} jobs failed: see {where} and each job's {OUTPUT}"
+        if "RANK" not in os.environ:
+            raise UserError(message)
+        print(message, file=sys.stderr)
+
+
+def sweep(options):
+    """Runs `deft sweep`: takes `SweepOptions`, returns the number of jobs that have failed."""
+    plan = read_plan(options)
+    root = Path(options.output_dir).expanduser()
+    failed = run(plan, root)
+    report = table(root, plan.jobs)
     with replacing(root / TABLE) as part:
         part.write_text(report)
     print(report, end="")
-    if plan.prompts:
-        _draw_figures(root, plan)
-    if failed:
-        message = f"{failed} of {len(jobs)} jobs failed: see {root / TABLE} and each job's {OUTPUT}"
-        if "RANK" not in os.environ:
-            raise UserError(message)
-        print(message, file=sys.stderr)  # a launcher would stop the others for an exit code
+    _draw_figures(root, plan)
+    finish(failed, len(plan.jobs), root / TABLE)
     return failed

@@ -1,8 +1,12 @@
 """What the application's tests share."""
 
+import contextlib
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from deft_diffusers import sweep
+from deft_diffusers.cli import main
 from tiny_pipeline import write_picture, write_tiny_pipeline
 
 
@@ -33,6 +37,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What a sweep runs, here without a process for each."""
+    commands = []
+
+    def here(command, environment, output, claim):
+        commands.append(command)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            return main(command[3:])
+
+    monkeypatch.setattr(sweep, "_call", here)
+    return commands
 
 
 @pytest.fixture(autouse=True)

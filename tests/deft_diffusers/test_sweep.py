@@ -1,6 +1,5 @@
 """Subjects x methods x ranks: found in the layouts of the data sets, each trained once, whatever fails or is stopped."""
 
-import contextlib
 import fcntl
 import json
 import re
@@ -17,7 +16,7 @@ from deft_diffusers import sweep as module
 from deft_diffusers.cli import main
 from deft_diffusers.grid import MARGIN
 from deft_diffusers.options import SweepOptions
-from deft_diffusers.sweep import CLAIM, _command, _say, _train_command, find_subjects, read_plan, sweep, table
+from deft_diffusers.sweep import CLAIM, _command, _train_command, find_subjects, read_plan, say, sweep, table
 from PIL import Image
 from safetensors import safe_open
 from tiny_pipeline import python_environment, write_picture
@@ -44,20 +43,6 @@ def options(tiny, dreambooth, tmp_path):
         return SweepOptions(plan=str(plan), **own | changes)
 
     return make
-
-
-@pytest.fixture
-def commands(monkeypatch):
-    """What a sweep runs, here without a process for each."""
-    commands = []
-
-    def here(command, environment, output, claim):
-        commands.append(command)
-        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            return main(command[3:])
-
-    monkeypatch.setattr(module, "_call", here)
-    return commands
 
 
 def statuses(root):
@@ -159,8 +144,8 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         "print('ready', flush=True); time.sleep(5)"
     )
     mine = (
-        "import sys; from deft_diffusers.sweep import _call, _claim; from pathlib import Path; folder = Path(sys.argv[1]);\n"
-        "with _claim(folder) as claim, open(folder / 'said', 'w') as output:\n"
+        "import sys; from deft_diffusers.sweep import _call, claimed; from pathlib import Path; folder = Path(sys.argv[1]);\n"
+        "with claimed(folder) as claim, open(folder / 'said', 'w') as output:\n"
         "    sys.exit(_call([sys.executable, '-c', sys.argv[2]], None, output, claim))"
     )
     for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -9)):
@@ -170,7 +155,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         process.send_signal(number)
         assert process.wait() == code
         assert ("saved" in (tmp_path / "said").read_text()) == (number == signal.SIGTERM)
-        with module._claim(tmp_path) as claim:  # the job of a process that was killed goes on, and nobody else takes it
+        with module.claimed(tmp_path) as claim:  # the job of a process that was killed goes on, and nobody else takes it
             assert (claim is None) == (number == signal.SIGKILL)
         (tmp_path / "said").unlink()
 
@@ -212,7 +197,7 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
      ("a pizza {}", "artist", "a pizza artist")],
 )  # fmt: skip
 def test_articles(prompt, subject, said):
-    assert _say(prompt, subject) == said
+    assert say(prompt, subject) == said
 
 
 def test_options_of_a_plan_become_flags():

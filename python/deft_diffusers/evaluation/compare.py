@@ -1,0 +1,312 @@
+"""Trains, draws and scores the jobs of a plan, and shows them in tables, figures and a report.
+
+Training and drawing are `deft sweep`'s; `results.json` is all that tables, figures and report are made of, besides the
+pictures.
+"""
+
+import dataclasses
+import datetime
+import fcntl
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .. import UserError, data, read_json, sweep
+from ..options import PROTOCOLS
+from ..sweep import BASE, CLAIM, SAMPLES, TABLE, claimed, is_done, outcome
+from ..writing import replacing
+from . import tables
+
+RESULTS, FEATURES, RECORD = "results.json", ".features", "samples.json"
+PUBLISHED = Path(__file__).with_name("published.json")
+NAMES = {  # of methods, as the supplement writes them
+    "deft": "DEFT",
+    "para": "PaRa",
+    "lora": "LoRA",
+    "svdiff": "SVDiff",
+    "dreambooth": "DreamBooth",
+    "textual_inversion": "Textual Inversion",
+}
+ENCODERS = ("encoders", "clip", "dinov1", "dinov2")  # options of `deft evaluate` that choose them
+
+
+def title(job):
+    """A row's name in tables and figures: "DEFT (rank=8)"."""
+    return NAMES.get(job.row, job.row) + ("" if job.rank is None else f" (rank={job.rank})")
+
+
+def compare(options):
+    """Runs `deft compare`: takes `CompareOptions`, returns the number of jobs that have failed.
+
+    Any number of processes may work on one comparison; the last of them to finish writes tables, figures and report.
+    """
+    from . import figures
+
+    plan = sweep.read_plan(options)
+    root = Path(options.output_dir).expanduser()
+    for job in plan.jobs:
+        if not plan.scored(job):
+            raise UserError(f"{options.plan}: there is nothing to score without `prompts`")
+    figures.read_figures(plan.given)
+    encoders = _Encoders(root / FEATURES)
+    for part in plan.parts.values():
+        encoders.check(part.evaluate)  # before the hours of training
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make --output_dir {root}: {error}") from error
+    with open(root / CLAIM, "a") as work:
+        fcntl.flock(work, fcntl.LOCK_SH)
+        failed = sweep.run(plan, root)
+        _score_jobs(plan, root, encoders)
+        # Whoever lets go of the folder last finds nobody else in it.
+        fcntl.flock(work, fcntl.LOCK_UN)
+        try:
+            fcntl.flock(work, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print("the other processes go on; the last one writes tables, figures and report", file=sys.stderr)
+        else:
+            failed = _write(plan, root, options)
+    sweep.finish(failed, len(plan.jobs), root / TABLE)
+    return failed
+
+
+# scoring ------------------------------------------------------------------------------------------------------------
+
+
+class _Encoders:
+    """The encoders of each part of a plan, and what is known of them."""
+
+    def __init__(self, cache_dir):
+        self.cache_dir, self.facts = cache_dir, {}
+
+    def check(self, options):
+        """Reads them once. UserError if one is not here."""
+        from .encoders import load_encoders
+
+        key = self._key(options)
+        if key not in self.facts:
+            found = load_encoders(**dict(key))
+            self.facts[key] = {name: encoder.facts for name, encoder in found.present.items()}
+
+    def facts_of(self, options):
+        return self.facts[self._key(options)]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019  parts come one after another; one set is in memory
+    def _load(self, key, device, batch_size):
+        from .encoders import load_encoders
+        from .evaluate import device_of
+
+        settings = {"batch_size": batch_size} if batch_size else {}
+        return load_encoders(**dict(key), device=device_of(device), cache_dir=self.cache_dir, **settings)
+
+    def load(self, options):
+        """To score with, on the GPU of this process if there is one."""
+        import torch
+
+        local = os.environ.get("LOCAL_RANK")
+        own = f"cuda:{local}" if local and torch.cuda.device_count() > int(local) else None
+        return self._load(self._key(options), options.get("device", own), options.get("batch_size"))
+
+    @staticmethod
+    def _key(options):
+        return tuple((name, options[name]) for name in ENCODERS if name in options)
+
+
+def _score_jobs(plan, root, encoders):
+    """Writes `scores.json` for every job that has been drawn since it had one, or was scored by other means."""
+    todo = [job for job in plan.jobs if not _is_scored(job, plan, root, encoders)]
+    for job in tqdm(todo, desc="scoring", unit="job", disable=not todo or int(os.environ.get("RANK", 0)) > 0):
+        folder = root / job.name
+        with claimed(folder) as claim:
+            ready = claim is not None and is_done(outcome(folder), job, plan)
+            if ready and not _is_scored(job, plan, root, encoders):
+                _score(job, plan, root, encoders)
+
+
+def _is_scored(job, plan, root, encoders):
+    from .evaluate import SCORES
+
+    options, file = plan.parts[job.part].evaluate, root / job.name / SCORES
+    if not file.is_file():
+        return False
+    drawn = [root / name / SAMPLES / RECORD for name in (job.name, _base(job).name)]
+    if any(record.is_file() and record.stat().st_mtime > file.stat().st_mtime for record in drawn):
+        return False
+    found = read_json(file)
+    same = found["protocol"] == _protocol(options) and found["encoders"] == encoders.facts_of(options)
+    return same and not found["missing"]
+
+
+def _score(job, plan, root, encoders):
+    """Scores one job. What cannot be is told in its `scores.json`, and stops nothing else."""
+    from ..toyworld.world import INDIVIDUALS
+    from .evaluate import score, write_scores
+
+    folder, part, base = root / job.name, plan.parts[job.part], _base(job)
+    wanted, references, missing = plan.scored(job), [], []
+    drifts = job.method != BASE  # the base model's pictures are what the others' are compared with
+    samples = [s for s in _read_samples(folder, job, plan) if s.get("template") in wanted or ("unrelated" in s and drifts)]
+    try:
+        references = data.find_pictures(job.subject.instance_data_dir)
+    except UserError as error:
+        missing.append({"what": "references", "why": str(error)})
+    before = _read_samples(root / base.name, base, plan) if drifts else []
+    names = [job.subject.name, part.published.get(job.subject.name, "").casefold().replace(" ", "_")]
+    drawn = next((name for name in names if name in INDIVIDUALS), None) if "encoders" in part.evaluate else None
+    result = score(
+        [folder / SAMPLES / sample["file"] for sample in samples],
+        [sample["prompt"] for sample in samples],
+        references,
+        encoders.load(part.evaluate),
+        _protocol(part.evaluate),
+        about=[{key: value for key, value in sample.items() if key != "prompt"} for sample in samples],
+        base_images={(s["prompt"], s["seed"]): root / base.name / SAMPLES / s["file"] for s in before},
+        subject=job.subject.words,
+        class_name=job.subject.class_name,
+        individual=drawn,
+        progress=False,
+    )
+    result["missing"] = missing + result["missing"]
+    write_scores(folder, result)
+
+
+def _base(job):
+    return dataclasses.replace(job, method=BASE, row=BASE, rank=None)
+
+
+def _protocol(options):
+    return options.get("protocol", PROTOCOLS[0])
+
+
+def _read_samples(folder, job, plan):
+    """What was drawn of a job, each picture with its template, or with `unrelated`; [] if nothing was."""
+    if not is_done(outcome(folder), job, plan):
+        return []
+    record, templates = read_json(folder / SAMPLES / RECORD), plan.prompts(job)
+    templates = dict(zip(record["settings"]["prompt"], templates + [None] * len(plan.parts[job.part].unrelated)))
+    more = lambda template: {"template": template} if template else {"unrelated": True}
+    return [sample | more(templates[sample["prompt"]]) for sample in record["samples"]]
+
+
+# results ------------------------------------------------------------------------------------------------------------
+
+
+def _write(plan, root, options):
+    """Writes all that the folder has to show, and returns how many jobs are not done."""
+    from . import figures, report
+
+    results = _results(plan, root, options)
+    for name, text in ((RESULTS, json.dumps(results, indent=2) + "\n"), (TABLE, sweep.table(root, plan.jobs))):
+        with replacing(root / name) as part:
+            part.write_text(text, encoding="utf-8")
+    print("\n".join(path.read_text(encoding="utf-8") for path in tables.write(root, results) if path.suffix == ".md"))
+    figures.draw_all(root, results, results["plan"])
+    report.write(root, results)
+    print(f"tables, figures and report.html in {root}")
+    return sum(row["status"] != "done" for row in results["rows"])
+
+
+def _results(plan, root, options):
+    """What `results.json` holds: every job with what came of it, and all that it takes to read the scores."""
+    rows, parts, versions = [], {}, {}
+    for name, part in plan.parts.items():
+        subjects = dict.fromkeys(job.subject for job in plan.jobs if job.part == name)
+        prompts = [part.prompts] if isinstance(part.prompts, str) else part.prompts
+        parts[name] = {
+            "protocol": _protocol(part.evaluate),
+            "subjects": {s.name: part.published.get(s.name) for s in subjects},
+            "prompts": prompts,
+            "unrelated": part.unrelated,
+        }
+    for job in plan.jobs:
+        row, scored = _row(job, plan, root)
+        rows.append(row)
+        for key in ("scale", "encoders"):
+            if key in scored:
+                parts[job.part][key] = scored[key]
+        versions = scored.get("versions", versions)
+    return {
+        "plan": plan.given,
+        "settings": {k: v for k, v in vars(options).items() if v and k != "output_dir"},
+        "parts": parts,
+        "versions": versions,
+        "device": _device(),
+        "commit": _commit(),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "rows": rows,
+        "published": read_json(PUBLISHED),
+    }
+
+
+def _row(job, plan, root):
+    """A job's entry, and its `scores.json`."""
+    from ..train import RESULTS as WEIGHTS
+    from .evaluate import SCORES
+
+    folder = root / job.name
+    found = outcome(folder)
+    done = is_done(found, job, plan)
+    status = found.get("status", "waiting")
+    scored = read_json(folder / SCORES) if done and (folder / SCORES).is_file() else {}
+    training = found.get("training", {})
+    if training and done:
+        weights = [path for name in WEIGHTS for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
+        training |= {"size_mb": round(sum(path.stat().st_size for path in weights) / 1e6, 3)}
+    row = {
+        "job": job.name,
+        "part": job.part,
+        "subject": job.subject.name,
+        "row": title(job),
+        "method": job.method,
+        "rank": job.rank,
+        "seed": job.seed,
+        "status": "waiting" if status == "done" and not done else status,  # it was done, for another plan
+        "said": "" if done else found.get("said", ""),
+        "scores": scored.get("scores", {}),
+        "by_prompt": _by_prompt(scored.get("samples", [])),
+        "missing": scored.get("missing", []),
+        "training": training,
+        "options": found.get("options", {}),
+        "folder": job.name,
+    }
+    return row, scored
+
+
+def _by_prompt(samples):
+    """{template: {score: mean}} of the pictures of the subject."""
+    found = {}
+    for sample in samples:
+        if not sample.get("unrelated"):
+            for name in tables.SIMILARITIES:
+                if name in sample:
+                    found.setdefault(sample["template"], {}).setdefault(name, []).append(sample[name])
+    return {t: {name: math.fsum(values) / len(values) for name, values in scores.items()} for t, scores in found.items()}
+
+
+def _device():
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} of them seen"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {os.cpu_count()} threads"
+
+
+def _commit():
+    """Of this package, where it is a checkout; ends in -dirty where files have changed."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None

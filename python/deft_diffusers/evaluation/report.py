@@ -1,0 +1,317 @@
+"""A comparison as one HTML page that needs no network: tables, plots, figures, every picture, costs, and what is missing.
+
+It is made of `results.json`, the figures beside it, and the jobs' folders; `report.html` is its template. A plan may ask for
+the same pictures at several weights of what was learned, as it asks for a figure, one strip for each line and prompt:
+
+    strengths: {subjects: [dog], rows: [DEFT (rank=8), LoRA (rank=8)], prompts: [a photo of {} on the beach]}
+"""
+
+import base64
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import jinja2
+import markupsafe
+import yaml
+from PIL import Image
+
+from .. import UserError, read_json
+from ..options import SampleOptions
+from ..sweep import BASE
+from ..writing import replacing
+from . import tables
+from .figures import DPI, FIGURES, SCORES, find_job, heading, photographs, plots, read_figure, read_figures, read_samples
+from .metrics import t_quantile
+
+REPORT = "report.html"  # in the comparison's folder; the template beside this file has the same name
+WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
+STRENGTH, STRENGTHS = "strength", "strengths"  # a job's folder, and key of the plan
+TINY = 128  # a picture no wider is shown in squares
+FIGURE_SIDE, SCREEN = 2000, 120  # pixels of a figure, at most, and per inch on the page
+FILTERS = ("subject", "row", "seed", "prompt")
+BUDGET = 40e6  # bytes of all embedded pictures: what browsers open without a wait
+SIDES = (None, 512, 256, 128, 64)  # pixels, the first that keeps to the budget; None leaves files as they are
+QUALITY = 85  # of JPEG
+PROBES = 24  # pictures that are encoded to foresee the size of all
+
+
+# strength -------------------------------------------------------------------------------------------------------------
+
+
+def draw_strengths(root, results, plan):
+    """Draws what the plan's `strengths` asks for, a figure's subjects, rows and prompts, at several weights.
+
+    What cannot be drawn is named on stderr and returned, a list of texts. The base model and new words (textual inversion)
+    have no strength.
+    """
+    spec, missing = read_figure(STRENGTHS, plan[STRENGTHS]) if plan.get(STRENGTHS) else None, []
+    for subject, label in itertools.product(spec["subjects"], spec["rows"]) if spec else ():
+        job = find_job(results, subject, label, spec.get("seed"))
+        try:
+            if job is None or job["status"] != "done":
+                raise UserError("the job is not done" if job else "there is no such job")
+            draw_strength(Path(root) / job["folder"], spec["prompts"])
+        except UserError as error:
+            missing.append(f"{STRENGTHS}: {subject}, {label}: {error}")
+    for text in missing:
+        print(f"warning: {text}", file=sys.stderr)
+    return missing
+
+
+def draw_strength(folder, templates, weights=WEIGHTS):
+    """Draws a job's prompts again at several weights of what it has learned, to `strength/<weight>/`, as `deft sample` does,
+    with the settings and the first seed of its samples. What is there already stays. UserError if it has no strength, or no
+    picture of one of the templates.
+    """
+    from ..sample import RECORD, sample  # imports diffusers
+
+    if (method := read_json(folder / "job.json")["method"]) in (BASE, "textual_inversion"):
+        raise UserError(f"{method} has no strength")
+    prompts = {s["template"]: s["prompt"] for s in read_samples(folder)}
+    if unknown := [template for template in templates if template not in prompts]:
+        raise UserError(f"{folder} has no picture of {unknown[0]!r}")
+    texts = [prompts[template] for template in templates]
+    settings = read_json(folder / "samples" / RECORD)["settings"]
+    settings |= {"prompt": texts, "prompts_file": None, "num_images_per_prompt": 1, "overwrite_output_dir": True,
+                 "adapter": [str(folder)]}  # fmt: skip
+    for weight in weights:
+        target = folder / STRENGTH / f"{weight:g}"
+        drawn = read_json(target / RECORD)["samples"] if (target / RECORD).is_file() else []
+        if [(s["prompt"], s["seed"]) for s in drawn] != [(text, settings["seed"]) for text in texts]:
+            sample(SampleOptions(**settings | {"adapter_weight": [weight], "output_dir": str(target)}))
+
+
+# pictures -------------------------------------------------------------------------------------------------------------
+
+
+def encode(file, side):
+    """A picture as a data URI: its file as it is, or, wider or higher than `side` pixels, a smaller JPEG."""
+    with Image.open(file) as image:
+        kind, data = image.get_format_mimetype(), None
+        if side and max(image.size) > side:
+            small, data = image.convert("RGB"), io.BytesIO()
+            small.thumbnail((side, side), Image.LANCZOS)
+            small.save(data, "JPEG", quality=QUALITY)
+            kind, data = "image/jpeg", data.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data or Path(file).read_bytes()).decode()}"
+
+
+def choose_side(files, budget=BUDGET):
+    """The first of `SIDES` with which all pictures stay within the budget, as some of them foretell; else the last."""
+    probes = files[:: max(1, len(files) // PROBES)]
+    for side in SIDES:
+        if not files or fmean(len(encode(file, side)) for file in probes) * len(files) <= budget:
+            return side
+    return SIDES[-1]
+
+
+# what the page says ---------------------------------------------------------------------------------------------------
+
+
+def _scores(scores):
+    """The scores of a job or of a picture, in words."""
+    said = []
+    for key, name in SCORES.items():
+        value = scores.get(key)
+        if isinstance(value, bool):
+            said.append(f"{name}: {'yes' if value else 'no'}")
+        elif value is not None:
+            said.append(f"{name} {value:.4g}")
+    return " · ".join(said)
+
+
+def _shot(root, file, title, facts, **filters):
+    """What the template shows of a picture. Of `filters` (subject, row, seed, prompt) what is left out fits every choice."""
+    return {"path": file, "file": os.path.relpath(file, root), "title": title, "label": title, "facts": facts} | filters
+
+
+def _sample(root, row, folder, sample):
+    seeds = (_seed(row), f"picture seed {sample['seed']}")
+    unrelated = "unrelated to the subject" if sample.get("unrelated") else ""
+    facts = (row["subject"], row["row"], *seeds, unrelated, _scores(sample))
+    filters = {} if row["method"] == BASE else {"seed": row["seed"]}
+    return _shot(root, folder / sample["file"], sample["prompt"], " · ".join(filter(None, facts)), subject=row["subject"],
+                 row=row["row"], prompt=sample.get("template") or sample["prompt"], **filters)  # fmt: skip
+
+
+def _seed(row):
+    return "" if row["method"] == BASE else f"training seed {row['seed']}"
+
+
+def _title(row):
+    return " · ".join(filter(None, (row["subject"], row["row"], _seed(row))))
+
+
+def _jobs(root, results, missing):
+    """The photographs of each subject, then its jobs. Adds to `missing` what jobs have not done."""
+    jobs = []
+    for subject in dict.fromkeys(row["subject"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["subject"] == subject]
+        photos = photographs(root / rows[0]["folder"])
+        if not photos:
+            missing.append((f"photographs of {subject}", "they are not where they were when it was trained"))
+        shots = [_shot(root, file, file.name, f"{subject} · photograph", subject=subject) for file in photos]
+        jobs.append({"title": f"{subject} · photographs", "shots": shots})
+        jobs += [_job(root, row, missing) for row in rows]
+    return jobs
+
+
+def _job(root, row, missing):
+    shots = [_sample(root, row, root / row["folder"] / "samples", sample) for sample in read_samples(root / row["folder"])]
+    if row["status"] != "done":
+        missing.append((row["job"], f"{row['status']}. {row['said']}"))
+    elif not row["scores"]:
+        missing.append((f"scores of {row['job']}", "nothing has scored it"))
+    missing += [(f"{row['job']}, {one['what']}", one["why"]) for one in row["missing"]]
+    return {"title": _title(row), "scores": _scores(row["scores"]), "shots": shots}
+
+
+def _strips(root, results):
+    """A strip for each job and prompt that has been drawn at several weights."""
+    strips = []
+    for row in results["rows"]:
+        drawn = {}
+        for record in (root / row["folder"] / STRENGTH).glob("*/samples.json"):
+            told = read_json(record)
+            (weight,) = told["settings"]["adapter_weight"]
+            for sample in told["samples"]:
+                shot = _sample(root, row, record.parent, sample) | {"label": f"{weight:g}"}
+                shot["facts"] += f" · weight {weight:g}"
+                drawn.setdefault(sample["prompt"], []).append((weight, shot))
+        for prompt, shots in drawn.items():
+            shots = [shot for _, shot in sorted(shots, key=lambda pair: pair[0])]
+            strips.append({"title": _title(row), "scores": prompt, "shots": shots})
+    return strips
+
+
+def _figures(root, results):
+    found = []
+    for name, spec in read_figures(results["plan"]).items():
+        file = root / FIGURES / f"{name}.png"
+        title = heading(name, spec)
+        facts = f"lines: {', '.join(spec['rows'])}; columns: {', '.join(spec['prompts'])}".replace("{}", "[V]")
+        found.append(_shot(root, file, title, facts) | {"kind": "figure"})
+    return found
+
+
+def _plots(root, results):
+    """The plots that there are, as SVG in the page's colours."""
+    found = []
+    for name in plots(results):
+        file = root / FIGURES / f"{name}.svg"
+        if file.is_file():
+            svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+            svg = re.sub(r' id="[^"]*[_-][^"]*"', "", svg)  # of groups, which are the same in every plot
+            svg = re.sub(r'(id="|#)(?=[mp][0-9a-f]{10}\b)', rf"\1{name}-", svg)  # and those of shapes, which are referred to
+            found.append(markupsafe.Markup(svg.replace("#000000", "currentColor")))
+    return found
+
+
+def _costs(results):
+    """A line for each row: how many jobs, and the means of all numbers that their trainings have told."""
+    trained = [row for row in results["rows"] if row["training"]]
+    told = [row["training"].items() for row in trained]
+    keys = list(dict.fromkeys(key for items in told for key, value in items if isinstance(value, int | float)))
+    lines = []
+    for label in dict.fromkeys(row["row"] for row in trained):
+        own = [row["training"] for row in trained if row["row"] == label]
+        values = [[one[key] for one in own if one.get(key) is not None] for key in keys]
+        lines.append((label, [len(own), *(fmean(found) if found else None for found in values)]))
+    return {"columns": ["jobs", *(key.replace("_", " ") for key in keys)], "lines": lines}
+
+
+def _settings(results):
+    """What everything was made with: (heading, [(name, text) …]) each."""
+    say = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    made = {key: results[key] for key in ("time", "commit", "device") if results[key]} | results["settings"]
+    found = [("This comparison", made), ("Versions", results["versions"])]
+    for name, part in results["parts"].items():
+        facts = {"protocol": part["protocol"], "similarities": f"cosines times {part.get('scale', 1):g}"}
+        for encoder, told in part.get("encoders", {}).items():
+            facts[encoder] = "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in told.items())
+        found.append((f"Scores of {name}" if name else "Scores", facts))
+    own = {row["row"]: row["options"] for row in results["rows"] if row["options"]}
+    found.append(("Options of training, where they are not the defaults", own))
+    return [(heading, [(key, say(value)) for key, value in facts.items()]) for heading, facts in found if facts]
+
+
+def _noise(results):
+    """What the figures do not know, in sentences."""
+    seeds = sorted({row["seed"] for row in results["rows"] if row["method"] != BASE})
+    subjects = list(dict.fromkeys(row["subject"] for row in results["rows"]))
+    count = f"{len(seeds)} training seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})"
+    if len(seeds) > 1:
+        factor = t_quantile(len(seeds) - 1) / len(seeds) ** 0.5
+        first = (
+            f"Every row is a mean over {count}; ± is half the width of the 95 % t-interval, which is {factor:.2f} standard "
+            f"deviations with {len(seeds)} seeds. Where the intervals of two rows overlap, this comparison does not tell "
+            "which is better."
+        )
+    else:
+        first = f"There is only {count}: no interval can be given, and no difference told from chance."
+    return [
+        first,
+        "The intervals tell how much another training seed would change, and nothing else: subjects "
+        f"({', '.join(subjects)}), photographs, prompts and encoders are the same throughout, and others may order the "
+        "methods otherwise. Many rows are compared at once, so that some differences will look sure by chance.",
+        "Printed figures are the supplement's, from other base models, data and pictures: what may be compared is their "
+        "order, not their size.",
+    ]
+
+
+def _embed(shots, missing, budget=BUDGET):
+    """Puts the pictures' data into `shots`, and returns how, in words."""
+    for shot in shots:
+        try:
+            with Image.open(shot["path"]) as image:
+                shot |= {"tiny": max(image.size) <= TINY, "width": round(image.width * SCREEN / DPI)}
+        except OSError as error:
+            missing.append((shot["file"], "it is not there" if isinstance(error, FileNotFoundError) else "it is no picture"))
+            shot["path"] = None
+    there = [shot for shot in shots if shot["path"]]
+    side = choose_side([shot["path"] for shot in there if "kind" not in shot], budget)
+    for shot in there:
+        shot["uri"] = encode(shot["path"], FIGURE_SIDE if "kind" in shot else side)
+    if side is None:
+        return "The pictures are here as they were drawn."
+    return (
+        f"So that this page stays below about {budget / 1e6:.0f} MB, pictures are here at most {side} pixels wide and high; "
+        "each has a link to its file, which lies beside the page."
+    )
+
+
+def write(root, results):
+    """Writes `report.html` into a comparison's folder and returns its path. What is missing is told on the page."""
+    root, missing = Path(root), []
+    jobs, strips, figures = _jobs(root, results, missing), _strips(root, results), _figures(root, results)
+    drawn = [shot for job in jobs for shot in job["shots"]]
+    embedded = _embed([*drawn, *(shot for strip in strips for shot in strip["shots"]), *figures], missing)
+    said = {
+        "noise": ("How far to trust it", _noise(results)),
+        "tables": ("Tables", tables.build(results)),
+        "plots": ("Plots", _plots(root, results)),
+        "figures": ("Figures", figures),
+        "pictures": ("Pictures", jobs),
+        "strength": ("Strength", strips),
+        "costs": ("Costs", _costs(results)),
+        "settings": ("Settings and versions", _settings(results)),
+        "missing": (f"What is missing ({len(missing)})", missing),
+    }
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page = environment.get_template(REPORT).render(
+        title=f"Comparison on {results['plan'].get('pretrained_model_name_or_path', 'several models')}",
+        parts={name: heading for name, (heading, content) in said.items() if content or name == "missing"},
+        filters={name: list(dict.fromkeys(shot[name] for shot in drawn if name in shot)) for name in FILTERS},
+        embedded=embedded,
+        plan=yaml.safe_dump(results["plan"], sort_keys=False, allow_unicode=True),
+        **{name: content for name, (_, content) in said.items()},
+    )
+    with replacing(root / REPORT) as part:
+        part.write_text(page, encoding="utf-8")
+    return root / REPORT

@@ -1,0 +1,264 @@
+"""`deft compare`: the shipped plans from end to end on stand-in folders, resumed, shared, and with what fails named."""
+
+import csv
+import fcntl
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from deft_diffusers import UserError, sweep
+from deft_diffusers.evaluation import compare as module
+from deft_diffusers.evaluation.compare import compare
+from deft_diffusers.options import CompareOptions
+from tiny_encoders import write_tiny_encoders
+from tiny_pipeline import write_picture
+from tiny_pipelines import build
+
+QUALITY = Path(__file__).parents[2] / "benchmarks" / "quality"
+TABLES = ("table1", "table2", "scores")
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = write_tiny_encoders(tmp_path_factory.mktemp("encoders") / "tiny")
+    return {name: str(folder / name) for name in ("clip", "dinov1", "dinov2")}
+
+
+def write_dreambooth(folder, **classes):
+    """Two pictures of each subject."""
+    for n, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for k in range(2):
+            write_picture(folder / name / f"{k:02d}.png", 10 * n + k)
+    lines = "\n".join(f"{name},{kind}" for name, kind in classes.items())
+    (folder / "prompts_and_classes.txt").write_text(f"Classes\nsubject_name,class\n{lines}\n")
+
+
+def write_plus(folder, *kinds):
+    for n, kind in enumerate(kinds):
+        for part in ("images", "captions"):
+            (folder / part / "live_subject" / "animal").mkdir(parents=True, exist_ok=True)
+        write_picture(folder / "images" / "live_subject" / "animal" / f"{n:02d}.png", 40 + n)
+        lines = [kind, *(f"a {kind} {k}" for k in range(8)), "nobody"]
+        (folder / "captions" / "live_subject" / "animal" / f"{n:02d}.txt").write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture
+def plan(tmp_path, encoders):
+    """Writes a plan, short for all that it asks, and makes the options that run it."""
+
+    def make(given, model, output="out", **flags):
+        short = {
+            "pretrained_model_name_or_path": str(model),
+            "train": {"max_train_steps": 1, "resolution": 32, "checkpoints_total_limit": 1},
+            "sample": {"num_inference_steps": 1, "height": 32, "width": 32},
+            "evaluate": encoders,
+        }
+        file = tmp_path / "plans" / "quality" / "plan.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        first = {"evaluate": given.get("evaluate", {})}
+        own = {k: given.get(k, {}) | v | first.get(k, {}) if isinstance(v, dict) else v for k, v in short.items()}
+        file.write_text(json.dumps(given | own))  # JSON is YAML
+        return CompareOptions(plan=str(file), output_dir=str(tmp_path / output), **flags)
+
+    return make
+
+
+@pytest.fixture
+def small(tmp_path, tiny, plan):
+    """A comparison of two rows on one subject, two seeds."""
+
+    def make(output="out", **changes):
+        if not (tmp_path / "dataset").exists():
+            write_dreambooth(tmp_path / "dataset", dog8="dog", cat="cat")
+        given = {
+            "subjects": "../../dataset", "only": {"dog8": "DOG8"}, "ranks": [2], "seeds": [0, 1],
+            "methods": {"lora": None, "PaRa + uncond": {"method": "para", "caption_dropout": 1}},
+            "prompts": ["a photo of {}", "a {} on a hill"], "unrelated": ["a red car"],
+        }  # fmt: skip
+        flags = changes.pop("flags", {})
+        return plan(given | changes, tiny, output, **flags)
+
+    return make
+
+
+def results_of(options):
+    return json.loads((Path(options.output_dir) / "results.json").read_text())
+
+
+def texts_of(options):
+    """The tables, without what no two runs have in common: the costs in `scores`."""
+    root = Path(options.output_dir)
+    texts = {p.name: p.read_text() for name in TABLES[:2] for p in root.glob(f"{name}.*")}
+    rows = list(csv.DictReader((root / "scores.csv").open()))
+    costs = ("training s", "memory GB")
+    texts["scores"] = [{k: v for k, v in row.items() if not k.startswith(costs)} for row in rows]
+    return texts
+
+
+@pytest.mark.parametrize("family", ["sdxl", "omnigen"])
+def test_shipped_plans_from_end_to_end(family, plan, tmp_path, commands, capsys, one_thread):
+    build(family).save_pretrained(tmp_path / "model")
+    write_dreambooth(tmp_path / "data" / "dreambooth", bear_plushie="stuffed animal", cat="cat", dog8="dog")
+    write_plus(tmp_path / "data" / "dreambench_plus", "kitten", "stork", "kitten", "horse")
+    write_dreambooth(tmp_path / "data" / "scenes", church_rock="church rock", table="table")
+    given = yaml.safe_load((QUALITY / f"{family}.yaml").read_text())
+    for part in given["parts"].values():
+        part["sample"] = {"num_images_per_prompt": 1}
+    given["train"] = {}
+    subjects = ["dog8", "live_subject_animal_00_kitten", "live_subject_animal_03_horse"]
+    flags = {"subject": subjects, "seed": [0]} if family == "sdxl" else {}
+    o = plan(given, tmp_path / "model", **flags)
+    assert compare(o) == 0
+    root, results = Path(o.output_dir), results_of(o)
+    assert all(row["status"] == "done" and row["scores"] and not row["missing"] for row in results["rows"])
+    names = {"sdxl": ["figure3"], "omnigen": ["figure1", "figure2", "figure4", "figure5"]}[family]
+    for name in names:
+        assert (root / "figures" / f"{name}.pdf").stat().st_size and (root / "figures" / f"{name}.png").stat().st_size
+    assert "missing" not in capsys.readouterr().err and (root / "report.html").is_file()
+    first = (root / "table1.md").read_text()
+    assert "| DEFT (rank=8) | 1 |" in first and "| 0.8415 | 0.9504 | 0.8882 |" in first
+    if family == "sdxl":
+        row = next(line for line in first.splitlines() if line.startswith("| Textual Inversion"))
+        assert re.fullmatch(r"\| Textual Inversion \| 1 \| 0\.\d{4} \| 0\.7421 \| 0\.8048 \| 0\.7432 \|", row), row
+        second = (root / "table2.md").read_text().splitlines()
+        row = next(line for line in second if line.startswith("| LoRA (rank=8) | HORSE (live_subject_animal_03_horse) | 1"))
+        ours, printed = (row.split(" | ")[k : k + 4] for k in (3, 7))
+        assert all(re.fullmatch(r"-?\d+\.\d\d", one) for one in ours) and printed[1] == "72.2653"
+        scored = results["parts"]["table2"], json.loads((root / results["rows"][-1]["folder"] / "scores.json").read_text())
+        assert scored[0]["scale"] == 100 and [s["prompt"] for s in scored[1]["samples"]][7:9] == ["a sks horse 7", "nobody"]
+        drift = [row["scores"]["drift"] for row in results["rows"] if row["method"] != "base"]
+        assert all(value >= 0 for value in drift) and max(drift) > 0
+    else:
+        rows = {row["row"] for row in results["rows"]}
+        assert {"base", "PaRa (rank=8)", "PaRa + uncond (rank=8)"} <= rows
+
+
+def test_an_interrupted_comparison_ends_with_the_same_tables(small, commands, monkeypatch, tmp_path):
+    whole = small("whole")
+    assert compare(whole) == 0
+    o, run, done = small("resumed"), sweep._call, []
+
+    def stop(command, *args):
+        done.append(command)
+        return sweep.INTERRUPTED if len(done) == 5 else run(command, *args)
+
+    monkeypatch.setattr(sweep, "_call", stop)
+    with pytest.raises(KeyboardInterrupt, match="the same command goes on"):
+        compare(o)
+    assert not (tmp_path / "resumed" / "results.json").exists()
+    with monkeypatch.context() as broken:  # and once more, among the scores
+        score = module._score
+
+        def until_seed_1(job, *args):
+            if job.seed:
+                raise KeyboardInterrupt
+            score(job, *args)
+
+        broken.setattr(module, "_score", until_seed_1)
+        with pytest.raises(KeyboardInterrupt):
+            compare(o)
+    assert (tmp_path / "resumed/dog8/lora-r2-seed0/scores.json").is_file() and not list(tmp_path.glob("resumed/*.md"))
+    assert compare(o) == 0
+    assert texts_of(o) == texts_of(whole)
+    for one, other in zip(results_of(o)["rows"], results_of(whole)["rows"]):
+        assert one["scores"].keys() == other["scores"].keys() and len(one["scores"]) == 4 + (one["method"] != "base")
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+    commands.clear()
+    monkeypatch.setattr(module, "_score", None)  # nothing is drawn or scored again
+    before = texts_of(o)
+    (tmp_path / "resumed" / "table1.md").unlink()
+    assert compare(o) == 0 and not commands and texts_of(o) == before
+
+
+def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
+    whole = small("whole", only=["cat", "dog8"], seeds=[0])
+    assert compare(whole) == 0
+    kept = tmp_path / "dataset" / "cat" / "00.png"
+    picture = kept.read_bytes()
+    kept.write_bytes(b"broken")
+    o = small(only=["cat", "dog8"], seeds=[0])
+    with pytest.raises(UserError, match=r"2 of 6 jobs failed: see .*sweep\.md"):
+        compare(o)
+    root = tmp_path / "out"
+    line = next(line for line in (root / "table1.md").read_text().splitlines() if line.startswith("| LoRA (rank=2)"))
+    assert re.match(r"\| LoRA \(rank=2\) \| 1 \| — \[\d+\] \| 0\.\d{4} \|", line)
+    assert re.search(r"\[\d+\] cat/lora-r2-seed0 failed: .*cannot read the picture", (root / "table1.md").read_text())
+    expected = {row["job"]: row["scores"] for row in results_of(whole)["rows"]}
+    for row in results_of(o)["rows"]:
+        if row["subject"] == "dog8":
+            assert row["scores"] == pytest.approx(expected[row["job"]], abs=1e-5)
+    lines = list(csv.DictReader((root / "scores.csv").open()))
+    there = [line["CLIP-I"] != "" for line in lines if line["subject"] in ("all", "dog8")]
+    assert there == [True, False, False, True, True, True]  # base, lora and para: of both subjects, and of one
+    (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
+    assert base["scores"]["clip_i"] and "00.png" in base["missing"][0]["what"]  # of the one reference that can be read
+    assert (root / "report.html").is_file()
+
+    kept.write_bytes(picture)
+    assert compare(o) == 0 and texts_of(o)["table1.md"] == texts_of(whole)["table1.md"]
+
+
+def test_scores_follow_pictures_and_encoders_and_not_the_batch(small, encoders, commands, tmp_path):
+    o, root = small(), tmp_path / "out"
+    assert compare(o) == 0
+    before = results_of(o)
+    for scored in root.glob("*/*/scores.json"):
+        scored.unlink()
+    shutil.rmtree(root / module.FEATURES)
+    commands.clear()
+    assert compare(small(evaluate={"batch_size": 3})) == 0 and not commands
+    for one, other in zip(results_of(o)["rows"], before["rows"]):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+    evaluate = {"dinov1": "none", "protocol": "dreambench++"}
+    assert compare(small(unrelated=["a blue car"], evaluate=evaluate)) == 0
+    after = results_of(o)
+    assert {words[3] for words in commands} == {"sample"} and not any("dinov1" in row["scores"] for row in after["rows"])
+    assert after["parts"][""]["scale"] == 100 and "printed CLIP-T" in (root / "table2.csv").read_text()
+    one, other = (next(r["scores"] for r in found["rows"] if r["method"] == "para") for found in (after, before))
+    assert one["clip_i"] == pytest.approx(100 * other["clip_i"], abs=1e-3) and one["drift"] != other["drift"]
+
+
+def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
+    o = small(seeds=[0])
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".claim", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert compare(o) == 0
+    assert "the last one writes tables" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out/dog8/lora-r2-seed0/scores.json").is_file()
+    commands.clear()
+    assert compare(o) == 0 and not commands and len(results_of(o)["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": []}, "there is nothing to score without `prompts`"),
+        ({"prompts": "captions"}, "the captions of the data set, of which dog8 has none"),
+        ({"prompts": "a {}"}, "`prompts` is 'a {}', expected a list of texts, or `captions`"),
+        ({"unrelated": ["a {}"]}, "the unrelated prompt 'a {}' is no text without {}"),
+        ({"shown": ["a dog"]}, "the prompt 'a dog' has no {}"),
+        ({"only": ["dog"]}, "`only`: there is no subject dog, did you mean dog8?; there are cat, dog8"),
+        ({"methods": {"mine": {"caption_dropout": 1}}}, "unknown method mine"),
+        ({"methods": {"mine": {"method": "para", "ranks": 4}}}, "`mine`: `ranks` is 4, expected a list of numbers"),
+        ({"methods": {"mine": {"method": "para", "ranks": []}}}, "ranks are [], expected a list of numbers from 1 up"),
+        ({"methods": {"mine": {"method": "para", "subjects": ["cow"]}}}, "`mine`: there is no subject cow"),
+        ({"methods": {"My row": {"method": "para"}, "my row": {"method": "lora"}}}, "two jobs would be dog8/my-row-r2-seed"),
+        ({"parts": {"one": {}, "two": {}}}, "two jobs would be dog8/base: a subject has its place in one part"),
+        ({"parts": {"one": {"parts": {}}}}, "`one`: unknown parts"),
+        ({"parts": {"one": None}}, "`one`: expected pretrained_model_name_or_path, subjects"),
+        ({"evaluate": {"cache_dir": "x"}}, "`evaluate` cannot set cache_dir: every job has its own"),
+        ({"evaluate": {"clip": "nobody/nothing"}}, "nobody/nothing is not downloaded"),
+        ({"figures": {"figure1": {"subjects": ["cat"]}}}, "figure1 says no rows"),
+    ],
+)
+def test_plans_that_cannot_be(changes, message, small, commands):
+    with pytest.raises(UserError, match=re.escape(message)):
+        compare(small(**changes))
+    assert not commands
