@@ -331,8 +331,9 @@ class EvaluateOptions:
         "has them", None, metavar="PATH",
     )  # fmt: skip
     prompts_file: str | None = option(
-        "What to score", "file with one text per line: for --images that of each picture, else what to draw, for which "
-        "DreamBooth's prompts_and_classes.txt will do, of which the list for --class_name is taken", None, metavar="FILE",
+        "What to score", "file with one text per line: for --images that of each picture, else what to draw, which may be "
+        "DreamBooth's prompts_and_classes.txt, for its prompts of --class_name, or a file of DreamBench++'s captions", None,
+        metavar="FILE",
     )  # fmt: skip
     subject: str | None = option(
         "What to score", "the subject's words in the prompts, such as 'sks dog'; CLIP-T is asked for --class_name in their "

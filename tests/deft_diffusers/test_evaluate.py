@@ -7,11 +7,13 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from deft_diffusers import UserError, cli
+from deft_diffusers.evaluation import encoders as module
 from deft_diffusers.evaluation import protocols
 from deft_diffusers.evaluation.encoders import dino_transform, load_encoders
 from deft_diffusers.evaluation.evaluate import score
@@ -151,6 +153,11 @@ def test_other_weights_or_other_pixels_are_not_found(load, folders, pictures, tm
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     changed = load(cache_dir=cache, dinov2=str(other)).dinov2
     assert not torch.equal(changed.images([image]), row) and changed.sha256 != before.sha256
+    told = json.loads((other / "preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
+    shutil.copy(Path(folders["dinov2"]) / "model.safetensors", other)
+    (other / "preprocessor_config.json").write_text(json.dumps(told))
+    shown = load(cache_dir=cache, dinov2=str(other)).dinov2
+    assert not torch.equal(shown.images([image]), row) and shown.sha256 == before.sha256
     mirrored = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     assert not torch.equal(before.images([mirrored]), row) and before.calls == 2
     assert torch.equal(load(cache_dir=cache).dinov2.images([image]), row)
@@ -174,11 +181,12 @@ def test_what_is_not_downloaded_is_named_with_its_command_and_folder(monkeypatch
 @pytest.mark.parametrize(
     "words, said",
     [({"clip": "dinov2"}, "--clip .* is a model of type dinov2, expected clip"),
-     ({"dinov1": "/no/such/folder"}, "no such folder of an encoder, nor a hub id"),
+     ({"dinov1": "/no/such/folder"}, "--dinov1 /no/such/folder: no such folder, nor a hub id"),
+     ({"clip": "torchhub:owner/repo:main:entry"}, "--clip torchhub:owner/repo:main:entry: no such folder, nor a hub id"),
      ({"dinov1": "torchhub:a/b:c"}, "expected torchhub:owner/repo:ref:entry"),
      ({"clip": "none", "dinov1": "none", "dinov2": "none"}, "nothing to score with"),
      ({"encoders": "toyword"}, "--encoders must be toyworld, .* got 'toyword'")],
-    ids=["kind", "folder", "torchhub", "none", "encoders"],
+    ids=["kind", "folder", "hub", "torchhub", "none", "encoders"],
 )  # fmt: skip
 def test_wrong_encoders_are_refused(folders, words, said):
     words = {name: folders.get(value, value) for name, value in words.items()}
@@ -193,6 +201,23 @@ def test_an_encoder_without_all_its_weights_is_refused(folders, tmp_path):
     save_file(weights, tmp_path / "half" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="lacks weights, such as layernorm.weight"):
         load_encoders(**folders | {"dinov2": str(tmp_path / "half")})
+
+
+def test_the_embedded_encoders_come_with_their_judge(folders, monkeypatch):
+    judge = types.SimpleNamespace(load_judge=lambda device: f"judge on {device}")
+    monkeypatch.setitem(sys.modules, "deft_diffusers.toyworld.judge", judge)
+    monkeypatch.setattr(module, "EMBEDDED", Path(folders["clip"]).parent)
+    found = load_encoders("toyworld")
+    assert [encoder.id for encoder in found.present.values()] == ["toyworld/clip", "toyworld/dinov1", "toyworld/dinov2"]
+    assert found.judge == "judge on cpu"
+    assert set(load_encoders("toyworld", dinov2="none").present) == {"clip", "dinov1"}
+
+    def missing(device):
+        raise FileNotFoundError
+
+    judge.load_judge = missing
+    with pytest.raises(UserError, match="the embedded encoders are missing from this installation"):
+        load_encoders("toyworld")
 
 
 def test_a_model_of_torch_hub(monkeypatch, folders, pictures, tmp_path):
@@ -326,6 +351,10 @@ def test_without_references_texts_and_drift_are_still_scored(tiny_encoders, pict
     del settings["base_images"][("a house", 5)]
     result = score(images, prompts, [], tiny_encoders, **settings)
     assert result["counts"]["drift"] == 1 and "for 5.png: no drift" in result["missing"][1]["why"]
+    result = score(images, prompts, [], tiny_encoders, **settings | {"base_images": {}})
+    assert "drift" not in result["scores"] and "for 4.png, 5.png: no drift" in result["missing"][1]["why"]
+    result = score(images, prompts, [], tiny_encoders, **settings | {"base_images": None})
+    assert "drift" not in result["scores"] and len(result["missing"]) == 1
 
 
 def test_an_encoder_left_out_takes_only_its_scores(load, pictures):
@@ -386,12 +415,14 @@ def test_dreambooths_listing(tmp_path):
     file.write_text(LISTING)
     classes, objects, live = protocols.read_prompts_and_classes(file)
     assert classes == {"bear_plushie": "stuffed animal", "dog8": "dog"}
-    assert objects == ["a {} in the jungle", "a purple {}", "a cube shaped {}"] == protocols.dreambooth_prompts(file, "vase")
-    assert live == ["a {} wearing a red hat", "a wet {}"] == protocols.dreambooth_prompts(file, "dog")
+    assert objects == ["a {} in the jungle", "a purple {}", "a cube shaped {}"] == protocols.read_prompts(file, "vase")
+    assert live == ["a {} wearing a red hat", "a wet {}"] == protocols.read_prompts(file, "dog")
+    with pytest.raises(UserError, match="--class_name tells"):
+        protocols.read_prompts(file)
     file.write_text("Classes\nsubject_name,class\ncat,cat\n")
     assert protocols.read_prompts_and_classes(file) == ({"cat": "cat"}, [], [])
-    with pytest.raises(UserError, match="lists no prompts for live subjects"):
-        protocols.dreambooth_prompts(file, "cat")
+    with pytest.raises(UserError, match="has no prompts for cat"):
+        protocols.read_prompts(file, "cat")
     file.write_text("nothing of the kind\n")
     with pytest.raises(UserError, match="is no prompts_and_classes.txt"):
         protocols.read_prompts_and_classes(file)
@@ -400,12 +431,15 @@ def test_dreambooths_listing(tmp_path):
 def test_dreambench_plus_names_and_captions(tmp_path):
     assert protocols.collection_id("images/live_subject/animal/00.jpg", "Kitten") == "live_subject_animal_00_kitten"
     assert protocols.collection_id("images/object/07.jpg", "Red Mug") == "object_07_red_mug"
-    file = tmp_path / "00.txt"
+    file = tmp_path / "captions" / "live_subject" / "animal" / "00.txt"
+    file.parent.mkdir(parents=True)
     file.write_text("kitten\n" + "".join(f"a kitten {k} \n" for k in range(9)))
-    assert protocols.read_captions(file) == ("kitten", [f"a kitten {k}" for k in range(9)])
+    assert protocols.read_prompts(file)[:2] == ["kitten", "a kitten 0"]  # a file of prompts, were it not where it is
+    (tmp_path / "images").mkdir()
+    assert protocols.read_prompts(file) == [f"a {{}} {k}" for k in range(9)]
     file.write_text("kitten\n")
-    with pytest.raises(UserError, match="a prompt in each of the others"):
-        protocols.read_captions(file)
+    with pytest.raises(UserError, match="00.txt has no prompts"):
+        protocols.read_prompts(file)
 
 
 def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
@@ -438,6 +472,17 @@ def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
     assert sum(text.values()) / len(text) == pytest.approx(result["scores"]["clip_t"])
 
 
+def test_subjects_that_share_a_prompt_are_not_compared(tiny_encoders, pictures, tmp_path):
+    images, _, references, _ = pictures
+    for name, pair in (("cup", images[:2]), ("mug", images[2:4])):
+        protocols.write_dreambench_plus(tmp_path / "deft", name, pair, ["a red thing"] * 2, references[0])
+    read = protocols.read_samples(tmp_path / "deft")
+    each = {"about": read.about, "progress": False}
+    result = score(read.images, read.prompts, read.references, tiny_encoders, "dreambench++", **each)
+    one = features(tiny_encoders.dinov1, read.images)
+    assert result["scores"]["diversity"] == pytest.approx(1 - float(one[0] @ one[1] + one[2] @ one[3]) / 2, abs=1e-5)
+
+
 def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
     images, _, references, _ = pictures
     folder = tmp_path / "samples"
@@ -465,6 +510,19 @@ def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
     assert read.prompts == ["one", "two", "three"] and [entry["what"] for entry in read.missing] == ["four"]
     texts.write_text("one\n")
     assert protocols.read_samples(photos, texts).prompts == ["one", None, None]
+
+
+def test_a_record_tells_its_own_texts(photos, tmp_path):
+    entry = {"file": "1.png", "prompt": "a cat", "seed": 3, "unrelated": True, "else": 0}
+    (photos / "samples.json").write_text(json.dumps({"settings": {}, "samples": [entry]}))
+    read = protocols.read_samples(photos)
+    assert (read.images, read.prompts) == ([photos / "1.png"], ["a cat"])
+    assert read.about == [{"file": "1.png", "seed": 3, "unrelated": True}]
+    with pytest.raises(UserError, match="--prompts_file does not apply to .*samples.json there tells the texts"):
+        protocols.read_samples(photos, tmp_path / "prompts.txt")
+    (photos / "samples.json").write_text('{"samples": [{"file": "1.png"}]}')
+    with pytest.raises(UserError, match="is no record of samples: expected"):
+        protocols.read_samples(photos)
 
 
 # the command ------------------------------------------------------------------------------------------------------------
@@ -506,6 +564,22 @@ def test_a_folder_of_pictures_by_the_command(flags, pictures, photos, tmp_path, 
     assert run(flags | more | {"--overwrite_output_dir": None}, capsys)[0] == 0
 
 
+def test_pictures_that_are_there_go_out_in_dreambench_pluss_layout(flags, pictures, photos, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a sks mug\na sks mug\na red sks mug\n")
+    (photos / "1.png").write_bytes(b"")
+    reference = tmp_path / "object" / "07.png"
+    reference.parent.mkdir()
+    shutil.copy(pictures[2][0], reference)
+    code, _, err = run(flags | {
+        "--prompts_file": tmp_path / "prompts.txt", "--references": reference, "--subject": "sks mug",
+        "--class_name": "mug", "--dreambench_plus_dir": tmp_path / "plus",
+    }, capsys)  # fmt: skip
+    assert code == 0 and "missing: " in err and "1.png" in err
+    read = protocols.read_samples(tmp_path / "plus")
+    assert [more["file"] for more in read.about] == ["object_07_mug/0_0.jpg", "object_07_mug/1_0.jpg"]
+    assert read.prompts == ["a mug", "a red mug"]
+
+
 def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     images, _, references, _ = pictures
     protocols.write_dreambench_plus(tmp_path / "deft", "mug", images[:2], ["a mug", "a red mug"], references[0])
@@ -516,15 +590,16 @@ def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     assert list(json.loads((tmp_path / "out" / "clip_scores_image.json").read_text())) == ["mug-0_0", "mug-1_0"]
 
 
-def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
-    """An adapter of the tiny pipeline, prompts of DreamBooth's listing, and the pictures in DreamBench++'s layout too."""
-    model = load_family(str(tiny), torch.float32).model
+def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
+    """The embedded model, adapted at random; prompts of DreamBooth's listing; the pictures in DreamBench++'s layout too."""
+    model = load_family("toyworld", torch.float32).model
     dk.inject_adapter(model, dk.DeftConfig(r=2, init_weights=False))
     dk.save_adapter(model, tmp_path / "adapter")
     (tmp_path / "adapter" / "result.json").write_text('{"parameters": 7}')
+    dk.save_adapter(model, tmp_path / "adapter" / "checkpoint-5")
     (tmp_path / "listing.txt").write_text(LISTING)
     words = {f"--{name}": folder for name, folder in folders.items()} | {
-        "--pretrained_model_name_or_path": tiny, "--adapter": tmp_path / "adapter",
+        "--pretrained_model_name_or_path": "toyworld", "--adapter": tmp_path / "adapter",
         "--prompts_file": tmp_path / "listing.txt", "--subject": "sks dog", "--class_name": "dog",
         "--unrelated_prompt": "a house", "--references": pictures[2][0],
         "--num_images_per_prompt": 2, "--num_inference_steps": 1, "--device": "cpu", "--output_dir": tmp_path / "out",
@@ -561,6 +636,7 @@ def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
      ({"--images": "nowhere"}, "no such folder or file of pictures"),
      ({"--references": "nowhere"}, "no such folder or file of pictures"),
      ({"--subject": "sks cat"}, "--subject and --class_name go together"),
+     ({"--subject": "sks cat", "--class_name": "cat"}, "'sks cat' stands in none of the prompts: there are none"),
      ({"--prompt": "a cat"}, "--adapter and --prompt are for drawing"),
      ({"--batch_size": 0}, "--batch_size must be at least 1, got 0"),
      ({"--protocol": "dreambench"}, "did you mean dreambench\\+\\+"),
@@ -568,9 +644,10 @@ def test_draws_first_then_scores(tiny, folders, pictures, tmp_path, capsys):
      ({"--dreambench_plus_dir": "plus"}, "--dreambench_plus_dir needs --references"),
      ({"--device": "cuda:7"}, "cannot use --device cuda:7"),
      ({"--images": None, "--pretrained_model_name_or_path": "toyworld"}, "either with --prompt or with --prompts_file"),
-     ({"--images": None, "--pretrained_model_name_or_path": "toyworld", "--prompt": "a {}"}, "stands for the subject")],
-    ids=["neither", "images", "references", "subject", "prompt", "batch", "protocol", "individual", "plus", "device",
-         "texts", "braces"],
+     ({"--images": None, "--pretrained_model_name_or_path": "toyworld", "--prompt": "a {}"}, "stands for the subject"),
+     ({"--base_images": "nowhere"}, "tells the drift by --unrelated_prompt, and no picture is of one")],
+    ids=["neither", "images", "references", "subject", "words", "prompt", "batch", "protocol", "individual", "plus",
+         "device", "texts", "braces", "base"],
 )  # fmt: skip
 def test_wrong_words_are_refused_before_anything_is_written(flags, change, said, tmp_path, capsys):
     flags = {name: value for name, value in (flags | change).items() if value is not None}

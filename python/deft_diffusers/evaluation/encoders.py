@@ -23,6 +23,7 @@ DEFAULTS = {
     "dinov1": "torchhub:facebookresearch/dino:main:dino_vits8",
     "dinov2": "facebook/dinov2-small",
 }
+EMBEDDED = Path(__file__).resolve().parent.parent / "toyworld" / "encoders"
 TORCHHUB, NONE, TOYWORLD = "torchhub:", "none", "toyworld"
 # DINO's evaluation: the shorter side to 256, 224 of the middle, ImageNet's mean and deviation. Its models know 224 alone.
 RESIZE, CROP = 256, 224
@@ -54,7 +55,7 @@ class Encoder:
         self.name, self.id, self.preprocessing = name, id, preprocessing
         self.model = model.eval().float().requires_grad_(False)
         self.sha256 = digest_of(self.model).hex()
-        kind = f"features of {name} {json.dumps(preprocessing, sort_keys=True)}"
+        kind = f"features {json.dumps(preprocessing, sort_keys=True)}"
         self.cache = cache_dir and Cache(cache_dir, kind, [self.model], [tokenizer] if tokenizer else [])
         self.model.to(device)
         self.prepare, self.tokenizer, self.device = prepare, tokenizer, device
@@ -139,12 +140,11 @@ def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, device=
     if encoders == TOYWORLD:
         from ..toyworld.judge import load_judge
 
-        folder = Path(__file__).resolve().parent.parent / "toyworld" / "encoders"
-        defaults = {name: str(folder / name) for name in DEFAULTS}
+        defaults = {name: str(EMBEDDED / name) for name in DEFAULTS}
         try:
             judge = load_judge(device=device)
         except FileNotFoundError as error:
-            raise UserError(f"the embedded encoders are missing from this installation ({folder})") from error
+            raise UserError(f"the embedded encoders are missing from this installation ({EMBEDDED})") from error
     asked = {name: given or defaults[name] for name, given in (("clip", clip), ("dinov1", dinov1), ("dinov2", dinov2))}
     asked = {name: id for name, id in asked.items() if id != NONE}
     if not asked:
@@ -153,7 +153,8 @@ def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, device=
     found, missing = {}, []
     for name, id in asked.items():
         try:
-            loaded = _from_torchhub(id) if id.startswith(TORCHHUB) else _from_transformers(name, id)
+            in_hub = name == "dinov1" and id.startswith(TORCHHUB)
+            loaded = _from_torchhub(id) if in_hub else _from_transformers(name, id)
             label = f"{TOYWORLD}/{name}" if encoders == TOYWORLD and id == defaults[name] else id
             found[name] = Encoder(name, label, *loaded, **settings)
         except _Missing as error:
@@ -171,15 +172,15 @@ def _first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _folder_of(id):
+def _folder_of(name, id):
     """Where a model of a hub id, or a folder, lies."""
     from huggingface_hub import constants, snapshot_download
 
     folder = Path(id).expanduser()
     if folder.is_dir():
         return folder
-    if id.count("/") != 1 or id[0] in "./~":
-        raise UserError(f"no such folder of an encoder, nor a hub id (owner/name): {id}")
+    if id.count("/") != 1 or id[0] in "./~" or ":" in id:
+        raise UserError(f"--{name} {id}: no such folder, nor a hub id (owner/name)")
     try:
         return Path(snapshot_download(id, local_files_only=True))
     except (OSError, ValueError) as error:
@@ -191,7 +192,7 @@ def _from_transformers(name, id):
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    folder = _folder_of(id)
+    folder = _folder_of(name, id)
     kinds = {"clip": transformers.CLIPModel, "dinov1": transformers.ViTModel, "dinov2": transformers.Dinov2Model}
     wanted = {"clip": "clip", "dinov1": "vit", "dinov2": "dinov2"}[name]
     try:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from tqdm import tqdm
 
-from .. import UserError, __version__, data, near, read_json, read_text
+from .. import UserError, __version__, data, near, read_json
 from ..options import SampleOptions
 from ..sample import _device_and_dtype, find_adapter, sample
 from ..toyworld import world
@@ -39,7 +39,8 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
         protocol: "dreambooth" (each picture with all references, 0–1) or "dreambench++" (×100).
         about: for each picture a dict that its record keeps: `file`, `seed`, `template`, and `unrelated`: true for one that
             is not of the subject, which counts for the drift alone.
-        base_images: {(prompt, seed): path} of the base model's pictures of the unrelated prompts.
+        base_images: {(prompt, seed): path} of the base model's pictures of the unrelated prompts; None where there is no
+            drift to tell, as of the base model itself.
         subject, class_name: "sks dog" and "dog": CLIP-T is asked for the prompt with the second in place of the first.
         individual: name in the drawn world of whom the pictures shall show, where the encoders are that world's.
 
@@ -59,7 +60,7 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
     paths = dict.fromkeys(path for p in pictures for path in (p.path, *p.references, *filter(None, [p.base])))
     found, verdicts, sizes = _look(list(paths), encoders, individual is not None, miss, progress)
     texts = _read_texts([p.text for p in pictures if p.text], encoders.clip, miss)
-    _say_what_is_lacking(pictures, miss)
+    _say_what_is_lacking(pictures, base_images is not None, miss)
     samples = [_score_one(p, found, texts, verdicts, individual, scale) for p in pictures]
     _warn_of_sizes(pictures, sizes)
     scores, counts = _totals(pictures, samples, found)
@@ -109,7 +110,7 @@ def _look(paths, encoders, judging, miss, progress):
     each is read once, and but a batch of them is held."""
     found, verdicts, sizes = {name: {} for name in encoders.present}, {}, {}
     size = max(encoder.batch_size for encoder in encoders.present.values())
-    with tqdm(total=len(paths), desc="looking", unit="image", disable=not progress) as bar:
+    with tqdm(total=len(paths), desc="scoring", unit="image", disable=not progress) as bar:
         for start in range(0, len(paths), size):
             read = {}
             for path in paths[start : start + size]:
@@ -145,12 +146,12 @@ def _read_texts(texts, clip, miss):
     return {text: row for text, row in rows.items() if row.isfinite().all()}
 
 
-def _say_what_is_lacking(pictures, miss):
+def _say_what_is_lacking(pictures, drifts, miss):
     if names := [p.name for p in pictures if not p.prompt]:
         miss(data._some(names), "has no prompt: no CLIP-T, no diversity")
     if names := [p.name for p in pictures if not p.references and not p.unrelated]:
         miss("references", f"there are none for {data._some(names)}: no CLIP-I, DINOv1 and DINOv2")
-    if names := [p.name for p in pictures if p.unrelated and not p.base]:
+    if names := [p.name for p in pictures if drifts and p.unrelated and not p.base]:
         miss("base model's pictures", f"there are none of the same prompt and seed for {data._some(names)}: no drift")
 
 
@@ -197,8 +198,9 @@ def _totals(pictures, samples, found):
             scores[name], counts[name] = math.fsum(values) / len(values), len(values)
     features = found.get(FEATURES["diversity"], {})
     kept = [p for p in pictures if p.path in features and p.prompt and not p.unrelated]
-    if kept:
-        value = metrics.diversity(torch.stack([features[p.path] for p in kept]), [p.prompt for p in kept])
+    if kept:  # DreamBench++ has a folder for each subject, and two subjects may share a prompt
+        groups = [(Path(p.name).parent, p.prompt) for p in kept]
+        value = metrics.diversity(torch.stack([features[p.path] for p in kept]), groups)
         if value is not None:
             scores["diversity"], counts["diversity"] = value, len(kept)
     features = found.get(FEATURES["drift"], {})
@@ -228,24 +230,15 @@ def evaluate(options):
     out = Path(options.output_dir).expanduser()
     if (out / SCORES).exists() and not options.overwrite_output_dir:
         raise UserError(f"{out / SCORES} is there already; choose another --output_dir or add --overwrite_output_dir")
-    samples = protocols.read_samples(options.images, options.prompts_file) if options.images else None
     references = data.find_pictures(options.references) if options.references else []
-    individual = options.individual or (_individual(options.references) if options.encoders else None)
-    if individual and individual not in world.INDIVIDUALS:
-        known = ", ".join(world.INDIVIDUALS)
-        raise UserError(f"--individual {individual}{near(individual, world.INDIVIDUALS)}; the drawn world has {known}")
+    individual, found = _individual(options), _read(options) if options.images else None
     settings = {"batch_size": options.batch_size, "device": device_of(options.device), "cache_dir": options.cache_dir}
     encoders = load_encoders(options.encoders, options.clip, options.dinov1, options.dinov2, **settings)
-    if samples is None:
-        samples, base = _draw(options, out)
-    else:
-        base = _by_prompt(options.base_images) if options.base_images else {}
-    for prompt, more in zip(samples.prompts, samples.about):
-        more["unrelated"] = bool(more.get("unrelated")) or prompt in options.unrelated_prompt
+    samples, base = found or _draw(options, out)
     plus = samples.references is not None
-    protocol = options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH)
     result = score(
-        samples.images, samples.prompts, references or samples.references or [], encoders, protocol, about=samples.about,
+        samples.images, samples.prompts, references or samples.references or [], encoders,
+        options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH), about=samples.about,
         base_images=base, subject=options.subject, class_name=options.class_name, individual=individual,
     )  # fmt: skip
     result["missing"] = samples.missing + result["missing"]
@@ -254,7 +247,7 @@ def evaluate(options):
     if plus:
         protocols.write_dreambench_plus_scores(out, result)
     if options.dreambench_plus_dir:
-        _export(options, samples, references)
+        _export(options, samples, references, {entry["what"] for entry in result["missing"]})
     print(table(result), end="")
     for entry in result["missing"]:
         print(f"missing: {entry['what']}: {entry['why']}", file=sys.stderr)
@@ -310,47 +303,68 @@ def _check(options):
         raise UserError("--dreambench_plus_dir needs --references: its layout has the reference beside each picture")
     if options.dreambench_plus_dir and not (options.collection_id or options.class_name):
         raise UserError("--dreambench_plus_dir needs --collection_id, or --class_name to tell it")
+    if not options.images:
+        _templates(options)
 
 
-def _individual(references):
-    """The name in the drawn world that a folder of references bears, or None."""
-    path = Path(references or "").expanduser()
-    name = path.name if path.is_dir() else path.parent.name
+def _individual(options):
+    """Whom of the drawn world the pictures shall show: who is asked for, or whose name the references' folder bears."""
+    if not options.encoders:
+        return None
+    path = Path(options.references or "").expanduser()
+    name = options.individual or (path if path.is_dir() else path.parent).name
+    if options.individual and name not in world.INDIVIDUALS:
+        raise UserError(f"--individual {name}{near(name, world.INDIVIDUALS)}: there are {', '.join(world.INDIVIDUALS)}")
     return name if name in world.INDIVIDUALS else None
 
 
-def _prompts(options):
-    """What to draw: [(template, prompt)]."""
+def _read(options):
+    """The `Samples` of --images, and the base model's pictures."""
+    samples = protocols.read_samples(options.images, options.prompts_file)
+    _check_subject(options, samples.prompts)
+    for prompt, more in zip(samples.prompts, samples.about):
+        more["unrelated"] = bool(more.get("unrelated")) or prompt in options.unrelated_prompt
+    for prompt in options.unrelated_prompt:
+        if prompt not in samples.prompts:
+            samples.miss(prompt, "an unrelated prompt without a picture")
+    if options.base_images and not any(more["unrelated"] for more in samples.about):
+        raise UserError("--base_images tells the drift by --unrelated_prompt, and no picture is of one")
+    return samples, _by_prompt(options.base_images) if options.base_images else {}
+
+
+def _templates(options):
+    """What to draw: {prompt: what it was before it had the subject in the place of {}}."""
     if bool(options.prompt) == bool(options.prompts_file):
         raise UserError("give the texts to draw either with --prompt or with --prompts_file")
-    templates = options.prompt
-    if options.prompts_file:
-        lines = [line.strip() for line in read_text(options.prompts_file).splitlines() if line.strip()]
-        if lines and lines[0] == "Classes":  # DreamBooth's
-            if not options.class_name:
-                raise UserError(f"which prompts of {options.prompts_file}? --class_name tells, with --subject")
-            lines = protocols.dreambooth_prompts(options.prompts_file, options.class_name)
-        templates = lines
+    templates = options.prompt or protocols.read_prompts(options.prompts_file, options.class_name)
     if not options.subject and (wrong := [text for text in templates if "{}" in text]):
         raise UserError(f"the prompt {wrong[0]!r} has {{}}, which stands for the subject: --subject 'sks dog'")
-    return [(text, text.replace("{}", options.subject or "")) for text in templates]
+    found = {text.replace("{}", options.subject or ""): text for text in templates}
+    _check_subject(options, found)
+    return found
+
+
+def _check_subject(options, prompts):
+    if options.subject and not any(options.subject in (prompt or "") for prompt in prompts):
+        texts = data._some([repr(prompt) for prompt in dict.fromkeys(prompts) if prompt], 2) or "there are none"
+        raise UserError(f"--subject {options.subject!r} stands in none of the prompts: {texts}")
 
 
 def _draw(options, out):
     """Draws by `deft sample`: the `Samples` of the adapters, and the base model's pictures of the unrelated prompts."""
-    asked = _prompts(options)
+    templates = _templates(options)
     names = ("pretrained_model_name_or_path", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "seed",
              "device", "overwrite_output_dir")  # fmt: skip
     same = {name: getattr(options, name) for name in names}
-    prompts = [prompt for _, prompt in asked] + options.unrelated_prompt
+    prompts = [*templates, *options.unrelated_prompt]
     sample(SampleOptions(**same, adapter=options.adapter, prompt=prompts, output_dir=str(out / "samples")))
-    samples, templates = protocols.read_samples(out / "samples"), dict(reversed([pair[::-1] for pair in asked]))
+    samples = protocols.read_samples(out / "samples")
     for image, prompt, more in zip(samples.images, samples.prompts, samples.about):
-        more["file"] = image.relative_to(out).as_posix()
+        more |= {"file": image.relative_to(out).as_posix(), "unrelated": prompt not in templates}
         if prompt in templates:
             more["template"] = templates[prompt]
     if not (options.unrelated_prompt and options.adapter):
-        return samples, {}
+        return samples, None
     sample(SampleOptions(**same, prompt=options.unrelated_prompt, output_dir=str(out / "base")))
     return samples, _by_prompt(out / "base")
 
@@ -367,20 +381,18 @@ def _cost(options):
     costs = []
     for name in options.adapter:
         path = find_adapter(name)
-        files = [path] if path.is_file() else path.rglob("*.safetensors")
-        told = path / "result.json"
-        costs.append({
-            "adapter": name,
-            "bytes": sum(f.stat().st_size for f in files if not any(p.startswith("checkpoint") for p in f.parts)),
-            "training": read_json(told) if told.is_file() else {},
-        })  # fmt: skip
+        files, told = [path] if path.is_file() else path.rglob("*.safetensors"), path / "result.json"
+        kept = [f for f in files if not f.relative_to(path).as_posix().startswith("checkpoint-")]
+        training = read_json(told) if told.is_file() else {}
+        costs.append({"adapter": name, "bytes": sum(f.stat().st_size for f in kept), "training": training})
     return costs
 
 
-def _export(options, samples, references):
+def _export(options, samples, references, missing):
     """Writes the pictures of the subject in DreamBench++'s layout, beside the first reference."""
     name = options.collection_id or protocols.collection_id(references[0].resolve(), options.class_name)
-    kept = [k for k, more in enumerate(samples.about) if not more["unrelated"] and samples.prompts[k]]
+    own = [k for k, more in enumerate(samples.about) if not more["unrelated"] and samples.prompts[k]]
+    kept = [k for k in own if str(samples.images[k]) not in missing]
     texts = [_without_token(samples.prompts[k], options.subject, options.class_name) for k in kept]
     images = [samples.images[k] for k in kept]
     protocols.write_dreambench_plus(options.dreambench_plus_dir, name, images, texts, references[0])

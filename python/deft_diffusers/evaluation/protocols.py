@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import UserError, data, read_json, read_text
+from ..sample import RECORD
 from ..writing import replacing
 
 DREAMBOOTH, DREAMBENCH_PLUS = "dreambooth", "dreambench++"
@@ -47,22 +48,25 @@ def read_samples(folder, prompts_file=None):
     UserError if there is no picture at all, or none of a kind that is known.
     """
     folder = Path(folder).expanduser()
-    if (folder / TARGET).is_dir():
-        return _read_dreambench_plus(folder)
-    return _read_record(folder) if (folder / "samples.json").is_file() else _read_plain(folder, prompts_file)
+    for name, exists, read in ((TARGET, Path.is_dir, _read_dreambench_plus), (RECORD, Path.is_file, _read_record)):
+        if exists(folder / name):
+            if prompts_file:
+                raise UserError(f"--prompts_file does not apply to {folder}: {name} there tells the texts")
+            return read(folder)
+    return _read_plain(folder, prompts_file)
 
 
 def _read_record(folder):
-    record, samples = read_json(folder / "samples.json"), Samples()
+    record, samples = read_json(folder / RECORD), Samples()
     try:
         for entry in record["samples"]:
             more = {key: entry[key] for key in ("seed", "template", "unrelated") if key in entry}
             samples.add(folder / entry["file"], entry["prompt"], file=entry["file"], **more)
     except (KeyError, TypeError) as error:
-        raise UserError(f'{folder / "samples.json"} is no record of samples: expected {{"samples": [{{"file": …, "prompt": '
-                        '…, "seed": …}]}') from error  # fmt: skip
+        expected = '{"samples": [{"file": …, "prompt": …, "seed": …}]}'
+        raise UserError(f"{folder / RECORD} is no record of samples: expected {expected}") from error
     if not samples.images:
-        raise UserError(f"{folder / 'samples.json'} records no samples")
+        raise UserError(f"{folder / RECORD} records no samples")
     return samples
 
 
@@ -102,22 +106,21 @@ def read_prompts_and_classes(file):
     return classes, prompts["object"], prompts["live"]
 
 
-def dreambooth_prompts(file, class_name):
-    """The 25 prompts that DreamBooth asks of a subject of this class, {} for the subject. UserError if the file has none."""
-    _, objects, live = read_prompts_and_classes(file)
-    prompts = live if class_name in LIVE else objects
-    if not prompts:
-        raise UserError(f"{file} lists no prompts for {'live subjects' if class_name in LIVE else 'objects'}")
-    return prompts
-
-
-def read_captions(file):
-    """(subject, prompts) of a caption file of DreamBench++: a line for the subject, then nine for the prompts (0–3
-    photorealistic, 4–6 in a style, 7–8 imaginative). UserError if it has not both."""
+def read_prompts(file, class_name=None):
+    """The prompts that a file asks for, {} for the subject: a line each; those that DreamBooth's `prompts_and_classes.txt`
+    has for this class; or those of a file below DreamBench++'s `captions`, whose first line is the subject, and the nine
+    others prompts (0–3 photorealistic, 4–6 in a style, 7–8 imaginative). UserError if there are none."""
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
-    if len(lines) < 2:
-        raise UserError(f"{file}: expected the subject in its first line and a prompt in each of the others")
-    return lines[0], lines[1:]
+    if lines and lines[0] == "Classes":
+        if not class_name:
+            raise UserError(f"which prompts of {file}? --class_name tells, with --subject")
+        _, objects, live = read_prompts_and_classes(file)
+        lines = live if class_name in LIVE else objects
+    elif any(folder.name == "captions" and (folder.parent / "images").is_dir() for folder in Path(file).resolve().parents):
+        lines = [line.replace(lines[0], "{}") for line in lines[1:]]
+    if not lines:
+        raise UserError(f"{file} has no prompts" + (f" for {class_name}" if class_name else ""))
+    return lines
 
 
 def collection_id(image, subject):
