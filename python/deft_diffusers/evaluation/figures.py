@@ -136,17 +136,28 @@ def read_figures(plan):
     if not isinstance(figures, dict):
         raise UserError(f"`{FIGURES}` is {figures!r}, expected names with {', '.join(SPEC)}")
     figures = {f"figure{name}" if str(name).isdigit() else str(name): spec for name, spec in figures.items()}
-    for name, spec in figures.items():
-        if not isinstance(spec, dict):
-            raise UserError(f"{FIGURES}: {name} is {spec!r}, expected {', '.join(SPEC)}")
-        for key, value in spec.items():
-            if key not in SPEC:
-                raise UserError(f"{FIGURES}: {name} has unknown {key}{near(key, SPEC)}; expected {', '.join(SPEC)}")
-            if not isinstance(value, SPEC[key]):
-                raise UserError(f"{FIGURES}: `{key}` of {name} is {value!r}, expected a {SPEC[key].__name__}")
-        if lacking := [key for key in NEEDED if not spec.get(key)]:
-            raise UserError(f"{FIGURES}: {name} says no {lacking[0]}")
-    return figures
+    return {name: read_figure(name, spec) for name, spec in figures.items()}
+
+
+def read_figure(name, spec):
+    """What one of them shows, as it is. UserError says what is wrong."""
+    if not isinstance(spec, dict):
+        raise UserError(f"{name} is {spec!r}, expected {', '.join(SPEC)}")
+    for key, value in spec.items():
+        if key not in SPEC:
+            raise UserError(f"{name} has unknown {key}{near(key, SPEC)}; expected {', '.join(SPEC)}")
+        if not isinstance(value, SPEC[key]):
+            raise UserError(f"{name}: `{key}` is {value!r}, expected a {SPEC[key].__name__}")
+    if lacking := [key for key in NEEDED if not spec.get(key)]:
+        raise UserError(f"{name} says no {lacking[0]}")
+    return spec
+
+
+def find_job(results, subject, label, seed=None):
+    """The entry of `results["rows"]` for a subject, a row and a training seed (else the first); None if there is none."""
+    jobs = [row for row in results["rows"] if (row["subject"], row["row"]) == (subject, label)]
+    jobs = [row for row in jobs if row["method"] == BASE or seed in (None, row["seed"])]
+    return min(jobs, key=lambda row: row["seed"], default=None)
 
 
 # grids ----------------------------------------------------------------------------------------------------------------
@@ -237,9 +248,7 @@ def draw_figure(root, results, name, spec):
     for subject in spec["subjects"]:
         photograph, rows = None, []
         for label in spec["rows"]:
-            jobs = [row for row in results["rows"] if (row["subject"], row["row"]) == (subject, label)]
-            jobs = [row for row in jobs if row["method"] == BASE or spec.get("seed") in (None, row["seed"])]
-            job = min(jobs, key=lambda row: row["seed"], default=None)
+            job = find_job(results, subject, label, spec.get("seed"))
             pictures = [None] * len(spec["prompts"])
             if job:
                 folder = Path(root) / job["folder"]

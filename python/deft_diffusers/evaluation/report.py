@@ -1,15 +1,18 @@
 """A comparison as one HTML page that needs no network: tables, plots, figures, every picture, costs, and what is missing.
 
-It is made of `results.json`, the tables and figures beside it, and the jobs' folders; `report.html` is its template. A job's
-`strength/<weight>/` holds what `draw_strengths` draws.
+It is made of `results.json`, the figures beside it, and the jobs' folders; `report.html` is its template. A plan may ask for
+the same pictures at several weights of what was learned, as it asks for a figure, one strip for each line and prompt:
+
+    strengths: {subjects: [dog], rows: [DEFT (rank=8), LoRA (rank=8)], prompts: [a photo of {} on the beach]}
 """
 
 import base64
-import dataclasses
 import io
+import itertools
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from statistics import fmean
 
@@ -23,12 +26,12 @@ from ..options import SampleOptions
 from ..sweep import BASE
 from ..writing import replacing
 from . import tables
-from .figures import DPI, FIGURES, SCORES, heading, photographs, plots, read_figures, read_samples
+from .figures import DPI, FIGURES, SCORES, find_job, heading, photographs, plots, read_figure, read_figures, read_samples
 from .metrics import t_quantile
 
 REPORT = "report.html"  # in the comparison's folder; the template beside this file has the same name
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
-STRENGTH = "strength"
+STRENGTH, STRENGTHS = "strength", "strengths"  # a job's folder, and key of the plan
 TINY = 128  # a picture no wider is shown in squares
 FIGURE_SIDE, SCREEN = 2000, 120  # pixels of a figure, at most, and per inch on the page
 FILTERS = ("subject", "row", "seed", "prompt")
@@ -41,31 +44,47 @@ PROBES = 24  # pictures that are encoded to foresee the size of all
 # strength -------------------------------------------------------------------------------------------------------------
 
 
-def draw_strengths(folder, templates, seed=0, weights=WEIGHTS):
-    """Draws a job's prompts again at several weights of what it has learned, to `strength/<weight>/`, as `deft sample` does,
-    with the settings that its samples were drawn with. `templates` are of the plan's prompts. What is there stays.
+def draw_strengths(root, results, plan):
+    """Draws what the plan's `strengths` asks for, a figure's subjects, rows and prompts, at several weights.
 
-    The base model and new words (textual inversion) have no strength: nothing is drawn. UserError if a prompt is not among
-    the job's samples.
+    What cannot be drawn is named on stderr and returned, a list of texts. The base model and new words (textual inversion)
+    have no strength.
+    """
+    spec, missing = read_figure(STRENGTHS, plan[STRENGTHS]) if plan.get(STRENGTHS) else None, []
+    for subject, label in itertools.product(spec["subjects"], spec["rows"]) if spec else ():
+        job = find_job(results, subject, label, spec.get("seed"))
+        try:
+            if job is None or job["status"] != "done":
+                raise UserError("the job is not done" if job else "there is no such job")
+            draw_strength(Path(root) / job["folder"], spec["prompts"])
+        except UserError as error:
+            missing.append(f"{STRENGTHS}: {subject}, {label}: {error}")
+    for text in missing:
+        print(f"warning: {text}", file=sys.stderr)
+    return missing
+
+
+def draw_strength(folder, templates, weights=WEIGHTS):
+    """Draws a job's prompts again at several weights of what it has learned, to `strength/<weight>/`, as `deft sample` does,
+    with the settings and the first seed of its samples. What is there already stays. UserError if it has no strength, or no
+    picture of one of the templates.
     """
     from ..sample import RECORD, sample  # imports diffusers
 
-    folder = Path(folder)
-    if read_json(folder / "job.json")["method"] in (BASE, "textual_inversion"):
-        return
+    if (method := read_json(folder / "job.json")["method"]) in (BASE, "textual_inversion"):
+        raise UserError(f"{method} has no strength")
     prompts = {s["template"]: s["prompt"] for s in read_samples(folder)}
     if unknown := [template for template in templates if template not in prompts]:
-        raise UserError(f"{folder} has no picture of {unknown[0]!r}, to be drawn at other weights too")
+        raise UserError(f"{folder} has no picture of {unknown[0]!r}")
+    texts = [prompts[template] for template in templates]
     settings = read_json(folder / "samples" / RECORD)["settings"]
-    known = {field.name for field in dataclasses.fields(SampleOptions)}
-    options = {key: value for key, value in settings.items() if key in known}
-    options |= {"prompt": [prompts[template] for template in templates], "prompts_file": None, "num_images_per_prompt": 1,
-                "seed": seed, "adapter": [str(folder)], "overwrite_output_dir": True}  # fmt: skip
+    settings |= {"prompt": texts, "prompts_file": None, "num_images_per_prompt": 1, "overwrite_output_dir": True,
+                 "adapter": [str(folder)]}  # fmt: skip
     for weight in weights:
         target = folder / STRENGTH / f"{weight:g}"
         drawn = read_json(target / RECORD)["samples"] if (target / RECORD).is_file() else []
-        if [(s["prompt"], s["seed"]) for s in drawn] != [(prompt, seed) for prompt in options["prompt"]]:
-            sample(SampleOptions(**options | {"adapter_weight": [weight], "output_dir": str(target)}))
+        if [(s["prompt"], s["seed"]) for s in drawn] != [(text, settings["seed"]) for text in texts]:
+            sample(SampleOptions(**settings | {"adapter_weight": [weight], "output_dir": str(target)}))
 
 
 # pictures -------------------------------------------------------------------------------------------------------------
@@ -188,7 +207,8 @@ def _plots(root, results):
         file = root / FIGURES / f"{name}.svg"
         if file.is_file():
             svg = re.sub(r"^.*?(?=<svg)|<metadata>.*?</metadata>", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-            svg = re.sub(r' id="[^"]*_[^"]*"', "", svg)  # matplotlib's own names, the same in every plot
+            svg = re.sub(r' id="[^"]*[_-][^"]*"', "", svg)  # of groups, which are the same in every plot
+            svg = re.sub(r'(id="|#)(?=[mp][0-9a-f]{10}\b)', rf"\1{name}-", svg)  # and those of shapes, which are referred to
             found.append(markupsafe.Markup(svg.replace("#000000", "currentColor")))
     return found
 

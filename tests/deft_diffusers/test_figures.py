@@ -1,0 +1,221 @@
+"""Figures and plots are of the pictures and scores that the jobs have left, labelled, and say what is missing."""
+
+import io
+import json
+import re
+import shutil
+import struct
+import zlib
+
+import matplotlib
+import numpy as np
+import pytest
+from comparison import PROMPTS, ROWS, write_comparison
+from deft_diffusers import UserError
+from deft_diffusers.evaluation.figures import (
+    CELL,
+    DPI,
+    MARKERS,
+    STYLE,
+    at_print_size,
+    draw_all,
+    draw_figure,
+    plots,
+    points,
+    read_figures,
+)
+from PIL import Image
+
+BEACH, SNOW = list(PROMPTS)[1:3]
+FIGURES = {
+    1: {"title": "Two strategies", "subjects": ["dog"], "rows": ["base", "DEFT (rank=8)"], "prompts": [BEACH, SNOW]},
+    "figure3": {"subjects": ["cat", "dog"], "rows": ["LoRA (rank=4)", "Nobody"], "prompts": [SNOW], "seed": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A comparison with a picture that is gone and one that is none, what was drawn of it, and what was missing."""
+    root = tmp_path_factory.mktemp("comparison")
+    rows = [row for row in ROWS if row[0] in ("base", "DEFT (rank=8)", "LoRA (rank=4)")]
+    results = write_comparison(
+        root, rows=rows, seeds=(0, 1), prompts={p: PROMPTS[p] for p in (BEACH, SNOW)}, figures=FIGURES
+    )
+    (root / "dog/deft-r8-seed0/samples/0000.png").unlink()
+    (root / "cat/lora-r4-seed1/samples/0001.png").write_bytes(b"no picture")
+    return root, results, draw_all(root, results, results["plan"])
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.texts]
+
+
+def test_files_are_there_in_print_quality(drawn):
+    root, _, _ = drawn
+    made = sorted(path.name for path in (root / "figures").iterdir())
+    grids = [f"figure{n}.{kind}" for n in (1, 3) for kind in ("pdf", "png")]
+    plotted = ("fidelity_drift", "fidelity_prompt", "individual_scene")
+    assert made == sorted([*grids, *(f"{name}.{kind}" for name in plotted for kind in ("pdf", "png", "svg"))])
+    for path in (root / "figures").glob("*.png"):
+        with Image.open(path) as image:
+            assert image.info["dpi"] == pytest.approx((DPI, DPI), abs=0.1)
+    for path in (root / "figures").glob("*.pdf"):
+        pdf = path.read_bytes()
+        assert len(re.findall(rb"/Type /Page\b", pdf)) == 1
+        assert b"/FontFile2" in pdf and b"/Type3" not in pdf  # TrueType, embedded
+
+
+def test_pictures_are_in_the_files_to_the_pixel(drawn):
+    root, _, _ = drawn
+    picture = at_print_size(Image.open(root / "dog/base/samples/0001.png"))
+    assert picture.size == (CELL, CELL)
+    with Image.open(root / "figures/figure1.png") as image:
+        page = np.asarray(image.convert("RGB"))
+    wanted = np.asarray(picture)
+    first = np.argwhere((page[: -CELL + 1, : -CELL + 1] == wanted[0, 0]).all(-1))
+    places = [(y, x) for y, x in first if np.array_equal(page[y : y + CELL, x : x + CELL], wanted)]
+    assert len(places) == 1
+    assert sum(np.array_equal(found, wanted) for found in pictures_in(root / "figures/figure1.pdf")) == 1
+
+
+def pictures_in(file):
+    """The RGB pictures of a PDF, which matplotlib writes as PNG does, the last line first."""
+    for head, data in re.findall(rb"/Subtype /Image(.*?)\nstream\n(.*?)\nendstream", file.read_bytes(), re.DOTALL):
+        assert b"/DeviceRGB" in head and b"/Predictor 10" in head
+        width, height = (int(re.search(rb"/%s (\d+)" % key, head)[1]) for key in (b"Width", b"Height"))
+        png = b"\x89PNG\r\n\x1a\n"
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        for kind, chunk in ((b"IHDR", header), (b"IDAT", data), (b"IEND", b"")):
+            png += struct.pack(">I", len(chunk)) + kind + chunk + struct.pack(">I", zlib.crc32(kind + chunk))
+        yield np.asarray(Image.open(io.BytesIO(png)))[::-1]
+
+
+def test_pictures_larger_than_a_cell_are_reduced_and_smaller_ones_are_whole_squares():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 100, 3), dtype=np.uint8))
+    grown = np.asarray(at_print_size(noise))
+    assert grown.shape == (150, 300, 3)
+    assert np.array_equal(grown[1::3, 1::3], np.asarray(noise))
+    assert at_print_size(noise.resize((1024, 512))).size == (CELL, CELL // 2)
+
+
+def test_a_grid_is_labelled_and_says_how_it_was_made(drawn):
+    root, results, _ = drawn
+    with matplotlib.rc_context(STYLE):
+        figure, missing = draw_figure(root, results, "figure1", FIGURES[1])
+    said = texts(figure)
+    assert said[0] == "Figure 1. Two strategies"
+    note = "base model toyworld, 500 training steps, 30 denoising steps, guidance 4, training seed 0, picture seed 0"
+    assert " ".join(said[1 : said.index(next(text for text in said if "[V]" in text))]) == note
+    assert {"base", "DEFT (rank=8)", "dog"} <= set(said)
+    assert "<b>snow</b> & wind" in " ".join(said)  # as it is, in a picture
+    assert missing == [f"figure1: dog/deft-r8-seed0 has no picture of {BEACH!r}"]
+    cells = [axes for axes in figure.axes if axes.images]
+    assert len(cells) == 4  # the photograph, and four less the one that is missing
+    assert [t.get_text() for axes in figure.axes for t in axes.texts] == ["missing"]
+    photograph = at_print_size(Image.open(root / "subjects/dog/0.png"))
+    assert np.array_equal(cells[0].images[0].get_array(), np.asarray(photograph))
+
+
+def test_what_is_missing_is_named_and_the_rest_is_drawn(drawn, capsys):
+    root, results, missing = drawn
+    assert missing == [
+        f"figure1: dog/deft-r8-seed0 has no picture of {BEACH!r}",
+        f"figure3: cat/lora-r4-seed1 has no picture of {SNOW!r}",
+        "figure3: there is no job of cat, Nobody",
+        "figure3: there is no job of dog, Nobody",
+    ]
+    figure, _ = draw_figure(root, results, "figure3", FIGURES["figure3"])
+    assert sum(len(axes.images) for axes in figure.axes) == 3  # two photographs, one picture
+    assert "training seed 1" in " ".join(texts(figure))
+
+
+def test_pictures_that_are_not_scored_are_shown(drawn, tmp_path):
+    root, results, _ = drawn
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for file in copy.rglob("scores.json"):
+        file.unlink()
+    figure, missing = draw_figure(copy, results, "figure1", FIGURES[1])
+    assert sum(len(axes.images) for axes in figure.axes) == 4
+    assert len(missing) == 1
+
+
+def test_a_figure_is_the_same_file_each_time(drawn, tmp_path):
+    root, results, _ = drawn
+    draw_all(tmp_path, results, {})
+    for kind in ("png", "pdf", "svg"):
+        name = f"figures/fidelity_drift.{kind}"
+        assert (root / name).read_bytes() == (tmp_path / name).read_bytes(), kind
+
+
+WRONG = {
+    "no mapping": ([1], "expected names with title, subjects, rows, prompts, seed"),
+    "no figure": ({2: "DEFT"}, "figure2 is 'DEFT'"),
+    "unknown key": ({2: {"promts": []}}, "figure2 has unknown promts, did you mean prompts?"),
+    "wrong kind": ({2: {"rows": "DEFT"}}, "figure2: `rows` is 'DEFT', expected a list"),
+    "nothing to show": ({2: {"rows": ["DEFT"], "prompts": ["a {}"]}}, "figure2 says no subjects"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_figures_that_cannot_be_are_refused(wrong):
+    figures, message = WRONG[wrong]
+    with pytest.raises(UserError, match=re.escape(message)):
+        read_figures({"figures": figures})
+
+
+# plots --------------------------------------------------------------------------------------------------------------
+
+
+def row(subject="cat", label="DEFT", seed=0, part="", **scores):
+    return {"subject": subject, "row": label, "seed": seed, "part": part, "method": "deft", "rank": 8, "scores": scores}
+
+
+def test_points_are_means_with_intervals_over_seeds():
+    rows = [row(seed=k, clip_t=0.2 + k / 10, dinov2=y) for k, y in enumerate((0.5, 0.5, 0.8))]
+    rows += [row(label="LoRA", clip_t=0.1, dinov2=0.4), row(label="PaRa", clip_t=0.1)]
+    deft, lora = points(rows, "clip_t", "dinov2")
+    # t = 4.30265 with 2 degrees of freedom; deviations 0.1 and 0.3 / sqrt(3)
+    assert (deft["x"], deft["y"], deft["n"]) == (pytest.approx(0.3), pytest.approx(0.6), 3)
+    assert deft["dx"] == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-5)
+    assert deft["dy"] == pytest.approx(4.30265 * 0.3 / 3, rel=1e-5)
+    assert (lora["row"], lora["x"], lora["dx"], lora["n"]) == ("LoRA", 0.1, None, 1)  # PaRa has no y
+
+
+def test_many_subjects_are_one_point():
+    subjects = [f"subject {k}" for k in range(len(MARKERS) + 1)]
+    rows = [row(s, seed=seed, clip_t=k, dinov2=seed) for k, s in enumerate(subjects) for seed in (0, 1)]
+    (point,) = points(rows, "clip_t", "dinov2")
+    assert (point["x"], point["y"], point["n"], point["subject"]) == (4, 0.5, 2, "all")
+    del rows[-1]["scores"]["dinov2"]  # of the last subject's seed 1, whose mean would be of others
+    (point,) = points(rows, "clip_t", "dinov2")
+    assert (point["y"], point["n"]) == (0, 1)
+
+
+def test_parts_are_plotted_apart_with_the_scores_they_have():
+    rows = [row(part="table1", clip_t=0.3, clip_i=0.8, drift=0.1), row(part="table2", clip_t=30, dinov1=70, clip_i=80)]
+    found = plots({"parts": {"table1": {}, "table2": {}}, "rows": rows})
+    assert {name: plot[1:3] for name, plot in found.items()} == {
+        "table1-fidelity_prompt": ("clip_t", "clip_i"),
+        "table1-fidelity_drift": ("drift", "clip_i"),
+        "table2-fidelity_prompt": ("clip_t", "dinov1"),
+    }
+    assert [len(plot[0]) for plot in found.values()] == [1, 1, 1]
+
+
+def test_every_point_of_a_plot_says_what_it_is(drawn):
+    root, results, _ = drawn
+    svg = (root / "figures/fidelity_prompt.svg").read_text()
+    titles = re.findall(r'<g id="point-(\d+)"><title>([^<]*)</title>', svg)
+    (found, *_) = plots(results)["fidelity_prompt"]
+    assert [int(k) for k, _ in titles] == list(range(len(found))) and len(found) == 6  # base, DEFT, LoRA of two subjects
+    scores = [r["scores"] for r in results["rows"] if (r["row"], r["subject"]) == ("DEFT (rank=8)", "dog")]
+    mean = sum(s["clip_t"] for s in scores) / 2
+    assert any(f"DEFT (rank=8), dog: CLIP-T {mean:.4g} ± " in title and "; 2 seeds" in title for _, title in titles)
+    assert any(title.startswith("base, cat: CLIP-T") and "±" not in title for _, title in titles)
+    for text in ("CLIP-T", "DINOv2", "LoRA (rank=4)", "Fidelity against following the prompt"):
+        assert f">{text}</text>" in svg
+
+
+def test_a_plan_may_come_from_json(drawn):
+    _, results, _ = drawn
+    assert read_figures(json.loads(json.dumps(results["plan"]))) == read_figures({"figures": FIGURES})
