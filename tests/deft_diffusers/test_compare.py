@@ -240,7 +240,7 @@ def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
     "changes, message",
     [
         ({"prompts": []}, "there is nothing to score without `prompts`"),
-        ({"prompts": "captions"}, "the captions of the data set, of which dog8 has none"),
+        ({"prompts": "captions"}, "prompts_and_classes.txt has no prompts for dog"),
         ({"prompts": "a {}"}, "`prompts` is 'a {}', expected a list of texts, or `captions`"),
         ({"unrelated": ["a {}"]}, "the unrelated prompt 'a {}' is no text without {}"),
         ({"shown": ["a dog"]}, "the prompt 'a dog' has no {}"),

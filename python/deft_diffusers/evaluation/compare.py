@@ -61,6 +61,8 @@ def compare(options):
         if not plan.scored(job):
             raise UserError(f"{options.plan}: there is nothing to score without `prompts`")
     figures.read_figures(plan.given)
+    if report.STRENGTHS in plan.given:
+        figures.read_figure(report.STRENGTHS, plan.given[report.STRENGTHS])
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -186,6 +188,7 @@ def _write(plan, root, options):
             part.write_text(text, encoding="utf-8")
     print("\n".join(path.read_text(encoding="utf-8") for path in tables.write(root, results) if path.suffix == ".md"))
     figures.draw_all(root, results, results["plan"])
+    report.draw_strengths(root, results, results["plan"])
     report.write(root, results)
     print(f"tables, figures and report.html in {root}")
     return sum(row["status"] != "done" for row in results["rows"])
