@@ -121,6 +121,7 @@ setup(
     package_dir={"deft_diffusers": "python/deft_diffusers"},
     package_data={
         "deft_kernels.triton": ["configs/*.json"],
+        "deft_diffusers.evaluation": ["*.json", "*.html"],
         "deft_diffusers.toyworld": ["model/**/*", "model/*", "judge/*", "encoders/*/*"],
     },
     include_package_data=False,  # what is named above, and nothing because MANIFEST.in has it in the source package
