@@ -121,6 +121,7 @@ setup(
     package_dir={"deft_diffusers": "python/deft_diffusers"},
     package_data={
         "deft_kernels.triton": ["configs/*.json"],
+        "deft_diffusers.evaluation": ["*.json", "*.html"],
         "deft_diffusers.toyworld": ["model/**/*", "model/*", "judge/*", "encoders/*/*"],
         "deft_diffusers.evaluation": ["report.html", "published.json"],
     },

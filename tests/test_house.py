@@ -102,6 +102,7 @@ def test_wheel_without_a_compiler(tmp_path):
         if name.endswith(".py") and name.startswith(("deft_kernels/", "python/")):
             assert name.removeprefix("python/") in names
     assert "deft_kernels/triton/configs/default.json" in names
+    assert {f"deft_diffusers/evaluation/{name}" for name in ("published.json", "report.html")} <= set(names)
     weights = tuple(f"python/deft_diffusers/toyworld/{folder}/" for folder in ("model", "judge", "encoders"))
     weights = {n.removeprefix("python/") for n in tracked() if n.startswith(weights)}
     assert weights <= set(names), weights - set(names)

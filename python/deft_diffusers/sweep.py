@@ -6,6 +6,7 @@ A plan (YAML) says what; `deft compare` reads the same ones, for what is to be s
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ import yaml
 from tqdm import tqdm
 
 from . import UserError, data, near, read_json, read_text
+from .evaluation.protocols import read_prompts
 from .grid import grid
 from .options import METHODS, EvaluateOptions, SampleOptions, TrainOptions
 from .writing import replacing
@@ -44,9 +46,10 @@ PLAN = {  # what a plan may hold: kinds, and what is expected
 }
 WHOLE = {  # what only a plan as a whole may hold
     "parts": (dict, "names with what is their own of the above"),
-    "figures": (dict, "numbers of figures with their subjects, rows and prompts"),
+    "figures": (dict, "figures with their subjects, rows and prompts"),
+    "strengths": (dict, "subjects, rows and prompts to draw at several weights"),
 }
-CAPTIONS = "captions"  # in the prompts' place: those that DreamBench++ has for each picture
+CAPTIONS = "captions"  # in the prompts' place: those that the data set has for each subject
 SUBJECT = ("instance_data_dir", "instance_prompt", "class_name")
 ROW = {  # what a method of a plan may say, beside options of `deft train`
     "method": (str, f"one of {', '.join(METHODS)}"),
@@ -79,7 +82,7 @@ class Subject:
     instance_prompt: str
     class_name: str
     words: str  # what stands for it in a text, such as "sks dog"
-    captions: tuple[str, ...] = ()  # texts that its data set asks for, {} where they name it
+    captions: str | None = None  # the file in which its data set has prompts for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +145,7 @@ class Plan:
     def scored(self, job):
         """The prompts that its scores are of, {} for its subject."""
         prompts = self.parts[job.part].prompts
-        return list(job.subject.captions) if prompts == CAPTIONS else prompts
+        return _captions(job.subject) if prompts == CAPTIONS else prompts
 
     def prompts(self, job):
         """All that is drawn of its subject; empty if nothing is."""
@@ -170,7 +173,8 @@ def dreambooth_subjects(folder, token="sks"):
     subjects = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] != "."):
         kind = classes.get(path.name, path.name.rstrip("0123456789").replace("_", " ").strip() or path.name)
-        subjects.append(Subject(path.name, str(path), f"a photo of {token} {kind}", kind, f"{token} {kind}"))
+        prompts = str(listing) if listing.is_file() else None
+        subjects.append(Subject(path.name, str(path), f"a photo of {token} {kind}", kind, f"{token} {kind}", prompts))
     return subjects
 
 
@@ -179,14 +183,22 @@ def dreambench_plus_subjects(folder, token="sks"):
     folder, subjects = Path(folder), []
     for image in sorted(p for p in (folder / "images").rglob("*") if p.suffix.lower() in data.SUFFIXES):
         inner = image.relative_to(folder / "images").with_suffix("")
-        lines = read_text(folder / "captions" / inner.with_suffix(".txt")).splitlines()
+        captions = folder / "captions" / inner.with_suffix(".txt")
+        lines = read_text(captions).splitlines()
         if not lines or not lines[0].strip():
-            raise UserError(f"{folder / 'captions' / inner}.txt does not name its subject in its first line")
+            raise UserError(f"{captions} does not name its subject in its first line")
         kind = lines[0].strip()
         name = "_".join((*inner.parts, kind.replace(" ", "_")))
-        texts = tuple(line.strip().replace(kind, "{}") for line in lines[1:] if line.strip())
-        subjects.append(Subject(name, str(image), f"a photo of {token} {kind}", kind, f"{token} {kind}", texts))
+        subjects.append(Subject(name, str(image), f"a photo of {token} {kind}", kind, f"{token} {kind}", str(captions)))
     return subjects
+
+
+@functools.cache
+def _captions(subject):
+    """The prompts that its data set has for a subject. UserError if there are none."""
+    if not subject.captions:
+        raise UserError(f"`prompts` are the captions of the data set, which has none for {subject.name}")
+    return read_prompts(subject.captions, subject.class_name)
 
 
 def find_subjects(folder, token="sks"):
@@ -335,8 +347,8 @@ def _read_part(name, given, subjects, options):
 
 def _check_prompts(prompts, shown, unrelated, subjects):
     if prompts == CAPTIONS:
-        if without := [s.name for s in subjects if not s.captions]:
-            raise UserError(f"`prompts` are the captions of the data set, of which {without[0]} has none")
+        for subject in subjects:
+            _captions(subject)
     elif isinstance(prompts, str):
         raise UserError(f"`prompts` is {prompts!r}, expected {PLAN['prompts'][1]}")
     listed = [*shown, *(prompts if isinstance(prompts, list) else [])]

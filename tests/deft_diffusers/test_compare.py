@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import itertools
 import json
 import re
 import shutil
@@ -13,6 +14,8 @@ from deft_diffusers import UserError, sweep
 from deft_diffusers.evaluation import compare as module
 from deft_diffusers.evaluation.compare import compare
 from deft_diffusers.options import CompareOptions
+from deft_diffusers.toyworld.subjects import write_plus as write_world_plus
+from deft_diffusers.toyworld.subjects import write_subjects
 from tiny_encoders import write_tiny_encoders
 from tiny_pipeline import write_picture
 from tiny_pipelines import build
@@ -44,6 +47,13 @@ def write_plus(folder, *kinds):
         write_picture(folder / "images" / "live_subject" / "animal" / f"{n:02d}.png", 40 + n)
         lines = [kind, *(f"a {kind} {k}" for k in range(8)), "nobody"]
         (folder / "captions" / "live_subject" / "animal" / f"{n:02d}.txt").write_text("\n".join(lines) + "\n")
+
+
+def write_data(folder):
+    """Stand-ins for what the plans of the big models read."""
+    write_dreambooth(folder / "dreambooth", bear_plushie="stuffed animal", cat="cat", dog8="dog")
+    write_plus(folder / "dreambench_plus", "kitten", "stork", "kitten", "horse")
+    write_dreambooth(folder / "scenes", church_rock="church rock", table="table")
 
 
 @pytest.fixture
@@ -99,12 +109,33 @@ def texts_of(options):
     return texts
 
 
+@pytest.mark.parametrize("name, jobs", [("toyworld", 117), ("toyworld-quick", 25), ("sdxl", 112), ("omnigen", 9)])
+def test_shipped_plans_draw_all_that_their_figures_show(name, jobs, tmp_path):
+    write_data(tmp_path / "data")
+    write_subjects(tmp_path / "outputs" / "subjects")
+    write_world_plus(tmp_path / "outputs" / "plus")
+    (tmp_path / "benchmarks" / "quality").mkdir(parents=True)
+    file = shutil.copy(QUALITY / f"{name}.yaml", tmp_path / "benchmarks" / "quality")
+    plan = sweep.read_plan(CompareOptions(plan=str(file), output_dir="out"))
+    assert len(plan.jobs) == jobs
+    drawn = {(job.subject.name, module.title(job)): plan.prompts(job) for job in plan.jobs}
+    for spec in (*plan.given["figures"].values(), plan.given["strengths"]):
+        for subject, row in itertools.product(spec["subjects"], spec["rows"]):
+            assert set(spec["prompts"]) <= set(drawn[subject, row])
+    for part in plan.parts.values():
+        assert all("{}" in prompt for prompt in part.shown) and part.unrelated
+    if name == "toyworld":
+        rows = {(job.subject.name, module.title(job)) for job in plan.jobs if job.part == "table1"}
+        named = [entry["row"] for entry in json.loads(module.PUBLISHED.read_text())["table1"]["rows"]]
+        assert {(s, row) for s in ("bear_plushie", "cat", "dog") for row in named} <= rows
+        seeds = {job.seed for job in plan.jobs if job.part == "table2" and job.method == "lora"}
+        assert seeds == {0, 1, 2} and all(len(plan.scored(job)) == 9 for job in plan.jobs if job.part == "table2")
+
+
 @pytest.mark.parametrize("family", ["sdxl", "omnigen"])
 def test_shipped_plans_from_end_to_end(family, plan, tmp_path, commands, capsys, one_thread):
     build(family).save_pretrained(tmp_path / "model")
-    write_dreambooth(tmp_path / "data" / "dreambooth", bear_plushie="stuffed animal", cat="cat", dog8="dog")
-    write_plus(tmp_path / "data" / "dreambench_plus", "kitten", "stork", "kitten", "horse")
-    write_dreambooth(tmp_path / "data" / "scenes", church_rock="church rock", table="table")
+    write_data(tmp_path / "data")
     given = yaml.safe_load((QUALITY / f"{family}.yaml").read_text())
     for part in given["parts"].values():
         part["sample"] = {"num_images_per_prompt": 1}
@@ -215,13 +246,18 @@ def test_scores_follow_pictures_and_encoders_and_not_the_batch(small, encoders, 
     for one, other in zip(results_of(o)["rows"], before["rows"]):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
 
+    para = lambda found: next(row["scores"] for row in found["rows"] if row["method"] == "para")
+    assert compare(small(unrelated=["a blue car"])) == 0 and {words[3] for words in commands} == {"sample"}
+    other = para(results_of(o))
+    assert other["drift"] != para(before)["drift"] and other["clip_i"] == pytest.approx(para(before)["clip_i"], abs=1e-5)
+
+    commands.clear()
     evaluate = {"dinov1": "none", "protocol": "dreambench++"}
-    assert compare(small(unrelated=["a blue car"], evaluate=evaluate)) == 0
+    assert compare(small(unrelated=["a blue car"], evaluate=evaluate)) == 0 and not commands
     after = results_of(o)
-    assert {words[3] for words in commands} == {"sample"} and not any("dinov1" in row["scores"] for row in after["rows"])
-    assert after["parts"][""]["scale"] == 100 and "printed CLIP-T" in (root / "table2.csv").read_text()
-    one, other = (next(r["scores"] for r in found["rows"] if r["method"] == "para") for found in (after, before))
-    assert one["clip_i"] == pytest.approx(100 * other["clip_i"], abs=1e-3) and one["drift"] != other["drift"]
+    assert not any("dinov1" in row["scores"] for row in after["rows"]) and after["parts"][""]["scale"] == 100
+    assert para(after)["clip_i"] == pytest.approx(100 * other["clip_i"], abs=1e-3)
+    assert "printed CLIP-T" in (root / "table2.csv").read_text()
 
 
 def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
@@ -240,7 +276,7 @@ def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
     "changes, message",
     [
         ({"prompts": []}, "there is nothing to score without `prompts`"),
-        ({"prompts": "captions"}, "the captions of the data set, of which dog8 has none"),
+        ({"prompts": "captions"}, "prompts_and_classes.txt has no prompts for dog"),
         ({"prompts": "a {}"}, "`prompts` is 'a {}', expected a list of texts, or `captions`"),
         ({"unrelated": ["a {}"]}, "the unrelated prompt 'a {}' is no text without {}"),
         ({"shown": ["a dog"]}, "the prompt 'a dog' has no {}"),

@@ -144,7 +144,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         "print('ready', flush=True); time.sleep(5)"
     )
     mine = (
-        "import sys; from deft_diffusers.sweep import _call, claimed; from pathlib import Path; folder = Path(sys.argv[1]);\n"
+        "import sys; from pathlib import Path; from deft_diffusers.sweep import _call, claimed; folder = Path(sys.argv[1])\n"
         "with claimed(folder) as claim, open(folder / 'said', 'w') as output:\n"
         "    sys.exit(_call([sys.executable, '-c', sys.argv[2]], None, output, claim))"
     )

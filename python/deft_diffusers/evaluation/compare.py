@@ -16,15 +16,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from .. import UserError, data, read_json, sweep
-from ..options import PROTOCOLS
+from ..options import EvaluateOptions
+from ..sample import RECORD
 from ..sweep import BASE, CLAIM, SAMPLES, TABLE, claimed, is_done, outcome
+from ..toyworld.world import INDIVIDUALS
+from ..train import RESULTS as WEIGHTS
 from ..writing import replacing
-from . import tables
+from . import figures, report, tables
+from .encoders import load_encoders
+from .evaluate import SCORES, device_of, score, write_scores
+from .protocols import DREAMBOOTH
 
-RESULTS, FEATURES, RECORD = "results.json", ".features", "samples.json"
+RESULTS, FEATURES = "results.json", ".features"
+BATCH_SIZE = EvaluateOptions.batch_size
 PUBLISHED = Path(__file__).with_name("published.json")
 NAMES = {  # of methods, as the supplement writes them
     "deft": "DEFT",
@@ -47,25 +55,25 @@ def compare(options):
 
     Any number of processes may work on one comparison; the last of them to finish writes tables, figures and report.
     """
-    from . import figures
-
     plan = sweep.read_plan(options)
     root = Path(options.output_dir).expanduser()
     for job in plan.jobs:
         if not plan.scored(job):
             raise UserError(f"{options.plan}: there is nothing to score without `prompts`")
     figures.read_figures(plan.given)
-    encoders = _Encoders(root / FEATURES)
-    for part in plan.parts.values():
-        encoders.check(part.evaluate)  # before the hours of training
+    if report.STRENGTHS in plan.given:
+        figures.read_figure(report.STRENGTHS, plan.given[report.STRENGTHS])
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --output_dir {root}: {error}") from error
+    loaded = {name: _encoders(part, root, torch.device("cpu")) for name, part in plan.parts.items()}  # before hours of work
+    facts = {name: {key: encoder.facts for key, encoder in found.present.items()} for name, found in loaded.items()}
+    del loaded
     with open(root / CLAIM, "a") as work:
         fcntl.flock(work, fcntl.LOCK_SH)
         failed = sweep.run(plan, root)
-        _score_jobs(plan, root, encoders)
+        _score_jobs(plan, root, facts)
         # Whoever lets go of the folder last finds nobody else in it.
         fcntl.flock(work, fcntl.LOCK_UN)
         try:
@@ -81,75 +89,48 @@ def compare(options):
 # scoring ------------------------------------------------------------------------------------------------------------
 
 
-class _Encoders:
-    """The encoders of each part of a plan, and what is known of them."""
-
-    def __init__(self, cache_dir):
-        self.cache_dir, self.facts = cache_dir, {}
-
-    def check(self, options):
-        """Reads them once. UserError if one is not here."""
-        from .encoders import load_encoders
-
-        key = self._key(options)
-        if key not in self.facts:
-            found = load_encoders(**dict(key))
-            self.facts[key] = {name: encoder.facts for name, encoder in found.present.items()}
-
-    def facts_of(self, options):
-        return self.facts[self._key(options)]
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019  parts come one after another; one set is in memory
-    def _load(self, key, device, batch_size):
-        from .encoders import load_encoders
-        from .evaluate import device_of
-
-        settings = {"batch_size": batch_size} if batch_size else {}
-        return load_encoders(**dict(key), device=device_of(device), cache_dir=self.cache_dir, **settings)
-
-    def load(self, options):
-        """To score with, on the GPU of this process if there is one."""
-        import torch
-
-        local = os.environ.get("LOCAL_RANK")
-        own = f"cuda:{local}" if local and torch.cuda.device_count() > int(local) else None
-        return self._load(self._key(options), options.get("device", own), options.get("batch_size"))
-
-    @staticmethod
-    def _key(options):
-        return tuple((name, options[name]) for name in ENCODERS if name in options)
+@functools.lru_cache(maxsize=1)
+def _load(asked, device, batch_size, cache_dir):
+    return load_encoders(**dict(asked), device=device, batch_size=batch_size, cache_dir=cache_dir)
 
 
-def _score_jobs(plan, root, encoders):
-    """Writes `scores.json` for every job that has been drawn since it had one, or was scored by other means."""
-    todo = [job for job in plan.jobs if not _is_scored(job, plan, root, encoders)]
+def _encoders(part, root, device):
+    """Those of a part of the plan; the last ones stay in memory. UserError if one is not here."""
+    asked = tuple((name, part.evaluate[name]) for name in ENCODERS if name in part.evaluate)
+    return _load(asked, device, part.evaluate.get("batch_size", BATCH_SIZE), root / FEATURES)
+
+
+def _own_device(part):
+    """Where this process scores: on its own GPU, if there is one."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    return device_of(part.evaluate.get("device") or (f"cuda:{local}" if local < torch.cuda.device_count() else None))
+
+
+def _score_jobs(plan, root, facts):
+    """Writes `scores.json` for every job that has been drawn since it had one, or was scored by other means than `facts`."""
+    todo = [job for job in plan.jobs if not _is_scored(job, plan, root, facts)]
     for job in tqdm(todo, desc="scoring", unit="job", disable=not todo or int(os.environ.get("RANK", 0)) > 0):
         folder = root / job.name
         with claimed(folder) as claim:
             ready = claim is not None and is_done(outcome(folder), job, plan)
-            if ready and not _is_scored(job, plan, root, encoders):
-                _score(job, plan, root, encoders)
+            if ready and not _is_scored(job, plan, root, facts):
+                _score(job, plan, root)
 
 
-def _is_scored(job, plan, root, encoders):
-    from .evaluate import SCORES
-
-    options, file = plan.parts[job.part].evaluate, root / job.name / SCORES
+def _is_scored(job, plan, root, facts):
+    file = root / job.name / SCORES
     if not file.is_file():
         return False
     drawn = [root / name / SAMPLES / RECORD for name in (job.name, _base(job).name)]
     if any(record.is_file() and record.stat().st_mtime > file.stat().st_mtime for record in drawn):
         return False
     found = read_json(file)
-    same = found["protocol"] == _protocol(options) and found["encoders"] == encoders.facts_of(options)
+    same = found["protocol"] == _protocol(plan.parts[job.part]) and found["encoders"] == facts[job.part]
     return same and not found["missing"]
 
 
-def _score(job, plan, root, encoders):
+def _score(job, plan, root):
     """Scores one job. What cannot be is told in its `scores.json`, and stops nothing else."""
-    from ..toyworld.world import INDIVIDUALS
-    from .evaluate import score, write_scores
-
     folder, part, base = root / job.name, plan.parts[job.part], _base(job)
     wanted, references, missing = plan.scored(job), [], []
     drifts = job.method != BASE  # the base model's pictures are what the others' are compared with
@@ -165,8 +146,8 @@ def _score(job, plan, root, encoders):
         [folder / SAMPLES / sample["file"] for sample in samples],
         [sample["prompt"] for sample in samples],
         references,
-        encoders.load(part.evaluate),
-        _protocol(part.evaluate),
+        _encoders(part, root, _own_device(part)),
+        _protocol(part),
         about=[{key: value for key, value in sample.items() if key != "prompt"} for sample in samples],
         base_images={(s["prompt"], s["seed"]): root / base.name / SAMPLES / s["file"] for s in before},
         subject=job.subject.words,
@@ -182,8 +163,8 @@ def _base(job):
     return dataclasses.replace(job, method=BASE, row=BASE, rank=None)
 
 
-def _protocol(options):
-    return options.get("protocol", PROTOCOLS[0])
+def _protocol(part):
+    return part.evaluate.get("protocol", DREAMBOOTH)
 
 
 def _read_samples(folder, job, plan):
@@ -201,14 +182,13 @@ def _read_samples(folder, job, plan):
 
 def _write(plan, root, options):
     """Writes all that the folder has to show, and returns how many jobs are not done."""
-    from . import figures, report
-
     results = _results(plan, root, options)
     for name, text in ((RESULTS, json.dumps(results, indent=2) + "\n"), (TABLE, sweep.table(root, plan.jobs))):
         with replacing(root / name) as part:
             part.write_text(text, encoding="utf-8")
     print("\n".join(path.read_text(encoding="utf-8") for path in tables.write(root, results) if path.suffix == ".md"))
     figures.draw_all(root, results, results["plan"])
+    report.draw_strengths(root, results, results["plan"])
     report.write(root, results)
     print(f"tables, figures and report.html in {root}")
     return sum(row["status"] != "done" for row in results["rows"])
@@ -221,7 +201,7 @@ def _results(plan, root, options):
         subjects = dict.fromkeys(job.subject for job in plan.jobs if job.part == name)
         prompts = [part.prompts] if isinstance(part.prompts, str) else part.prompts
         parts[name] = {
-            "protocol": _protocol(part.evaluate),
+            "protocol": _protocol(part),
             "subjects": {s.name: part.published.get(s.name) for s in subjects},
             "prompts": prompts,
             "unrelated": part.unrelated,
@@ -248,9 +228,6 @@ def _results(plan, root, options):
 
 def _row(job, plan, root):
     """A job's entry, and its `scores.json`."""
-    from ..train import RESULTS as WEIGHTS
-    from .evaluate import SCORES
-
     folder = root / job.name
     found = outcome(folder)
     done = is_done(found, job, plan)
@@ -292,8 +269,6 @@ def _by_prompt(samples):
 
 
 def _device():
-    import torch
-
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {torch.cuda.device_count()} of them seen"
     info = Path("/proc/cpuinfo")

@@ -1,14 +1,17 @@
-"""Makes the embedded base model from nothing: tokenizer, autoencoder, then UNet and text encoder, on the drawn world.
+"""Makes all embedded weights from nothing, on the drawn world: tokenizer, autoencoder, UNet and text encoder, which are the
+base model, and what looks at pictures: the judge, a CLIP and two DINOs.
 
     python -m deft_diffusers.toyworld.train --output_dir work/toyworld
 
 Every random choice is a function of the seed and of the step, so a run that was stopped and started again takes the
 same steps as one that was not. The UNet's learning rate is constant and falls only at the end, so a longer run begins
-like a shorter one. The pipeline lies in `<output_dir>/model` and is renewed whenever the UNet's checkpoint is written.
+like a shorter one. The pipeline lies in `<output_dir>/model` and is renewed whenever the UNet's checkpoint is written;
+`<output_dir>/judge` and `<output_dir>/encoders` are written at the end of their stages.
 
     python -m deft_diffusers.toyworld.train --report work/toyworld/model
 
-prints the figures of a pipeline that are on its card, and writes samples.png into its folder.
+prints the figures that are on the card, of a pipeline and of judge and encoders beside it, and writes samples.png into its
+folder.
 """
 
 import argparse
@@ -61,7 +64,7 @@ STAGES = {
 }
 # of those that look at pictures: pictures (or pairs of them) in a step, and the learning rate between warm-up and fall
 LOOKING = {"judge": (96, 2e-3), "clip": (128, 1.5e-3), "dinov1": (128, 1.5e-3), "dinov2": (128, 1.5e-3)}
-LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 1200, "dinov2": 1200}
+LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 800, "dinov2": 800}
 LOOKING_WARMUP, LOOKING_FALL, LOOKING_EMA = 100, 0.5, 0.99
 ROUND_TRIPS = 0.25  # share of the judge's drawings that it sees as the autoencoder returns them
 TEMPERATURE = 0.1  # of the similarities that pairs of drawings are told apart by
@@ -466,9 +469,16 @@ def _rate(step, steps, warm, fall):
     return min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0, step - steps + down) / down)))
 
 
+def _adamw(models, lr, weight_decay, betas):
+    """The optimizer of all parameters, which decays matrices alone."""
+    several = [p for p in models.parameters() if p.ndim > 1], [p for p in models.parameters() if p.ndim < 2]
+    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(several, (weight_decay, 0.0))]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+
 def _generator(seed, stage, step):
     """The randomness of one step, the same however often the run was interrupted."""
-    return torch.Generator().manual_seed((seed * 2 + stage) * 10_000_000 + step)
+    return torch.Generator().manual_seed((seed * (2 + len(LOOKING)) + stage) * 10_000_000 + step)
 
 
 def psnr(a, b):
@@ -536,7 +546,7 @@ def train_vae(args, device):
 
 
 def cache_latents(args, device, vae, tokenizer):
-    """Draws the training pictures and encodes them: scaled latents (N, 4, 16, 16) fp16, token ids (N, MAX_TOKENS)."""
+    """Draws the training pictures and encodes them: scaled latents (N, 8, 16, 16) fp16, token ids (N, MAX_TOKENS)."""
     path = args.output_dir / "latents.pt"
     if state := _load(path, args):
         return state["latents"], state["ids"]
@@ -618,12 +628,7 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
         unet.set_attn_processor(AttnProcessor())
     models = torch.nn.ModuleList([unet, text_encoder])
     ema = copy.deepcopy(models).eval().requires_grad_(False)
-    decayed = [p for p in models.parameters() if p.ndim > 1]
-    groups = [
-        {"params": decayed, "weight_decay": 0.01},
-        {"params": [p for p in models.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
+    optimizer = _adamw(models, args.lr, 0.01, (0.9, 0.99))
     scheduler = new_scheduler()
     snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     weight = (snr.clamp(max=MIN_SNR) / (snr + 1)).to(device)
@@ -743,11 +748,7 @@ def _fit(args, device, stage, models, count, loss_of):
     batch, rate = LOOKING[stage]
     models.to(device).train()
     average = copy.deepcopy(models).eval().requires_grad_(False)
-    groups = [
-        {"params": [p for p in models.parameters() if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in models.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
+    optimizer = _adamw(models, rate, 0.05, (0.9, 0.98))
     start, losses = 0, []
     if state := _load(path, args, device):
         models.load_state_dict(state["models"])
