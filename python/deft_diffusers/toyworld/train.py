@@ -1008,11 +1008,10 @@ def clip_figures(folder):
     def said(texts):
         return F.normalize(model.get_text_features(input_ids=encode(tokenizer, texts)).pooler_output)
 
-    places = {"subject": said([f"a photo of a {name}" for name in world.CLASSES])}
-    places["scene"] = said([f"a photo of {alone}" for _, alone in world.SCENES.values()])
-    found = {}
-    for k, (name, texts) in enumerate(places.items()):
-        nearest = (pictures @ texts.T).argmax(1).tolist()
+    texts = [f"a photo of a {subject} {places[0]}" for subject in world.CLASSES for places, _ in world.SCENES.values()]
+    texts, found = said(texts).unflatten(0, (len(world.CLASSES), -1)), {}
+    for k, name in enumerate(("subject", "scene")):
+        nearest = (pictures @ F.normalize(texts.mean(1 - k)).T).argmax(1).tolist()
         found[f"clip, {name}"] = _share(n == row[2][k] for n, row in zip(nearest, fresh) if ANSWERS[name][row[2][k]])
     captions = [text for _, text, _ in fresh]
     distinct = [k for k, text in enumerate(captions) if captions.index(text) == k]
