@@ -65,7 +65,7 @@ STAGES = {
 # of those that look at pictures: pictures, or groups of pairs, in a step, and the learning rate between warm-up and fall
 LOOKING = {"judge": (96, 2e-3), "clip": (128, 1.5e-3), "dinov1": (32, 1.5e-3), "dinov2": (32, 1.5e-3)}
 KIN = 4  # pairs of drawings in a group
-LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 600, "dinov2": 450}
+LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 1200, "dinov2": 1200}
 LOOKING_WARMUP, LOOKING_FALL, LOOKING_EMA = 100, 0.5, 0.99
 ROUND_TRIPS = 0.25  # share of the judge's drawings that it sees as the autoencoder returns them
 TEMPERATURE = 0.1  # of the similarities that pairs of drawings are told apart by
