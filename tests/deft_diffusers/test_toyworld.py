@@ -524,8 +524,8 @@ def test_resuming_with_other_arguments_is_refused_and_says_which(tmp_path):
     (folder / "vae.pt").unlink()
     with pytest.raises(SystemExit, match=r"latents\.pt was made with encoder_steps = 2, not 3"):
         _train(folder, 3, 1, *unet[2:], "--encoder_steps", "3")
-    _train(folder, 3, 1, "--encoder_steps", "2", "--stages", "clip")
+    _train(folder, 3, 1, "--encoder_steps", "3", "--stages", "clip")
     with pytest.raises(SystemExit, match=r"drawings\.pt was made with drawings = 6, not 7"):
-        _train(folder, 3, 1, "--encoder_steps", "2", "--stages", "clip", "--drawings", "7")
+        _train(folder, 3, 1, "--encoder_steps", "3", "--stages", "clip", "--drawings", "7")
     with pytest.raises(SystemExit, match=r"clip\.pt has done step 1, past --clip_steps 0"):
-        _train(folder, 3, 1, "--encoder_steps", "2", "--stages", "clip", looking_steps=0)
+        _train(folder, 3, 1, "--encoder_steps", "3", "--stages", "clip", looking_steps=0)
