@@ -62,9 +62,10 @@ STAGES = {
     "dinov1": ("drawings", ()),
     "dinov2": ("drawings", ()),
 }
-# of those that look at pictures: pictures (or pairs of them) in a step, and the learning rate between warm-up and fall
-LOOKING = {"judge": (96, 2e-3), "clip": (128, 1.5e-3), "dinov1": (128, 1.5e-3), "dinov2": (128, 1.5e-3)}
-LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 800, "dinov2": 800}
+# of those that look at pictures: pictures, or groups of pairs, in a step, and the learning rate between warm-up and fall
+LOOKING = {"judge": (96, 2e-3), "clip": (128, 1.5e-3), "dinov1": (32, 1.5e-3), "dinov2": (32, 1.5e-3)}
+KIN = 4  # pairs of drawings in a group
+LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 1200, "dinov2": 1200}
 LOOKING_WARMUP, LOOKING_FALL, LOOKING_EMA = 100, 0.5, 0.99
 ROUND_TRIPS = 0.25  # share of the judge's drawings that it sees as the autoencoder returns them
 TEMPERATURE = 0.1  # of the similarities that pairs of drawings are told apart by
@@ -184,27 +185,28 @@ def _look_alike(rng, subject, colour, coat):
 
 def draw_pair(job):
     """The same subject (never one of `world.INDIVIDUALS`) twice in the same kind of scene, in a pose of its own each time:
-    (seed, index) -> two uint8 arrays."""
-    rng = np.random.default_rng(job)
-    subject = None if rng.random() < world.NO_SUBJECT else world.CLASSES[rng.integers(len(world.CLASSES))]
+    (seed, index) -> two uint8 arrays.
+
+    The `KIN` pairs of a group share scene, style and colours, so that the subject alone tells them apart.
+    """
+    rng, own = np.random.default_rng((job[0], job[1] // KIN, 0)), np.random.default_rng((*job, 1))
     scene = list(world.SCENES)[rng.integers(len(world.SCENES))]
     pattern = world.PATTERNS[rng.choice(len(world.PATTERNS), p=world.PATTERN_ODDS)]
     style = list(world.STYLES)[rng.choice(len(world.STYLES), p=(0.85, 0.05, 0.05, 0.05))]
+    colour, second, coated = _any_colour(rng), _any_colour(rng), rng.random() < 0.6
+    subject = world.CLASSES[rng.permutation(len(world.CLASSES))[job[1] % KIN]]
     while True:
-        colour, parts = _any_colour(rng), rng.permutation(world.PARTS.get(subject, ()))
-        coat = {str(part): _any_colour(rng) for part in parts[: rng.integers(len(parts) + 1)]}
-        if subject == "bottle" and rng.random() < 0.5:
-            coat, colour = (
-                {"cap": _any_colour(rng)} | ({"liquid": colour} if rng.random() < 0.6 else {}),
-                world.CLEAR_PLASTIC,
-            )
+        parts = own.permutation(world.PARTS[subject])
+        coat = {str(part): second for part in parts[: own.integers(1, len(parts) + 1)]} if coated and len(parts) else {}
+        if subject == "bottle" and coated:
+            coat, colour = {"cap": second, "liquid": colour}, world.CLEAR_PLASTIC
         if not world._is_someone(subject, colour, coat):
             break
-    traits, drawn = rng.integers(1 << 32), []
+        colour = _any_colour(own)
+    traits, drawn = own.integers(1 << 32), []
     for _ in range(2):
-        canvas = world._PAINT_SCENE[scene](rng)
-        own = np.random.default_rng(traits)
-        drawn.append(np.asarray(world._compose(rng, canvas, subject, colour, pattern, coat, own, style)))
+        canvas, form = world._PAINT_SCENE[scene](own), np.random.default_rng(traits)
+        drawn.append(np.asarray(world._compose(own, canvas, subject, colour, pattern, coat, form, style)))
     return drawn
 
 
@@ -685,15 +687,14 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
 
 
 def cache_drawings(args):
-    """Draws what judge and encoders are trained on; {"sampled" (N), "someone" (3N/8), "pairs" (3N/8, 2): uint8 pictures
+    """Draws what judge and encoders are trained on; {"sampled" (N), "someone" (3N/8), "pairs" (N/4, 2): uint8 pictures
     (…, 64, 64, 3), "captions": N texts, "sampled labels", "someone labels": places in `ANSWERS`}."""
     path = args.output_dir / "drawings.pt"
     if state := _load(path, args):
         return state
-    few = max(2, args.drawings * 3 // 8)
     sampled = _many(draw_sampled, args.drawings, args.seed + 5, args.workers, "drawing")
-    someone = _many(draw_someone, few, args.seed + 6, args.workers, "individuals")
-    pairs = _many(draw_pair, few, args.seed + 7, args.workers, "pairs")
+    someone = _many(draw_someone, max(2, args.drawings * 3 // 8), args.seed + 6, args.workers, "individuals")
+    pairs = _many(draw_pair, max(2, args.drawings // 4 // KIN) * KIN, args.seed + 7, args.workers, "pairs")
     state = {
         "sampled": torch.as_tensor(np.stack([pixels for pixels, _, _ in sampled])),
         "captions": [text for _, text, _ in sampled],
@@ -879,14 +880,15 @@ def train_dino(args, device, drawings, stage):
     def mlp(first):
         return torch.nn.Sequential(torch.nn.Linear(first, 192), torch.nn.GELU(), torch.nn.Linear(192, out))
 
-    def views(pick, g):
+    def views(groups, g):
+        pick = (groups[:, None] * KIN + torch.arange(KIN)).flatten()
         return [vary(_to_float(pairs[pick, k], device), g, 0.25) for k in range(2)]
 
     def student_and_teacher(models, average, pick, g):
         a, b = views(pick, g)
         with torch.no_grad():
             keys = [F.normalize(average["head"](_cls(average["encoder"], x)).float()) for x in (b, a)]
-        total, place = 0.0, torch.arange(len(pick), device=device)
+        total, place = 0.0, torch.arange(len(a), device=device)
         for x, key in zip((a, b), keys):
             query = models["guess"](models["head"](_cls(models["encoder"], x)))
             total = total + F.cross_entropy(F.normalize(query.float()) @ key.T / TEMPERATURE, place)
@@ -896,7 +898,7 @@ def train_dino(args, device, drawings, stage):
         both = F.normalize(models["head"](_cls(models["encoder"], torch.cat(views(pick, g)))).float())
         alike = both @ both.T / TEMPERATURE
         alike.fill_diagonal_(-torch.inf)
-        return F.cross_entropy(alike, torch.arange(len(both), device=device).roll(len(pick)))
+        return F.cross_entropy(alike, torch.arange(len(both), device=device).roll(len(both) // 2))
 
     torch.manual_seed(args.seed + 22 + (stage == "dinov2"))
     models = {"encoder": new_dino(stage), "head": mlp(width)}
@@ -904,7 +906,7 @@ def train_dino(args, device, drawings, stage):
     if stage == "dinov1":
         models["guess"] = mlp(out)
     loss_of = student_and_teacher if stage == "dinov1" else alone
-    average, losses = _fit(args, device, stage, torch.nn.ModuleDict(models), len(pairs), loss_of)
+    average, losses = _fit(args, device, stage, torch.nn.ModuleDict(models), len(pairs) // KIN, loss_of)
     export_encoder(args.output_dir / "encoders" / stage, average["encoder"], "BitImageProcessor")
     return losses
 
@@ -1008,11 +1010,10 @@ def clip_figures(folder):
     def said(texts):
         return F.normalize(model.get_text_features(input_ids=encode(tokenizer, texts)).pooler_output)
 
-    places = {"subject": said([f"a photo of a {name}" for name in world.CLASSES])}
-    places["scene"] = said([f"a photo of {alone}" for _, alone in world.SCENES.values()])
-    found = {}
-    for k, (name, texts) in enumerate(places.items()):
-        nearest = (pictures @ texts.T).argmax(1).tolist()
+    texts = [f"a photo of a {subject} {places[0]}" for subject in world.CLASSES for places, _ in world.SCENES.values()]
+    texts, found = said(texts).unflatten(0, (len(world.CLASSES), -1)), {}
+    for k, name in enumerate(("subject", "scene")):
+        nearest = (pictures @ F.normalize(texts.mean(1 - k)).T).argmax(1).tolist()
         found[f"clip, {name}"] = _share(n == row[2][k] for n, row in zip(nearest, fresh) if ANSWERS[name][row[2][k]])
     captions = [text for _, text, _ in fresh]
     distinct = [k for k, text in enumerate(captions) if captions.index(text) == k]
@@ -1143,7 +1144,7 @@ def parser():
         "--drawings",
         type=int,
         default=32000,
-        help="drawings for judge and encoders; 3/4 as many more of individuals and pairs",
+        help="drawings for judge and encoders; 5/8 as many more pictures of individuals and pairs",
     )
     for stage, steps in LOOKING_STEPS.items():
         add(f"--{stage}_steps", type=int, default=steps, help=f"steps of {stage}")
