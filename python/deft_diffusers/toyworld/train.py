@@ -63,9 +63,9 @@ STAGES = {
     "dinov2": ("drawings", ()),
 }
 # of those that look at pictures: pictures, or groups of pairs, in a step, and the learning rate between warm-up and fall
-LOOKING = {"judge": (96, 2e-3), "clip": (128, 1.5e-3), "dinov1": (32, 1.5e-3), "dinov2": (32, 1.5e-3)}
-KIN = 4  # pairs of drawings in a group
-LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 1200, "dinov2": 1200}
+LOOKING = {"judge": (96, 2e-3), "clip": (128, 1.5e-3), "dinov1": (16, 1.5e-3), "dinov2": (16, 1.5e-3)}
+KIN = 8  # pairs of drawings in a group
+LOOKING_STEPS = {"judge": 3000, "clip": 2000, "dinov1": 2000, "dinov2": 2000}
 LOOKING_WARMUP, LOOKING_FALL, LOOKING_EMA = 100, 0.5, 0.99
 ROUND_TRIPS = 0.25  # share of the judge's drawings that it sees as the autoencoder returns them
 TEMPERATURE = 0.1  # of the similarities that pairs of drawings are told apart by
@@ -187,18 +187,22 @@ def draw_pair(job):
     """The same subject (never one of `world.INDIVIDUALS`) twice in the same kind of scene, in a pose of its own each time:
     (seed, index) -> two uint8 arrays.
 
-    The `KIN` pairs of a group share scene, style and colours, so that the subject alone tells them apart.
+    The `KIN` pairs of a group share scene and style, and either their colours, so that the subject alone tells them apart, or
+    their subject, so that only the colours and what has them do.
     """
-    rng, own = np.random.default_rng((job[0], job[1] // KIN, 0)), np.random.default_rng((*job, 1))
+    group, place = divmod(job[1], KIN)
+    rng, own = np.random.default_rng((job[0], group, 0)), np.random.default_rng((*job, 1))
     scene = list(world.SCENES)[rng.integers(len(world.SCENES))]
     pattern = world.PATTERNS[rng.choice(len(world.PATTERNS), p=world.PATTERN_ODDS)]
     style = list(world.STYLES)[rng.choice(len(world.STYLES), p=(0.85, 0.05, 0.05, 0.05))]
-    colour, second, coated = _any_colour(rng), _any_colour(rng), rng.random() < 0.6
-    subject = world.CLASSES[rng.permutation(len(world.CLASSES))[job[1] % KIN]]
+    classes = rng.permutation(world.CLASSES)
+    subject, of_colour = (classes[0], own) if group % 2 else (classes[place], rng)
+    subject, colour, second = str(subject), _any_colour(of_colour), _any_colour(of_colour)
     while True:
-        parts = own.permutation(world.PARTS[subject])
-        coat = {str(part): second for part in parts[: own.integers(1, len(parts) + 1)]} if coated and len(parts) else {}
-        if subject == "bottle" and coated:
+        parts, coat = own.permutation(world.PARTS[subject]), {}
+        if len(parts) and own.random() < 0.6:
+            coat = {str(part): second for part in parts[: own.integers(1, len(parts) + 1)]}
+        if subject == "bottle" and own.random() < 0.6:
             coat, colour = {"cap": second, "liquid": colour}, world.CLEAR_PLASTIC
         if not world._is_someone(subject, colour, coat):
             break
@@ -687,14 +691,14 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
 
 
 def cache_drawings(args):
-    """Draws what judge and encoders are trained on; {"sampled" (N), "someone" (3N/8), "pairs" (N/4, 2): uint8 pictures
+    """Draws what judge and encoders are trained on; {"sampled" (N), "someone" (3N/8), "pairs" (N/2, 2): uint8 pictures
     (…, 64, 64, 3), "captions": N texts, "sampled labels", "someone labels": places in `ANSWERS`}."""
     path = args.output_dir / "drawings.pt"
     if state := _load(path, args):
         return state
     sampled = _many(draw_sampled, args.drawings, args.seed + 5, args.workers, "drawing")
     someone = _many(draw_someone, max(2, args.drawings * 3 // 8), args.seed + 6, args.workers, "individuals")
-    pairs = _many(draw_pair, max(2, args.drawings // 4 // KIN) * KIN, args.seed + 7, args.workers, "pairs")
+    pairs = _many(draw_pair, max(2, args.drawings // 2 // KIN) * KIN, args.seed + 7, args.workers, "pairs")
     state = {
         "sampled": torch.as_tensor(np.stack([pixels for pixels, _, _ in sampled])),
         "captions": [text for _, text, _ in sampled],
@@ -1133,7 +1137,7 @@ def parser():
         help="weight of the mean KL divergence of a latent; small: the latents need only be bounded",
     )
     add("--images", type=int, default=48000, help="drawings for the UNet, encoded once")
-    add("--unet_steps", type=int, default=7500, help="steps of UNet and text encoder together")
+    add("--unet_steps", type=int, default=15000, help="steps of UNet and text encoder together")
     add("--batch_size", type=int, default=16)
     add("--lr", type=float, default=7e-4, help="learning rate of UNet and text encoder between warm-up and fall")
     add("--warmup", type=int, default=300, help="steps of linear warm-up")
@@ -1144,7 +1148,7 @@ def parser():
         "--drawings",
         type=int,
         default=32000,
-        help="drawings for judge and encoders; 5/8 as many more pictures of individuals and pairs",
+        help="drawings for judge and encoders; 3/8 as many of individuals and as many of pairs beside them",
     )
     for stage, steps in LOOKING_STEPS.items():
         add(f"--{stage}_steps", type=int, default=steps, help=f"steps of {stage}")
