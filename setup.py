@@ -123,7 +123,6 @@ setup(
         "deft_kernels.triton": ["configs/*.json"],
         "deft_diffusers.evaluation": ["*.json", "*.html"],
         "deft_diffusers.toyworld": ["model/**/*", "model/*", "judge/*", "encoders/*/*"],
-        "deft_diffusers.evaluation": ["report.html", "published.json"],
     },
     include_package_data=False,  # what is named above, and nothing because MANIFEST.in has it in the source package
     ext_modules=extensions,

@@ -187,8 +187,8 @@ def draw_pair(job):
     """The same subject (never one of `world.INDIVIDUALS`) twice in the same kind of scene, in a pose of its own each time:
     (seed, index) -> two uint8 arrays.
 
-    The `KIN` pairs of a group share scene and style, and either their colours, so that the subject alone tells them apart, or
-    their subject, so that only the colours and what has them do.
+    The `KIN` pairs of a group share scene and style, and either their colours, so that the subject alone tells them apart,
+    or their subject, so that only the colours and what has them do.
     """
     group, place = divmod(job[1], KIN)
     rng, own = np.random.default_rng((job[0], group, 0)), np.random.default_rng((*job, 1))
