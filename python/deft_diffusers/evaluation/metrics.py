@@ -8,7 +8,7 @@ import math
 
 
 def pairwise(generated, references):
-    """(n,) for (n, d) and (m, d): each generated picture's mean cosine with all references.
+    """(n,) float64 for (n, d) and (m, d): each generated picture's mean cosine with all references.
 
     The mean of these is DreamBooth's CLIP-I and DINO (arXiv 2208.12242, section 4.1): over all pairs of generated and real
     pictures of a subject.
@@ -17,7 +17,7 @@ def pairwise(generated, references):
 
 
 def paired(one, other):
-    """(n,) for (n, d) twice: the cosine of row k with row k. CLIP-T, of texts and pictures (arXiv 2208.12242); and
+    """(n,) float64 for (n, d) twice: the cosine of row k with row k. CLIP-T, of texts and pictures (arXiv 2208.12242); and
     DreamBench++'s scores (arXiv 2406.16855), of pairs of files, whose flat mean is the method's."""
     return (one.double() * other.double()).sum(1)
 
