@@ -478,6 +478,12 @@ def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
     assert found == sorted(["negative_prompt.txt", *(f"{part}/{name}/{n}.{end}" for n in names for part, end in
                             (("src_image", "jpg"), ("tgt_image", "jpg"), ("text", "txt")))])  # fmt: skip
     assert (folder / "negative_prompt.txt").read_text() == "ugly"
+    grey = lambda path: np.asarray(Image.open(path).convert("L").resize((4, 4), Image.BOX), float)  # spares JPEG's noise
+    for part, originals in (("tgt_image", images), ("src_image", [references[0]] * 3)):
+        for n, original in zip(names, originals):
+            np.testing.assert_allclose(grey(folder / part / name / f"{n}.jpg"), grey(original), atol=3)
+    with pytest.raises(ValueError, match="shorter"):
+        protocols.write_dreambench_plus(folder, name, images[:3], prompts[:2], references[0])
     protocols.write_dreambench_plus(folder, "object_07_mug", images[3:4], ["a mug"], references[1])
     read = protocols.read_samples(folder)
     order = [f"{name}/{n}" for n in ("0_0", "0_1", "1_0")] + ["object_07_mug/0_0"]
@@ -522,7 +528,7 @@ def test_dreambench_plus_is_read_in_natural_order_and_without_other_files(tmp_pa
         protocols.read_samples(tmp_path)
 
 
-def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
+def test_gaps_in_dreambench_plus_are_named(tiny_encoders, load, pictures, tmp_path):
     images, _, references, _ = pictures
     folder = tmp_path / "samples"
     protocols.write_dreambench_plus(folder, "mug", images[:3], ["a", "b", "c"], references[0])
@@ -535,6 +541,11 @@ def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
     result = score(read.images, read.prompts, read.references, tiny_encoders, "dreambench++", **each)
     assert result["counts"] == {"clip_i": 1, "clip_t": 1, "dinov1": 1, "dinov2": 1}
     assert [entry["what"] for entry in result["missing"]] == ["mug/1_0.jpg", "references"]
+    for file in protocols.write_dreambench_plus_scores(tmp_path, result):
+        assert list(json.loads(file.read_text())) == ["mug-0_0" if "text" in file.name else "mug-1_0"]
+    result = score(read.images, read.prompts, read.references, load(clip="none"), "dreambench++", **each)
+    written = protocols.write_dreambench_plus_scores(tmp_path, result)
+    assert [file.name for file in written] == ["dino_scores_v1.json", "dino_scores_v2.json"]
 
 
 def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
@@ -675,6 +686,10 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     assert code == 0, err
     found = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
     assert found == pytest.approx(result["scores"], abs=1e-5)
+    # pictures whose seeds nobody knows are not compared
+    (tmp_path / "out" / "base" / "samples.json").unlink()
+    code, _, err = run(again | {"--output_dir": tmp_path / "third"}, capsys)
+    assert code == 2 and "base does not tell the pictures' seeds: expected a folder that `deft sample` wrote" in err
 
 
 @pytest.mark.parametrize(

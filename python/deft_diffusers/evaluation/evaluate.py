@@ -372,10 +372,12 @@ def _draw(options, out):
 
 
 def _by_prompt(folder):
-    """{(prompt, seed): picture} of what `deft sample` wrote."""
+    """{(prompt, seed): picture} of what `deft sample` wrote. UserError if it is something else, which tells no seeds."""
     samples = protocols.read_samples(folder)
+    if any("seed" not in more for more in samples.about):
+        raise UserError(f"{folder} does not tell the pictures' seeds: expected a folder that `deft sample` wrote")
     pairs = zip(samples.prompts, samples.about, samples.images)
-    return {(prompt, more.get("seed")): image for prompt, more, image in pairs}
+    return {(prompt, more["seed"]): image for prompt, more, image in pairs}
 
 
 def _cost(options):
