@@ -100,7 +100,7 @@ def test_flags_and_options_have_the_same_defaults():
     "line, message",
     [
         ("", "required: COMMAND"),
-        ("trian", "(choose from 'train', 'sweep', 'sample', 'evaluate', 'convert', 'demo'), did you mean train?"),
+        ("trian", "(choose from 'train', 'sweep', 'compare', 'sample', 'evaluate', 'convert', 'demo'), did you mean train?"),
         ("train --method=txtual_inversion", "did you mean textual_inversion?"),
         ("train --mixed_precision bf-16", "did you mean bf16?"),
         ("sample --dtype float16", "(choose from 'fp32', 'fp16', 'bf16'), did you mean fp16?"),
