@@ -68,8 +68,8 @@ def draw_strengths(root, results, plan):
 
 def draw_strength(folder, templates, weights=WEIGHTS):
     """Draws a job's prompts again at several weights of what it has learned, to `strength/<weight>/`, as `deft sample` does,
-    with the settings and the first seed of its samples. What is there already stays. UserError if it has no strength, or no
-    picture of one of the templates.
+    with the settings and the first seed of its samples. What is there already stays, unless the samples are newer. UserError
+    if it has no strength, or no picture of one of the templates.
     """
     from ..sample import RECORD, sample  # imports diffusers
 
@@ -79,12 +79,15 @@ def draw_strength(folder, templates, weights=WEIGHTS):
     if unknown := [template for template in templates if template not in prompts]:
         raise UserError(f"{folder} has no picture of {unknown[0]!r}")
     texts = [prompts[template] for template in templates]
-    settings = read_json(folder / "samples" / RECORD)["settings"]
+    samples = folder / "samples" / RECORD
+    settings = read_json(samples)["settings"]
     settings |= {"prompt": texts, "prompts_file": None, "num_images_per_prompt": 1, "overwrite_output_dir": True,
                  "adapter": [str(folder)]}  # fmt: skip
     for weight in weights:
         target = folder / STRENGTH / f"{weight:g}"
-        drawn = read_json(target / RECORD)["samples"] if (target / RECORD).is_file() else []
+        record = target / RECORD
+        fresh = record.is_file() and record.stat().st_mtime_ns >= samples.stat().st_mtime_ns
+        drawn = read_json(record)["samples"] if fresh else []
         if [(s["prompt"], s["seed"]) for s in drawn] != [(text, settings["seed"]) for text in texts]:
             sample(SampleOptions(**settings | {"adapter_weight": [weight], "output_dir": str(target)}))
 
@@ -291,9 +294,10 @@ def _embed(shots, missing, budget=BUDGET):
         shot["uri"] = encode(shot["path"], FIGURE_SIDE if "kind" in shot else side)
     if side is None:
         return "The pictures are here as they were drawn."
+    size = sum(len(shot["uri"]) for shot in there) / 1e6
     return (
-        f"So that this page stays small, its pictures are JPEG and at most {side} pixels wide and high, "
-        f"{sum(len(shot['uri']) for shot in there) / 1e6:.0f} MB in all; each has a link to its file, which lies beside the page."
+        f"So that this page stays small, its pictures are JPEG and at most {side} pixels wide and high, {size:.0f} MB in all; each "
+        "has a link to its file, which lies beside the page."
     )
 
 
