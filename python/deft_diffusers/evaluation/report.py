@@ -296,8 +296,8 @@ def _embed(shots, missing, budget=BUDGET):
         return "The pictures are here as they were drawn."
     size = sum(len(shot["uri"]) for shot in there) / 1e6
     return (
-        f"So that this page stays small, its pictures are JPEG and at most {side} pixels wide and high, {size:.0f} MB in all; each "
-        "has a link to its file, which lies beside the page."
+        f"So that this page stays small, its pictures are JPEG and at most {side} pixels wide and high, {size:.0f} MB in "
+        "all; each has a link to its file, which lies beside the page."
     )
 
 
