@@ -13,9 +13,10 @@ import pytest
 import torch
 from deft_diffusers import data
 from deft_diffusers.sweep import find_subjects
-from deft_diffusers.toyworld import CLASSES, COLOURS, MODEL_DIR, PATTERNS, SCENES, caption, draw, sample, train, world
+from deft_diffusers.toyworld import CLASSES, COLOURS, MODEL_DIR, PATTERNS, SCENES, caption, draw, looking, sample, train, world
 from deft_diffusers.toyworld.judge import ANSWERS, JUDGE_DIR, asked, load_judge
 from deft_diffusers.toyworld.subjects import PLUS, prompts, write_plus, write_subjects
+from deft_diffusers.toyworld.text import ADDED_TOKENS, RARE_TOKENS, encode
 from deft_diffusers.toyworld.world import HELD_OUT, INDIVIDUALS, STYLES, TABLE, draw_individual, draw_table, table_caption
 from PIL import Image
 
@@ -254,7 +255,7 @@ def test_every_word_of_a_caption_is_one_token(pipeline):
 
 def test_rare_tokens_are_single_and_any_prompt_tokenises(pipeline):
     tokenizer = pipeline.tokenizer
-    rare = [tokenizer(t).input_ids[1:-1] for t in (*train.RARE_TOKENS, *train.ADDED_TOKENS)]
+    rare = [tokenizer(t).input_ids[1:-1] for t in (*RARE_TOKENS, *ADDED_TOKENS)]
     assert all(len(ids) == 1 for ids in rare) and len({ids[0] for ids in rare}) == len(rare)
     strange = "zebra über naïve 42 żółw"
     ids = tokenizer(strange).input_ids
@@ -316,7 +317,7 @@ def test_the_right_caption_denoises_better_than_one_with_a_single_wrong_word(pip
     t = torch.full((len(latents),), 700)
 
     def loss(said):
-        ids = train.encode(pipeline.tokenizer, said)
+        ids = encode(pipeline.tokenizer, said)
         return train.v_loss(pipeline.unet, pipeline.text_encoder, pipeline.scheduler, latents, ids, noise, t)
 
     right = loss(texts.pop("right"))
@@ -351,7 +352,7 @@ def judge():
 def test_the_judge_is_right_about_fresh_drawings_also_blurred(judge, pipeline):
     fresh = [sample(np.random.default_rng((92, k))) for k in range(200)]
     images = [image for image, _, _ in fresh]
-    round_trips = train.round_trips(
+    round_trips = looking.round_trips(
         pipeline.vae, np.stack([np.asarray(i) for i in images]), torch.Generator().manual_seed(0)
     )
     for drawn, floors in ((images, JUDGE_FLOORS), ([Image.fromarray(i) for i in round_trips.numpy()], JUDGE_BLURRED)):
@@ -375,7 +376,7 @@ def test_the_judge_knows_individuals_from_look_alikes(judge):
     assert np.mean([a["scene"] == scene for a, scene in zip(said, places)]) >= 0.95
     for one in INDIVIDUALS.values():
         for scene in SCENES:
-            colour, coat, subject = train._look_alike(rng, one.subject, one.colour, one.coat)
+            colour, coat, subject = looking.look_alike(rng, one.subject, one.colour, one.coat)
             found.append(draw(subject, colour, "plain", scene, rng, coat))
             found.append(draw(one.subject, "red", "plain", scene, rng))
     taken = [a["individual"] for a in judge(found)]
@@ -459,8 +460,8 @@ def test_report_prints_the_rows_of_the_card_and_writes_samples(tmp_path, monkeyp
         train.main(["--report", str(folder)])
     shutil.copytree(ENCODERS, tmp_path / "encoders")
     # the card's are larger, so only the photographs' rows agree in value
-    for name, few in (("REPORT_PICTURES", 6), ("REPORT_LOOKS", 20), ("REPORT_PROMPTS", 2)):
-        monkeypatch.setattr(train, name, few)
+    for module, name, few in ((train, "REPORT_PICTURES", 6), (looking, "REPORT_LOOKS", 20), (train, "REPORT_PROMPTS", 2)):
+        monkeypatch.setattr(module, name, few)
     found = train.main(["--report", str(folder), "--grid_prompts", "1", "--device", "cpu"])
     row = re.compile(r"^\| ((?:PSNR|loss|judge|clip|dinov\d|held out), [^|]+) \| ([\d.]+) \|$", re.MULTILINE)
     printed, card = row.findall(capsys.readouterr().out), row.findall((MODEL_DIR / "README.md").read_text())
@@ -481,7 +482,7 @@ def test_report_prints_the_rows_of_the_card_and_writes_samples(tmp_path, monkeyp
 def _train(folder, vae_steps, unet_steps, *more, looking_steps=1):
     tiny = "--vae_images 6 --vae_batch_size 2 --images 6 --batch_size 2 --grid_prompts 1 --workers 1 --drawings 6".split()
     steps = ["--vae_steps", str(vae_steps), "--unet_steps", str(unet_steps), "--fall", "0", "--device", "cpu"]
-    steps += [f"--{stage}_steps={looking_steps}" for stage in train.LOOKING]
+    steps += [f"--{stage}_steps={looking_steps}" for stage in looking.LOOKING]
     return train.main(["--output_dir", str(folder), *tiny, *steps, *more])
 
 
@@ -490,7 +491,7 @@ def test_training_runs_every_stage_and_resumes_where_it_stopped(tmp_path):
     _train(tmp_path / "parts", 2, 2)
     parts = _train(tmp_path / "parts", 2, 4, looking_steps=2)
     assert len(whole) == 5 and {name: len(losses) for name, losses in whole.items()} == {"unet": 4} | dict.fromkeys(
-        train.LOOKING, 2
+        looking.LOOKING, 2
     )
     for stage, losses in whole.items():
         assert np.isfinite(losses).all() and np.allclose(losses, parts[stage], rtol=1e-3), stage
