@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,19 @@ import pytest
 import torch
 from deft_diffusers import data
 from deft_diffusers.sweep import find_subjects
-from deft_diffusers.toyworld import CLASSES, COLOURS, MODEL_DIR, PATTERNS, SCENES, caption, draw, looking, sample, train, world
+from deft_diffusers.toyworld import (
+    CLASSES,
+    COLOURS,
+    MODEL_DIR,
+    PATTERNS,
+    SCENES,
+    caption,
+    draw,
+    looking,
+    sample,
+    train,
+    world,
+)
 from deft_diffusers.toyworld.judge import ANSWERS, JUDGE_DIR, asked, load_judge
 from deft_diffusers.toyworld.subjects import PLUS, prompts, write_plus, write_subjects
 from deft_diffusers.toyworld.text import ADDED_TOKENS, RARE_TOKENS, encode
@@ -47,6 +60,11 @@ def pipeline():
     pipeline = StableDiffusionPipeline.from_pretrained(MODEL_DIR)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
 
 
 def test_a_seed_fixes_picture_caption_and_attributes():
@@ -110,14 +128,52 @@ def _drawn(monkeypatch, count):
     return [(sample(np.random.default_rng((91, k)))[1:], *found[k]) for k in range(count)]
 
 
+def _looks_like_someone(subject, colour, coat):
+    for one in INDIVIDUALS.values():
+        if one.subject == subject and math.dist(colour, one.colour) < 60:
+            if min(math.dist(coat.get(part, colour), own) for part, own in one.coat.items()) < 60:
+                return True
+    return False
+
+
+def test_pairs_never_show_an_individual_and_a_group_shares_all_but_subject_or_colours(monkeypatch):
+    found = []
+    monkeypatch.setattr(world, "PAINT_SCENE", {scene: lambda rng, scene=scene: scene for scene in SCENES})
+    monkeypatch.setattr(world, "compose", lambda rng, scene, *how: found.append((scene, *how)) or Image.new("RGB", (64, 64)))
+    pairs = 250 * looking.KIN
+    for k in range(pairs):
+        looking.draw_pair((96, k))
+    assert len(found) == 2 * pairs
+    changed = 0
+    for first, second in zip(found[::2], found[1::2]):
+        scene, subject, colour, pattern, coat, form, style = first
+        assert second[:5] == first[:5] and second[6] == style
+        assert form.bit_generator.state == second[5].bit_generator.state  # it is the same one, not one like it
+        assert not _looks_like_someone(subject, colour, coat), (subject, colour, coat)
+    for k in range(0, pairs, looking.KIN):
+        group = found[2 * k : 2 * (k + looking.KIN) : 2]
+        assert len({(scene, pattern, style) for scene, _, _, pattern, _, _, style in group}) == 1
+        subjects, colours = {one[1] for one in group}, Counter(one[2] for one in group if one[1] != "bottle")
+        if k // looking.KIN % 2:
+            assert len(subjects) == 1 and max(colours.values(), default=1) == 1
+        else:
+            assert len(subjects) == looking.KIN
+            changed += len(colours) - 1  # a subject that would be an individual takes another
+    assert 0 < changed < 50
+
+
+def test_look_alikes_are_not_individuals():
+    rng = np.random.default_rng(97)
+    for one in 50 * list(INDIVIDUALS.values()):
+        colour, coat, subject = looking.look_alike(rng, one.subject, one.colour, one.coat)
+        assert not _looks_like_someone(subject, colour, coat) and set(coat) <= set(world.PARTS[subject])
+
+
 def test_sample_draws_neither_an_individual_nor_what_is_held_out(monkeypatch):
     seen = set()
     for (_, said), subject, colour, coat, _ in _drawn(monkeypatch, 6000):
         seen.add((said["subject"], said["colour"], said["scene"]))
-        for name, one in INDIVIDUALS.items():
-            if one.subject == subject and math.dist(colour, one.colour) < 60:
-                far = [math.dist(coat.get(part, colour), own) for part, own in one.coat.items()]
-                assert min(far) >= 60, (name, colour, coat)
+        assert not _looks_like_someone(subject, colour, coat), (subject, colour, coat)
     assert len(HELD_OUT) == 200 and not seen & HELD_OUT
     assert len(seen & set(itertools.product(CLASSES, COLOURS, SCENES))) > 900  # of the other 1000
     for place, names in enumerate((CLASSES, COLOURS, SCENES)):
@@ -325,6 +381,15 @@ def test_the_right_caption_denoises_better_than_one_with_a_single_wrong_word(pip
         assert (right < loss(said)).float().mean() >= 0.9, what
 
 
+def test_the_base_shows_what_is_asked_also_in_combinations_held_out_of_its_training(pipeline, judge):
+    wanted = [sorted(one for one in HELD_OUT if one[0] == subject)[k] for k, subject in enumerate(CLASSES)]
+    prompts = [caption(s, colour, None, scene, np.random.default_rng(0)) for s, colour, scene in wanted]
+    generators = [torch.Generator().manual_seed(k) for k in range(len(prompts))]
+    said = judge(pipeline(prompts, generator=generators, num_inference_steps=20, guidance_scale=4.0).images)
+    assert len({scene for _, _, scene in wanted}) >= 5
+    assert [(a["subject"], a["scene"]) for a in said] == [(subject, scene) for subject, _, scene in wanted]
+
+
 def test_what_a_prompt_asks_for_is_its_longest_phrase():
     for prompt, subject, scene, style in (
         ("a photo of sks cat", "cat", None, "photo"),
@@ -342,11 +407,6 @@ def test_what_a_prompt_asks_for_is_its_longest_phrase():
         found = asked(text)
         assert (found["subject"], found["style"]) == (said["subject"], said["style"]), text
         assert found["scene"] in (said["scene"], None if said["subject"] else said["scene"]), text
-
-
-@pytest.fixture(scope="module")
-def judge():
-    return load_judge()
 
 
 def test_the_judge_is_right_about_fresh_drawings_also_blurred(judge, pipeline):
@@ -433,8 +493,9 @@ def test_the_embedded_clip_names_what_is_drawn():
     assert np.mean([k == n for n, k in enumerate(found)]) >= CLIP_FLOORS["caption"]
 
 
-@pytest.mark.parametrize("name", ("dinov1", "dinov2"))
-def test_an_embedded_dino_tells_subjects_scenes_and_individuals_apart(name):
+@pytest.fixture(scope="module")
+def dino_drawings():
+    """600 fresh pictures as `sample` returns them, and 120 times an individual, itself again and another of its class."""
     rng = np.random.default_rng(95)
     fresh = [sample(np.random.default_rng((95, k))) for k in range(600)]
     drawn = []
@@ -443,6 +504,12 @@ def test_an_embedded_dino_tells_subjects_scenes_and_individuals_apart(name):
         here, there = rng.permutation(list(SCENES))[:2]
         drawn += [draw_individual(who, here, rng), draw_individual(who, there, rng)]
         drawn.append(draw(one.subject, list(COLOURS)[k % len(COLOURS)], "plain", there, rng))
+    return fresh, drawn
+
+
+@pytest.mark.parametrize("name", ("dinov1", "dinov2"))
+def test_an_embedded_dino_tells_subjects_scenes_and_individuals_apart(name, dino_drawings):
+    fresh, drawn = dino_drawings
     features, _ = _features(name, [image for image, _, _ in fresh] + drawn)
     nearest = (features[:150] @ features[150:600].T).argmax(1) + 150
     for what, floor in DINO_FLOORS.items():
