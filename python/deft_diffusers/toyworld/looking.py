@@ -28,6 +28,7 @@ LOOKING = {
     "dinov2": (1400, 16, 1.5e-3),
 }
 KIN = 8  # pairs of drawings in a group
+STYLE_ODDS = (0.85, 0.05, 0.05, 0.05)  # of individuals, their look-alikes and pairs
 WARMUP, FALL, EMA = 100, 0.5, 0.99  # steps, share of the steps, decay of the averaged weights, which are the ones exported
 ROUND_TRIPS = 0.25  # share of the judge's drawings that it sees as the autoencoder returns them
 TEMPERATURE = 0.1  # of the similarities that pairs of drawings are told apart by
@@ -71,7 +72,7 @@ def draw_someone(job):
     rng = np.random.default_rng(job)
     names, scenes = list(world.INDIVIDUALS), list(world.SCENES)
     name, scene = names[rng.integers(len(names))], scenes[rng.integers(len(scenes))]
-    style = list(world.STYLES)[rng.choice(len(world.STYLES), p=(0.85, 0.05, 0.05, 0.05))]
+    style = list(world.STYLES)[rng.choice(len(world.STYLES), p=STYLE_ODDS)]
     subject, colour, coat, traits = world.INDIVIDUALS[name]
     traits = np.random.default_rng(traits if rng.random() < 0.7 else rng.integers(1 << 32))
     canvas = world.PAINT_SCENE[scene](rng)
@@ -112,20 +113,19 @@ def look_alike(rng, subject, colour, coat):
 
 
 def draw_pair(job):
-    """The same subject (never one of `world.INDIVIDUALS`) twice in the same kind of scene, in a pose of its own each time:
-    (seed, index) -> two uint8 arrays.
+    """The same subject (never one of `world.INDIVIDUALS`) twice, each time in a scene and a pose of its own:
+    (seed, index) -> (two uint8 arrays, its class's place in `world.CLASSES`).
 
-    The `KIN` pairs of a group share scene and style, and either their colours, so that the subject alone tells them apart,
-    or their subject, so that only the colours and what has them do.
+    The `KIN` pairs of a group share their style, and either their colours, so that the class alone tells them apart, or
+    their class, so that only the colours and what has them do.
     """
     group, place = divmod(job[1], KIN)
     rng, own = np.random.default_rng((job[0], group, 0)), np.random.default_rng((*job, 1))
-    scene = list(world.SCENES)[rng.integers(len(world.SCENES))]
     pattern = world.PATTERNS[rng.choice(len(world.PATTERNS), p=world.PATTERN_ODDS)]
-    style = list(world.STYLES)[rng.choice(len(world.STYLES), p=(0.85, 0.05, 0.05, 0.05))]
-    classes = rng.permutation(world.CLASSES)
-    subject, of_colour = (classes[0], own) if group % 2 else (classes[place], rng)
-    subject, colour, second = str(subject), _any_colour(of_colour), _any_colour(of_colour)
+    style = list(world.STYLES)[rng.choice(len(world.STYLES), p=STYLE_ODDS)]
+    classes = rng.permutation(len(world.CLASSES))
+    kind, of_colour = (classes[0], own) if group % 2 else (classes[place], rng)
+    subject, colour, second = world.CLASSES[kind], _any_colour(of_colour), _any_colour(of_colour)
     while True:
         parts, coat = own.permutation(world.PARTS[subject]), {}
         if len(parts) and own.random() < 0.6:
@@ -135,16 +135,17 @@ def draw_pair(job):
         if not world.is_someone(subject, colour, coat):
             break
         colour = _any_colour(own)
-    traits, drawn = own.integers(1 << 32), []
+    traits, drawn, scenes = own.integers(1 << 32), [], list(world.PAINT_SCENE.values())
     for _ in range(2):
-        canvas, form = world.PAINT_SCENE[scene](own), np.random.default_rng(traits)
+        canvas, form = scenes[own.integers(len(scenes))](own), np.random.default_rng(traits)
         drawn.append(np.asarray(world.compose(own, canvas, subject, colour, pattern, coat, form, style)))
-    return drawn
+    return drawn, kind
 
 
 def cache_drawings(args):
     """Draws what judge and encoders are trained on; {"sampled" (N), "someone" (3N/8), "pairs" (N/2, 2): uint8 pictures
-    (…, 64, 64, 3), "captions": N texts, "sampled labels", "someone labels": places in `ANSWERS`}."""
+    (…, 64, 64, 3), "captions": N texts, "sampled labels", "someone labels": places in `ANSWERS`, "pair classes": in
+    `world.CLASSES`}."""
     path = args.output_dir / "drawings.pt"
     if state := load(path, args):
         return state
@@ -157,7 +158,8 @@ def cache_drawings(args):
         "sampled labels": torch.tensor([labels for _, _, labels in sampled]),
         "someone": torch.as_tensor(np.stack([pixels for pixels, _ in someone])),
         "someone labels": torch.tensor([labels for _, labels in someone]),
-        "pairs": torch.as_tensor(np.stack(pairs)),
+        "pairs": torch.as_tensor(np.stack([drawn for drawn, _ in pairs])),
+        "pair classes": torch.tensor([kind for _, kind in pairs]),
     }
     save(path, **state, settings=settings(args, "drawings"))
     return state
@@ -325,38 +327,43 @@ def _cls(encoder, x):
 
 
 def train_dino(args, device, drawings, stage):
-    """Learns to tell pairs of drawings of the same from others, with no labels.
+    """Learns to tell pairs of drawings of the same from others and, which makes it quick, to name their class.
 
     dinov1: a student finds its average, the teacher, among the teacher's of a batch (MoCo v3, Chen et al. 2021);
     dinov2: one network finds its own among all (SimCLR, Chen et al. 2020).
     """
-    pairs, width, out = drawings["pairs"], 96, 64
+    pairs, classes, width, out = drawings["pairs"], drawings["pair classes"], 96, 64
 
     def mlp(first):
         return torch.nn.Sequential(torch.nn.Linear(first, 192), torch.nn.GELU(), torch.nn.Linear(192, out))
 
     def views(groups, g):
         pick = (groups[:, None] * KIN + torch.arange(KIN)).flatten()
-        return [vary(to_float(pairs[pick, k], device), g, 0.25) for k in range(2)]
+        return [vary(to_float(pairs[pick, k], device), g, 0.25) for k in range(2)], classes[pick].to(device)
 
     def student_and_teacher(models, average, pick, g):
-        a, b = views(pick, g)
+        (a, b), kinds = views(pick, g)
         with torch.no_grad():
             keys = [F.normalize(average["head"](_cls(average["encoder"], x)).float()) for x in (b, a)]
         total, place = 0.0, torch.arange(len(a), device=device)
         for x, key in zip((a, b), keys):
-            query = models["guess"](models["head"](_cls(models["encoder"], x)))
-            total = total + F.cross_entropy(F.normalize(query.float()) @ key.T / TEMPERATURE, place)
+            seen = _cls(models["encoder"], x)
+            query = F.normalize(models["guess"](models["head"](seen)).float())
+            total = total + F.cross_entropy(query @ key.T / TEMPERATURE, place)
+            total = total + F.cross_entropy(models["name"](seen).float(), kinds)
         return total / 2
 
     def alone(models, average, pick, g):
-        both = F.normalize(models["head"](_cls(models["encoder"], torch.cat(views(pick, g)))).float())
+        both, kinds = views(pick, g)
+        seen = _cls(models["encoder"], torch.cat(both))
+        both = F.normalize(models["head"](seen).float())
         alike = both @ both.T / TEMPERATURE
         alike.fill_diagonal_(-torch.inf)
-        return F.cross_entropy(alike, torch.arange(len(both), device=device).roll(len(both) // 2))
+        found = F.cross_entropy(alike, torch.arange(len(both), device=device).roll(len(both) // 2))
+        return found + F.cross_entropy(models["name"](seen).float(), kinds.repeat(2))
 
     torch.manual_seed(args.seed + 22 + (stage == "dinov2"))
-    models = {"encoder": new_dino(stage), "head": mlp(width)}
+    models = {"encoder": new_dino(stage), "head": mlp(width), "name": torch.nn.Linear(width, len(world.CLASSES))}
     models["encoder"].set_attn_implementation("eager")
     if stage == "dinov1":
         models["guess"] = mlp(out)

@@ -408,8 +408,8 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
 
 @torch.no_grad()
 def denoising_figures(pipeline):
-    """The first figures on the card, {name: value}: PSNR in dB of the autoencoder's round trip, and the mean squared error of v
-    on drawings, with the right caption and with one that names a wrong subject, colour or scene."""
+    """The first figures on the card, {name: value}: PSNR in dB of the autoencoder's round trip, and the mean squared
+    error of v on drawings, with the right caption and with one that names a wrong subject, colour or scene."""
     vae = pipeline.vae
 
     def round_trip(images):
