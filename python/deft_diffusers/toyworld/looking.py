@@ -242,6 +242,7 @@ def _fit(args, device, stage, models, count, loss_of):
 
 
 def train_judge(args, device, drawings, vae):
+    """Learns to answer `ANSWERS` and writes `<output_dir>/judge`; returns the losses."""
     pixels = torch.cat([drawings["sampled"], drawings["someone"]])
     labels = torch.cat([drawings["sampled labels"], drawings["someone labels"]])
     g = torch.Generator().manual_seed(args.seed)
@@ -278,7 +279,7 @@ def new_clip(tokenizer):
 
 
 def new_dino(stage):
-    """The encoders have PyTorch's plain attention, which is faster at these sizes (torch 2.13, CPU, bf16)."""
+    """A `ViTModel` for dinov1, a `Dinov2Model` for dinov2."""
     from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
     config, model = {"dinov1": (ViTConfig, ViTModel), "dinov2": (Dinov2Config, Dinov2Model)}[stage]
@@ -299,6 +300,7 @@ def export_encoder(folder, model, processor):
 
 
 def train_clip(args, device, drawings, tokenizer):
+    """Learns which drawing a caption is of (Radford et al. 2021); writes <output_dir>/encoders/clip, returns the losses."""
     pixels, ids = drawings["sampled"], encode(tokenizer[0], drawings["captions"])
     eos = tokenizer[0].eos_token_id
 
@@ -314,7 +316,7 @@ def train_clip(args, device, drawings, tokenizer):
 
     torch.manual_seed(args.seed + 21)
     model = new_clip(tokenizer[0])
-    model.set_attn_implementation("eager")
+    model.set_attn_implementation("eager")  # plain products are faster at these sizes (torch 2.13, CPU, bf16)
     average, losses = _fit(args, device, "clip", torch.nn.ModuleDict({"clip": model}), len(pixels), loss_of)
     folder = args.output_dir / "encoders" / "clip"
     export_encoder(folder, average["clip"], "CLIPImageProcessor")
@@ -331,6 +333,7 @@ def train_dino(args, device, drawings, stage):
 
     dinov1: a student finds its average, the teacher, among the teacher's of a batch (MoCo v3, Chen et al. 2021);
     dinov2: one network finds its own among all (SimCLR, Chen et al. 2020).
+    Writes `<output_dir>/encoders/<stage>`; returns the losses.
     """
     pairs, classes, width, out = drawings["pairs"], drawings["pair classes"], 96, 64
 
@@ -364,7 +367,7 @@ def train_dino(args, device, drawings, stage):
 
     torch.manual_seed(args.seed + 22 + (stage == "dinov2"))
     models = {"encoder": new_dino(stage), "head": mlp(width), "name": torch.nn.Linear(width, len(world.CLASSES))}
-    models["encoder"].set_attn_implementation("eager")
+    models["encoder"].set_attn_implementation("eager")  # as CLIP's
     if stage == "dinov1":
         models["guess"] = mlp(out)
     loss_of = student_and_teacher if stage == "dinov1" else alone

@@ -219,6 +219,7 @@ def psnr(a, b):
 
 
 def train_vae(args, device):
+    """The autoencoder, which draws and looks at photographs only if it has steps to go."""
     path = args.output_dir / "vae.pt"
     torch.manual_seed(args.seed)
     vae = new_vae().to(device, memory_format=torch.channels_last)
@@ -339,6 +340,7 @@ def sample_grid(folder, prompts, seed=0, steps=25, guidance=4.0, columns=4, scal
 
 
 def train_unet(args, device, vae, tokenizer, latents, ids):
+    """Trains UNet and text encoder and writes `<output_dir>/model`; returns the losses."""
     from diffusers.models.attention_processor import AttnProcessor
 
     path = args.output_dir / "unet.pt"

@@ -73,6 +73,7 @@ def _mix(a, b, t):
 
 
 def jitter(rng, colour, amount=14):
+    """An RGB colour near `colour`: lighter or darker by about `amount`, and a little of another hue."""
     return tuple(c + d for c, d in zip(colour, rng.normal(0, 1, 3) * amount * 0.4 + rng.normal() * amount))
 
 
@@ -320,7 +321,7 @@ def _table(rng, wall=None, wood=(172, 116, 66)):
     return image
 
 
-PAINT_SCENE = {
+PAINT_SCENE = {  # scene -> what paints it, with a Generator, on a canvas to `compose` on
     "field": _field,
     "beach": _beach,
     "snow": _snow,
@@ -793,7 +794,11 @@ def _lerp(low, high, t):
 
 
 def compose(rng, canvas, subject, colour, pattern="plain", coat=None, traits=None, style="photo"):
-    """A picture of a subject of an RGB colour (None: the scene alone) before a scene, `canvas`."""
+    """A picture of a subject (None: of the scene alone) on a canvas of `PAINT_SCENE`, which it paints over.
+
+    `colour` and the values of `coat` are RGB. What makes the subject itself comes from `traits`, a Generator (None: `rng`
+    too, and then the colour varies a little), its pose, place and light from `rng`.
+    """
     light = (rng.uniform(-1, 1), rng.uniform(0.3, 1))
     if subject is not None:
         paint, aspect = _PAINT_SUBJECT[subject]
