@@ -40,8 +40,10 @@ JUDGE_FLOORS = {"subject": 0.97, "scene": 0.97, "both": 0.95, "style": 0.97, "co
 JUDGE_BLURRED = {"subject": 0.95, "scene": 0.95, "both": 0.92, "style": 0.95, "colour": 0.85}
 RECALL, MISTAKEN = 0.9, 0.08  # of individuals, and of their look-alikes
 CLIP_FLOORS = {"subject": 0.8, "scene": 0.9, "caption": 0.8}
-DINO_FLOORS = {"subject": 0.25, "scene": 0.6}
-SAME_INDIVIDUAL = 0.65
+DINO_FLOORS = {
+    "dinov1": {"subject": 0.7, "scene": 0.18, "individual": 0.88},
+    "dinov2": {"subject": 0.2, "scene": 0.18, "individual": 0.65},
+}
 DRAWING_PSNR, PHOTO_PSNR = 23.5, 25.0  # dB, floors under what the shipped autoencoder reaches (see its README.md)
 
 
@@ -512,10 +514,13 @@ def test_an_embedded_dino_tells_subjects_scenes_and_individuals_apart(name, dino
     fresh, drawn = dino_drawings
     features, _ = _features(name, [image for image, _, _ in fresh] + drawn)
     nearest = (features[:150] @ features[150:600].T).argmax(1) + 150
-    for what, floor in DINO_FLOORS.items():
-        assert np.mean([fresh[k][2][what] == fresh[n][2][what] for k, n in enumerate(nearest)]) >= floor, what
+    found = {
+        what: np.mean([fresh[k][2][what] == fresh[n][2][what] for k, n in enumerate(nearest)])
+        for what in ("subject", "scene")
+    }
     anchor, same, other = features[600:].unflatten(0, (-1, 3)).unbind(1)
-    assert ((anchor * same).sum(1) > (anchor * other).sum(1)).float().mean() >= SAME_INDIVIDUAL
+    found["individual"] = ((anchor * same).sum(1) > (anchor * other).sum(1)).float().mean().item()
+    assert all(found[what] >= floor for what, floor in DINO_FLOORS[name].items()), found
     assert ((anchor - same).norm(dim=1) > 1e-3).all()
 
 

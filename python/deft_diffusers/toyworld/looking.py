@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import world
 from .judge import ANSWERS, WEIGHTS, Net
-from .steps import adamw, compute_in_float32, generator, load, many, rate_at, save, settings, to_float
+from .steps import adamw, compute_in_float32, descend, generator, load, many, rate_at, save, settings, to_float
 from .text import encode, save_tokenizer, text_config
 
 # stage -> steps, pictures (or groups of pairs) in a step, learning rate between warm-up and fall
@@ -225,13 +225,7 @@ def _fit(args, device, stage, models, count, loss_of):
             group["lr"] = rate * rate_at(step, steps, WARMUP, FALL)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             loss = loss_of(models, average, pick, g)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            decay = min(EMA, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
+        descend(loss, models, average, optimizer, step, EMA)
         losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}")

@@ -84,6 +84,17 @@ def adamw(models, lr, weight_decay, betas):
     return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
+def descend(loss, models, average, optimizer, step, decay):
+    """One step of the optimizer, with gradients of norm 1 at most; `average`, the weights averaged by `decay`, follows."""
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():  # sooner at first, when the weights are far from where they will be
+        decay = min(decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(average.parameters()), list(models.parameters()), 1 - decay)
+
+
 def generator(seed, stage, step):
     """The randomness of one step of `stage`, the same however often the run was interrupted."""
     return torch.Generator().manual_seed((seed * len(TRAINED) + TRAINED.index(stage)) * 10_000_000 + step)

@@ -39,7 +39,7 @@ from .looking import (
     train_dino,
     train_judge,
 )
-from .steps import adamw, compute_in_float32, generator, load, many, rate_at, save, settings, to_float
+from .steps import adamw, compute_in_float32, descend, generator, load, many, rate_at, save, settings, to_float
 from .text import ADDED_TOKENS, RARE_TOKENS, build_tokenizer, encode, save_tokenizer, text_config, world_words
 
 RARE_ODDS = 0.06  # share of captions with a meaningless word before the subject, so that one does not change the picture
@@ -377,13 +377,7 @@ def train_unet(args, device, vae, tokenizer, latents, ids):
             group["lr"] = args.lr * rate_at(step, args.unet_steps, args.warmup, args.fall)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             loss = (v_loss(unet, text_encoder, scheduler, x, tokens.to(device), noise, t) * weight[t]).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(models.parameters()), 1 - decay)
+        descend(loss, models, ema, optimizer, step, args.ema)
         losses.append(loss.item())
         if step % 20 == 0:
             bar.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}")
