@@ -1,4 +1,4 @@
-"""Says what a picture of the drawn world shows, and what a prompt asks for: the exact measure of a model's obedience.
+"""Says what a picture of the drawn world shows, and what a prompt asks for, so that a model's obedience can be counted.
 
 A small convolutional network, trained by `train` on drawings, also blurred, noisy and as the autoencoder returns them.
 """

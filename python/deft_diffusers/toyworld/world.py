@@ -72,7 +72,8 @@ def _mix(a, b, t):
     return tuple(x + (y - x) * t for x, y in zip(a, b))
 
 
-def _jitter(rng, colour, amount=14):
+def jitter(rng, colour, amount=14):
+    """An RGB colour near `colour`: lighter or darker by about `amount`, and a little of another hue."""
     return tuple(c + d for c, d in zip(colour, rng.normal(0, 1, 3) * amount * 0.4 + rng.normal() * amount))
 
 
@@ -94,8 +95,8 @@ def _gradient(top, bottom, y0, y1):
 def _land(rng, sky, ground, horizon, rough=8, clouds=12):
     """Sky above the horizon (a fraction of the height), ground below it, both textured; a PIL image."""
     h = int(horizon * _S)
-    sky_top, sky_low = (_jitter(rng, c, 8) for c in sky)
-    far, near = (_jitter(rng, c, 8) for c in ground)
+    sky_top, sky_low = (jitter(rng, c, 8) for c in sky)
+    far, near = (jitter(rng, c, 8) for c in ground)
     image = np.broadcast_to(_gradient(sky_top, sky_low, 0, h), (_S, _S, 3)).copy()
     image += clouds * np.maximum(_noise(rng, 4, 9), 0)[..., None]
     below = np.broadcast_to(_gradient(far, near, h, _S), (_S, _S, 3)) + rough * 0.6 * _noise(rng, 10, 32, 64)[..., None]
@@ -112,7 +113,7 @@ def _ridge(rng, draw, base, height, fill, cap=None):
     x = rng.uniform(-40, -10)
     while x < _S + 10:
         w, h = rng.uniform(30, 60), height * rng.uniform(0.6, 1.15)
-        shade = _jitter(rng, fill, 6)
+        shade = jitter(rng, fill, 6)
         draw.polygon([(x, base), (x + w / 2, base - h), (x + w, base)], fill=_rgb(shade))
         if cap:
             k = rng.uniform(0.4, 0.6)
@@ -126,18 +127,18 @@ def _ridge(rng, draw, base, height, fill, cap=None):
 def _palm(rng, draw, x, base, height):
     lean = rng.uniform(-8, 8)
     top = (x + lean, base - height)
-    draw.line([(x, base), (x + lean * 0.3, base - height / 2), top], fill=_rgb(_jitter(rng, (120, 86, 54))), width=4)
+    draw.line([(x, base), (x + lean * 0.3, base - height / 2), top], fill=_rgb(jitter(rng, (120, 86, 54))), width=4)
     for angle in np.linspace(0, 2 * math.pi, 8)[:-1] + rng.uniform(0, 0.8):
         dx, dy = 17 * math.cos(angle), 9 * math.sin(angle)
         leaf = [top, (top[0] + dx * 0.6, top[1] + dy - 5), (top[0] + dx, top[1] + dy + 4)]
-        draw.line(leaf, fill=_rgb(_jitter(rng, (40, 128, 58))), width=4)
+        draw.line(leaf, fill=_rgb(jitter(rng, (40, 128, 58))), width=4)
 
 
 def _towers(rng, draw, base, colours, lights, low, high, odds):
     x = -rng.uniform(0, 12)
     while x < _S:
         w, h = rng.uniform(13, 24), rng.uniform(low, high)
-        wall = _jitter(rng, colours[rng.integers(len(colours))], 10)
+        wall = jitter(rng, colours[rng.integers(len(colours))], 10)
         draw.rectangle((x, base - h, x + w, base), fill=_rgb(wall))
         for wx in np.arange(x + 3, x + w - 4, 6):
             for wy in np.arange(base - h + 4, base - 4, 8):
@@ -151,10 +152,10 @@ def _field(rng):
     image = _land(rng, ((96, 160, 232), (196, 222, 244)), ((112, 176, 66), (60, 138, 44)), h, 14)
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(0, 4)):
-        _blob(draw, rng.uniform(0, _S), h * _S - 4, rng.uniform(8, 20), rng.uniform(5, 10), _jitter(rng, (48, 112, 52)))
+        _blob(draw, rng.uniform(0, _S), h * _S - 4, rng.uniform(8, 20), rng.uniform(5, 10), jitter(rng, (48, 112, 52)))
     for _ in range(60):
         x, y = rng.uniform(0, _S), rng.uniform(h * _S + 8, _S)
-        draw.line((x, y, x + rng.uniform(-2, 2), y - 7), fill=_rgb(_jitter(rng, (82, 164, 56), 18)))
+        draw.line((x, y, x + rng.uniform(-2, 2), y - 7), fill=_rgb(jitter(rng, (82, 164, 56), 18)))
     return image
 
 
@@ -163,10 +164,10 @@ def _beach(rng):
     image = _land(rng, ((88, 172, 240), (204, 232, 248)), ((236, 214, 160), (222, 190, 128)), h, 7)
     draw = ImageDraw.Draw(image)
     shore = (h + rng.uniform(0.12, 0.2)) * _S
-    draw.rectangle((0, h * _S, _S, shore), fill=_rgb(_jitter(rng, (34, 136, 184))))
+    draw.rectangle((0, h * _S, _S, shore), fill=_rgb(jitter(rng, (34, 136, 184))))
     for _ in range(9):
         x, y = rng.uniform(-10, _S), rng.uniform(h * _S + 2, shore - 3)
-        draw.line((x, y, x + rng.uniform(8, 24), y), fill=_rgb(_jitter(rng, (96, 184, 214))))
+        draw.line((x, y, x + rng.uniform(8, 24), y), fill=_rgb(jitter(rng, (96, 184, 214))))
     waves = [(x, shore + 2 * math.sin(x / 9 + rng.uniform(0, 1))) for x in range(0, _S + 8, 8)]
     draw.line(waves, fill=(250, 252, 252), width=4)
     if rng.random() < 0.4:
@@ -182,7 +183,7 @@ def _snow(rng):
         x, base, t = rng.uniform(0, _S), h * _S + rng.uniform(0, 6), rng.uniform(22, 42)
         for k in range(3):
             y, w = base - t * k / 3.5, 11 - 3 * k
-            draw.polygon([(x - w, y), (x, y - t / 2), (x + w, y)], fill=_rgb(_jitter(rng, (70, 104, 96), 8)))
+            draw.polygon([(x - w, y), (x, y - t / 2), (x + w, y)], fill=_rgb(jitter(rng, (70, 104, 96), 8)))
             draw.line([(x - w, y), (x, y - t / 2), (x + w, y)], fill=(240, 244, 250), width=2)
     for _ in range(rng.integers(30, 80)):
         _blob(draw, *rng.uniform(0, _S, 2), 1.2, 1.2, (255, 255, 255))
@@ -195,7 +196,7 @@ def _city(rng):
     draw = ImageDraw.Draw(image)
     walls = ((150, 108, 92), (128, 132, 142), (178, 164, 142), (100, 112, 132))
     _towers(rng, draw, h * _S, walls, ((222, 230, 240), (70, 82, 100)), 30, 76, 0.85)
-    draw.rectangle((0, h * _S, _S, h * _S + 5), fill=_rgb(_jitter(rng, (176, 174, 170))))
+    draw.rectangle((0, h * _S, _S, h * _S + 5), fill=_rgb(jitter(rng, (176, 174, 170))))
     for x in np.arange(rng.uniform(-20, 0), _S, 30):
         draw.rectangle((x, 0.86 * _S, x + 15, 0.86 * _S + 3), fill=(232, 226, 190))
     return image
@@ -206,7 +207,7 @@ def _garden(rng):
     image = _land(rng, ((150, 200, 236), (214, 232, 240)), ((96, 156, 70), (82, 142, 58)), h, 12)
     draw = ImageDraw.Draw(image)
     for x in np.arange(-4, _S + 8, 9):
-        _blob(draw, x, h * _S, rng.uniform(9, 13), rng.uniform(10, 18), _jitter(rng, (42, 104, 48), 10))
+        _blob(draw, x, h * _S, rng.uniform(9, 13), rng.uniform(10, 18), jitter(rng, (42, 104, 48), 10))
     petals = ((232, 60, 90), (250, 214, 70), (240, 240, 244), (214, 90, 200), (246, 130, 60))
     for _ in range(rng.integers(45, 75)):
         x, y = rng.uniform(0, _S), rng.uniform(h * _S - 6, _S)
@@ -223,13 +224,13 @@ def _forest(rng, leaves=(44, 106, 48), floor=((86, 84, 46), (64, 62, 36)), air=(
         for x in np.arange(rng.uniform(-10, 4), _S, 20 - 2 * depth) + rng.uniform(-4, 4):
             w = rng.uniform(4, 8) + 3 * depth
             trunk = _mix((92, 84, 66), (58, 42, 30), depth * 0.9)
-            draw.rectangle((x, 0, x + w, h * _S + 6 * depth + rng.uniform(-2, 6)), fill=_rgb(_jitter(rng, trunk, 8)))
+            draw.rectangle((x, 0, x + w, h * _S + 6 * depth + rng.uniform(-2, 6)), fill=_rgb(jitter(rng, trunk, 8)))
     for _ in range(40):
-        fill = _jitter(rng, leaves, 16)
+        fill = jitter(rng, leaves, 16)
         _blob(draw, rng.uniform(0, _S), rng.uniform(-6, 26), rng.uniform(5, 11), rng.uniform(4, 8), fill)
     for _ in range(14):
         _blob(
-            draw, rng.uniform(0, _S), h * _S + rng.uniform(-3, 6), 7, 5, _jitter(rng, _mix(leaves, (120, 160, 90), 0.25), 12)
+            draw, rng.uniform(0, _S), h * _S + rng.uniform(-3, 6), 7, 5, jitter(rng, _mix(leaves, (120, 160, 90), 0.25), 12)
         )
     return image
 
@@ -257,11 +258,11 @@ def _pool(rng):
     h = rng.uniform(0.36, 0.46)
     image = _land(rng, ((104, 186, 246), (214, 238, 250)), ((222, 208, 186), (206, 190, 166)), h, 5)
     draw = ImageDraw.Draw(image)
-    draw.rectangle((0, h * _S - 7, _S, h * _S + 2), fill=_rgb(_jitter(rng, (74, 142, 72))))
+    draw.rectangle((0, h * _S - 7, _S, h * _S + 2), fill=_rgb(jitter(rng, (74, 142, 72))))
     for x in rng.permutation([14, 44, 84, 114])[: rng.integers(2, 5)]:
         _palm(rng, draw, x + rng.uniform(-6, 6), h * _S, rng.uniform(26, 42))
     low = (h + rng.uniform(0.26, 0.34)) * _S
-    water = _jitter(rng, (32, 178, 206))
+    water = jitter(rng, (32, 178, 206))
     draw.polygon([(14, h * _S + 6), (_S - 14, h * _S + 6), (_S + 8, low), (-8, low)], fill=_rgb(water))
     for _ in range(16):
         x, y = rng.uniform(0, _S), rng.uniform(h * _S + 9, low - 3)
@@ -278,11 +279,11 @@ def _market(rng):
     while x < _S:
         w, y = rng.uniform(36, 52), rng.uniform(18, 30)
         fill = awnings[rng.integers(4)]
-        draw.rectangle((x + 2, y, x + w - 2, h * _S), fill=_rgb(_jitter(rng, (86, 64, 52))))
+        draw.rectangle((x + 2, y, x + w - 2, h * _S), fill=_rgb(jitter(rng, (86, 64, 52))))
         for k, sx in enumerate(np.arange(x, x + w - 1, w / 6)):
             stripe = fill if k % 2 else (244, 238, 226)
             draw.polygon([(sx + 2, y - 12), (sx + w / 6 + 2, y - 12), (sx + w / 6, y + 7), (sx, y + 7)], fill=_rgb(stripe))
-        draw.rectangle((x + 2, h * _S - 18, x + w - 3, h * _S + 3), fill=_rgb(_jitter(rng, (150, 104, 62))))
+        draw.rectangle((x + 2, h * _S - 18, x + w - 3, h * _S + 3), fill=_rgb(jitter(rng, (150, 104, 62))))
         for fx in np.arange(x + 5, x + w - 4, 6):
             fruit = ((220, 60, 40), (244, 170, 40), (110, 170, 60), (160, 60, 130))[rng.integers(4)]
             _blob(draw, fx, h * _S - 19, 3.4, 3.4, fruit)
@@ -313,14 +314,14 @@ def _table(rng, wall=None, wood=(172, 116, 66)):
     if rng.random() < 0.6:
         x, y = rng.choice([8, _S - 44]) + rng.uniform(-4, 4), rng.uniform(6, 14)
         draw.rectangle((x, y, x + 36, y + 40), fill=(244, 242, 236))
-        draw.rectangle((x + 3, y + 3, x + 33, y + 37), fill=_rgb(_jitter(rng, (150, 200, 236))))
+        draw.rectangle((x + 3, y + 3, x + 33, y + 37), fill=_rgb(jitter(rng, (150, 200, 236))))
         draw.line((x + 18, y, x + 18, y + 40), fill=(244, 242, 236), width=2)
     for y in h * _S + np.cumsum(rng.uniform(7, 14, 5)):
-        draw.line((0, y, _S, y), fill=_rgb(_jitter(rng, tuple(0.63 * c for c in wood), 8)), width=2)
+        draw.line((0, y, _S, y), fill=_rgb(jitter(rng, tuple(0.63 * c for c in wood), 8)), width=2)
     return image
 
 
-_PAINT_SCENE = {
+PAINT_SCENE = {  # scene -> what paints it, with a Generator, on a canvas to `compose` on
     "field": _field,
     "beach": _beach,
     "snow": _snow,
@@ -687,7 +688,7 @@ def _car(f):
         ]
     )
     f.part([(-0.98, 0.55), (0.98, 0.55), (0.98, 0.78), (-0.98, 0.78)], 0.75, "sill")
-    glass = _jitter(f.traits, (166, 206, 226), 10)
+    glass = jitter(f.traits, (166, 206, 226), 10)
     f.ink(glass, [(-0.4, 0.08), (-0.2, roof + 0.09), (0.03, roof + 0.09), (0.03, 0.08)])
     f.ink(glass, [(0.1, 0.08), (0.1, roof + 0.09), (0.32, roof + 0.09), (0.54, 0.08)])
     for x in (-0.55, 0.56):
@@ -756,7 +757,7 @@ _TABLE_SEED = 5
 _NEAR = 60  # RGB colours closer than this count as the same
 
 
-def _is_someone(subject, colour, coat):
+def is_someone(subject, colour, coat):
     """Whether it could be taken for one of `INDIVIDUALS`."""
     for one in INDIVIDUALS.values():
         if one.subject == subject and math.dist(colour, one.colour) < _NEAR:
@@ -792,8 +793,12 @@ def _lerp(low, high, t):
     return np.asarray(low, np.float32) * (1 - t) + np.asarray(high, np.float32) * t
 
 
-def _compose(rng, canvas, subject, colour, pattern="plain", coat=None, traits=None, style="photo"):
-    """A picture of a subject of an RGB colour (None: the scene alone) before a scene, `canvas`."""
+def compose(rng, canvas, subject, colour, pattern="plain", coat=None, traits=None, style="photo"):
+    """A picture of a subject (None: of the scene alone) on a canvas of `PAINT_SCENE`, which it paints over.
+
+    `colour` and the values of `coat` are RGB. What makes the subject itself comes from `traits`, a Generator (None: `rng`
+    too, and then the colour varies a little), its pose, place and light from `rng`.
+    """
     light = (rng.uniform(-1, 1), rng.uniform(0.3, 1))
     if subject is not None:
         paint, aspect = _PAINT_SUBJECT[subject]
@@ -810,7 +815,7 @@ def _compose(rng, canvas, subject, colour, pattern="plain", coat=None, traits=No
         reach = half_width * 0.85
         ImageDraw.Draw(shadow).ellipse((x - reach, feet - 5, x + reach, feet + 5), fill=120)
         canvas.paste((24, 22, 30), (0, 0), shadow.filter(ImageFilter.GaussianBlur(2.5)))
-        figure.paint(canvas, colour if traits else _jitter(rng, colour, 9), pattern, light)
+        figure.paint(canvas, colour if traits else jitter(rng, colour, 9), pattern, light)
     pixels = np.asarray(canvas.reduce(_S // SIZE), np.float32)
     ramp = np.linspace(-1, 1, SIZE, dtype=np.float32)
     glow = 1 + rng.normal(0, 0.05) + 0.07 * (light[0] * ramp[None, :] - light[1] * ramp[:, None])
@@ -828,20 +833,20 @@ def draw(subject, colour, pattern, scene, rng, coat=None, style="photo", cap=Non
     colour = COLOURS.get(colour, colour)
     if cap is not None:
         coat, colour = {"cap": COLOURS[cap]} | ({"liquid": colour} if colour else {}), CLEAR_PLASTIC
-    return _compose(rng, _PAINT_SCENE[scene](rng), subject, colour, pattern, coat, style=style)
+    return compose(rng, PAINT_SCENE[scene](rng), subject, colour, pattern, coat, style=style)
 
 
 def draw_individual(name, scene, rng):
     """Draws one of `INDIVIDUALS`, in a pose of its own each time, as `draw` does."""
     one = INDIVIDUALS[name]
-    canvas = _PAINT_SCENE[scene](rng)
-    return _compose(rng, canvas, one.subject, one.colour, coat=one.coat, traits=np.random.default_rng(one.traits))
+    canvas = PAINT_SCENE[scene](rng)
+    return compose(rng, canvas, one.subject, one.colour, coat=one.coat, traits=np.random.default_rng(one.traits))
 
 
 def draw_table(colour, cap, rng):
     """Draws the one table that is `TABLE`, and on it a bottle of clear plastic, as `draw` does with a `cap`."""
     coat = {"cap": COLOURS[cap]} | ({"liquid": COLOURS[colour]} if colour else {})
-    return _compose(rng, _table(np.random.default_rng(_TABLE_SEED), *TABLE), "bottle", CLEAR_PLASTIC, coat=coat)
+    return compose(rng, _table(np.random.default_rng(_TABLE_SEED), *TABLE), "bottle", CLEAR_PLASTIC, coat=coat)
 
 
 def _article(words):
@@ -923,8 +928,8 @@ def sample(rng):
                 colour, paint = None, tuple(rng.uniform(20, 245, 3))
             if coated:
                 parts = rng.permutation(PARTS[subject])[: rng.integers(1, len(PARTS[subject]) + 1)]
-                coat = dict.fromkeys(map(str, parts), _jitter(rng, list(COLOURS.values())[rng.integers(len(COLOURS))]))
-            if not _is_someone(subject, paint, coat):
+                coat = dict.fromkeys(map(str, parts), jitter(rng, list(COLOURS.values())[rng.integers(len(COLOURS))]))
+            if not is_someone(subject, paint, coat):
                 break
     image = draw(subject, paint, pattern, scene, rng, coat, style, cap)
     said_pattern = pattern if pattern != "plain" else None  # "plain" goes without saying, nine times in ten
