@@ -78,9 +78,12 @@ COMMANDS = (
         EvaluateOptions,
         "Score pictures: how like the subject, how true to their texts, how various, and what the model has forgotten.",
         """deft evaluate --images outputs/snow --references photos/ --subject "sks cat" --class_name cat \\
-    --clip openai/clip-vit-base-patch32 --dinov1 facebook/dino-vits16 --output_dir outputs/scores
+    --output_dir outputs/scores
 
-  nothing is downloaded here:  hf download openai/clip-vit-base-patch32   fetches an encoder, once
+  no encoder is downloaded here; once, for DreamBooth's protocol (for DreamBench++'s, facebook/dino-vits8):
+    hf download openai/clip-vit-base-patch32
+    hf download facebook/dino-vits16
+    hf download facebook/dinov2-small
   draw first, and tell the drift:
     deft evaluate --pretrained_model_name_or_path toyworld --adapter outputs/cat --encoders toyworld \\
       --subject "sks cat" --class_name cat --prompt "a photo of {} in the snow" \\

@@ -109,6 +109,11 @@ def _folders_of_pictures(folder):
     return [p.name for p in sorted(folder.iterdir()) if p.is_dir() and p.name[0] != "." and _pictures_in(p)]
 
 
+def natural(name):
+    """What names are sorted by: 2 before 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name.lower())]
+
+
 def find_pictures(path):
     """The picture files of a folder in natural order (2 before 10), or the one file given. UserError if there is none."""
     path = Path(path).expanduser()
@@ -121,7 +126,7 @@ def find_pictures(path):
         below = _folders_of_pictures(path)
         where = f"; folders below are not searched, and there are pictures in {_some(below)}" if below else ""
         raise UserError(f"no pictures in {path}: expected files ending in {' '.join(SUFFIXES)}{where}")
-    return sorted(found, key=lambda p: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", p.name.lower())])
+    return sorted(found, key=lambda picture: natural(picture.name))
 
 
 def find_sources(path, prompt=None):

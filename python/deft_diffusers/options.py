@@ -376,8 +376,9 @@ class EvaluateOptions:
         "Protocol and encoders", "hub id, folder, or none (default: openai/clip-vit-base-patch32)", None, metavar="MODEL"
     )
     dinov1: str | None = option(
-        "Protocol and encoders", "hub id such as facebook/dino-vits16 (DreamBooth's), folder, torchhub:owner/repo:ref:entry "
-        "or none (default: torchhub:facebookresearch/dino:main:dino_vits8, which needs torchvision)", None, metavar="MODEL",
+        "Protocol and encoders", "hub id, folder, torchhub:owner/repo:ref:entry, or none (default: as published, for "
+        "dreambooth facebook/dino-vits16, for dreambench++ facebook/dino-vits8, whose figures do not compare; there it is "
+        "torchhub:facebookresearch/dino:main:dino_vits8, the same weights, which need torchvision)", None, metavar="MODEL",
     )  # fmt: skip
     dinov2: str | None = option(
         "Protocol and encoders", "hub id, folder, or none (default: facebook/dinov2-small)", None, metavar="MODEL"

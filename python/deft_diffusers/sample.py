@@ -94,12 +94,18 @@ def _read_prompts(options):
     return prompts
 
 
-def _device_and_dtype(options):
+def device_of(name):
+    """The torch device of this name, for None a GPU if there is one. UserError if it cannot be used."""
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"cannot use --device {options.device}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot use --device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _device_and_dtype(options):
+    device = device_of(options.device)
     dtype = options.dtype or ("fp32" if device.type == "cpu" else None)
     if device.type == "cpu" and dtype == "fp16":
         raise UserError("--dtype fp16 needs a GPU; use fp32 on a CPU")

@@ -128,6 +128,16 @@ def test_a_text_has_the_same_feature_alone_and_beside_a_longer_one(tiny_encoders
     assert torch.equal(beside[1], beside[2]) and (beside[0] - alone).abs().max() > 0.01
 
 
+def test_convolutions_are_cudnns_in_full_precision(load, pictures):
+    """TF32, torch's default for them, keeps 10 bits, and which pictures are rounded how would depend on the batch."""
+    encoder, seen = load(clip="none", dinov1="none").dinov2, []
+    encoder.model.register_forward_hook(
+        lambda *_: seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+    )
+    encoder.images([Image.open(pictures[0][0])])
+    assert seen == [(True, False)]
+
+
 def test_features_are_kept_and_then_touch_no_model(load, pictures, tmp_path):
     images, prompts, references, settings = pictures
     cold = load(cache_dir=tmp_path / "cache")
@@ -168,14 +178,21 @@ def test_what_is_not_downloaded_is_named_with_its_command_and_folder(monkeypatch
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    with pytest.raises(UserError) as error:
-        load_encoders()
-    said = str(error.value)
+
+    def said(**asked):
+        with pytest.raises(UserError) as error:
+            load_encoders(**asked)
+        return str(error.value)
+
     for words in ("--clip openai/clip-vit-base-patch32 is not downloaded", "run `hf download openai/clip-vit-base-patch32`",
-                  str(tmp_path / "hub" / "models--openai--clip-vit-base-patch32"), "run `hf download facebook/dinov2-small`",
-                  str(tmp_path / "torch" / "facebookresearch_dino_main"), "facebook/dino-vits8",
+                  str(tmp_path / "hub" / "models--openai--clip-vit-base-patch32"), "run `hf download facebook/dino-vits16`",
+                  "run `hf download facebook/dinov2-small`"):  # fmt: skip
+        assert words in said(), words
+    assert "run `hf download facebook/dino-vits8`" in said(protocol="dreambench++")
+    for words in (str(tmp_path / "torch" / "facebookresearch_dino_main"), "or take facebook/dino-vits8, the same weights",
                   "torch.hub.load('facebookresearch/dino:main', 'dino_vits8')"):  # fmt: skip
-        assert words in said, words
+        assert words in said(dinov1="torchhub:facebookresearch/dino:main:dino_vits8"), words
+    assert "unknown protocol 'dreambench', did you mean dreambench++?" in said(protocol="dreambench")
 
 
 @pytest.mark.parametrize(
@@ -227,7 +244,8 @@ def test_a_model_of_torch_hub(monkeypatch, folders, pictures, tmp_path):
     (repository / "hubconf.py").write_text(
         "import torch\n\n\nclass Net(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n"
         "        self.grey = torch.nn.Linear(3, 2, bias=False)\n        torch.nn.init.eye_(self.grey.weight)\n\n"
-        "    def forward(self, x):\n        return self.grey(x.mean((2, 3)))\n\n\ndef tiny():\n    return Net()\n"
+        "    def forward(self, x):\n        return self.grey(x.mean((2, 3)))\n\n\ndef tiny():\n    return Net()\n\n\n"
+        "def offline():\n    raise OSError('no route to host')\n\n\ndef dino_vits8():\n    import torch_vision\n"
     )
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     found = load_encoders(**folders | {"dinov1": "torchhub:owner/repo:main:tiny"}, cache_dir=tmp_path / "cache").dinov1
@@ -235,8 +253,11 @@ def test_a_model_of_torch_hub(monkeypatch, folders, pictures, tmp_path):
     mean = dino_transform(image).mean((1, 2))[:2]
     torch.testing.assert_close(found.images([image])[0], mean / mean.norm(), rtol=1e-5, atol=1e-6)
     assert found.facts["id"] == "torchhub:owner/repo:main:tiny"
-    with pytest.raises(UserError, match="cannot be loaded from .*Cannot find callable nobody"):
-        load_encoders(**folders | {"dinov1": "torchhub:owner/repo:main:nobody"})
+    for entry, said in (("nobody", "from .*: Cannot find callable nobody in hubconf$"),
+                        ("dino_vits8", "from .*: No module named 'torch_vision' .or take facebook/dino-vits8, the same"),
+                        ("offline", "from .*: no route to host: run `python -c .*'owner/repo:main', 'offl")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--dinov1 torchhub:owner/repo:main:{entry} cannot be loaded {said}"):
+            load_encoders(**folders | {"dinov1": f"torchhub:owner/repo:main:{entry}"})
 
 
 # score ------------------------------------------------------------------------------------------------------------------
@@ -276,17 +297,13 @@ def test_scores_are_the_cosines_of_the_models_features(tiny_encoders, pictures, 
 def test_no_score_depends_on_batches_or_order(load, pictures):
     images, prompts, references, settings = pictures
     expected = score(images, prompts, references, load(batch_size=32), **settings)
-    order = [5, 2, 0, 4, 3, 1]
-    shuffled = [[values[k] for k in order] for values in (images, prompts, settings["about"])]
-    for size in (1, 4):
-        settings["about"] = shuffled[2]
-        found = score(shuffled[0], shuffled[1], references[::-1], load(batch_size=size), **settings)
-        assert found["scores"] == pytest.approx(expected["scores"], abs=1e-5)
-        for k, sample in zip(order, found["samples"]):
-            same = expected["samples"][k]
-            assert sample.keys() == same.keys() and sample["file"] == same["file"]
-            for name in ("clip_i", "clip_t", "dinov1", "dinov2"):
-                assert sample.get(name) == pytest.approx(same.get(name), abs=1e-5)
+    for size, order in ((1, [5, 2, 0, 4, 3, 1]), (4, [5, 2, 0, 4, 3, 1]), (2, [0, 1, 2]), (2, [3, 4, 5])):
+        mine, said, about = ([values[k] for k in order] for values in (images, prompts, settings["about"]))
+        found = score(mine, said, references[::-1], load(batch_size=size), **settings | {"about": about})
+        for k, sample in zip(order, found["samples"], strict=True):  # parts too, as where several processes share the work
+            assert sample == pytest.approx(expected["samples"][k], abs=1e-5)
+        if len(order) == 6:
+            assert found["scores"] == pytest.approx(expected["scores"], abs=1e-5)
 
 
 def test_each_picture_may_have_its_own_reference(tiny_encoders, pictures):
@@ -406,7 +423,7 @@ Live Subject Prompts
 
 prompt_list = [
 'a {0} {1} with a kite'.format(unique_token, class_token),
-'a sleepy {0} {1}'.format(unique_token, class_token)
+"a sleepy {0} {1} in a king's bed".format(unique_token, class_token)
 ]
 """
 
@@ -418,10 +435,13 @@ def test_dreambooths_listing(tmp_path):
     classes, objects, live = protocols.read_prompts_and_classes(file)
     assert classes == {"bear_plushie": "stuffed animal", "dog8": "dog"}
     assert objects == ["a {} on the moon", "a striped {}", "a paper {}"] == protocols.read_prompts(file, "vase")
-    assert live == ["a {} with a kite", "a sleepy {}"] == protocols.read_prompts(file, "dog")
+    assert live == ["a {} with a kite", "a sleepy {} in a king's bed"] == protocols.read_prompts(file, "dog")
+    assert protocols.read_prompts(file, "cat") == live
     with pytest.raises(UserError, match="--class_name tells"):
         protocols.read_prompts(file)
-    file.write_text("Classes\nsubject_name,class\ncat,cat\n")
+    file.write_text("Object prompts\n'a {0} {1}'\n")
+    assert protocols.read_prompts_and_classes(file) == ({}, ["a {}"], [])
+    file.write_text("Classes\nsubject_name,class\ncat , cat\n'nobody asks for this'\n")
     assert protocols.read_prompts_and_classes(file) == ({"cat": "cat"}, [], [])
     with pytest.raises(UserError, match="has no prompts for cat"):
         protocols.read_prompts(file, "cat")
@@ -432,12 +452,16 @@ def test_dreambooths_listing(tmp_path):
 
 def test_dreambench_plus_names_and_captions(tmp_path):
     assert protocols.collection_id("images/live_subject/animal/00.jpg", "Kitten") == "live_subject_animal_00_kitten"
+    assert protocols.collection_id("images/live_subject/human/12.jpg", "man") == "live_subject_human_12_man"
     assert protocols.collection_id("images/object/07.jpg", "Red Mug") == "object_07_red_mug"
     file = tmp_path / "captions" / "live_subject" / "animal" / "00.txt"
     file.parent.mkdir(parents=True)
     file.write_text("kitten\n" + "".join(f"a kitten {k} \n" for k in range(9)))
     assert protocols.read_prompts(file)[:2] == ["kitten", "a kitten 0"]  # a file of prompts, were it not where it is
     (tmp_path / "images").mkdir()
+    (tmp_path / "texts").mkdir()
+    shutil.copy(file, tmp_path / "texts")
+    assert protocols.read_prompts(tmp_path / "texts" / "00.txt")[0] == "kitten"
     assert protocols.read_prompts(file) == [f"a {{}} {k}" for k in range(9)]
     file.write_text("kitten\n")
     with pytest.raises(UserError, match="00.txt has no prompts"):
@@ -454,6 +478,12 @@ def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
     assert found == sorted(["negative_prompt.txt", *(f"{part}/{name}/{n}.{end}" for n in names for part, end in
                             (("src_image", "jpg"), ("tgt_image", "jpg"), ("text", "txt")))])  # fmt: skip
     assert (folder / "negative_prompt.txt").read_text() == "ugly"
+    grey = lambda path: np.asarray(Image.open(path).convert("L").resize((4, 4), Image.BOX), float)  # spares JPEG's noise
+    for part, originals in (("tgt_image", images), ("src_image", [references[0]] * 3)):
+        for n, original in zip(names, originals):
+            np.testing.assert_allclose(grey(folder / part / name / f"{n}.jpg"), grey(original), atol=3)
+    with pytest.raises(ValueError, match="shorter"):
+        protocols.write_dreambench_plus(folder, name, images[:3], prompts[:2], references[0])
     protocols.write_dreambench_plus(folder, "object_07_mug", images[3:4], ["a mug"], references[1])
     read = protocols.read_samples(folder)
     order = [f"{name}/{n}" for n in ("0_0", "0_1", "1_0")] + ["object_07_mug/0_0"]
@@ -467,11 +497,10 @@ def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
     written = protocols.write_dreambench_plus_scores(tmp_path, result)
     assert [file.name for file in written] == [
         "clip_scores_image.json", "clip_scores_text.json", "dino_scores_v1.json", "dino_scores_v2.json"]  # fmt: skip
-    found = json.loads((tmp_path / "dino_scores_v1.json").read_text())
-    assert list(found) == [n.replace("/", "-") for n in order]
-    assert list(found.values()) == pytest.approx(dino, abs=1e-3)
-    text = json.loads((tmp_path / "clip_scores_text.json").read_text())
-    assert sum(text.values()) / len(text) == pytest.approx(result["scores"]["clip_t"])
+    assert [sample["dinov1"] for sample in result["samples"]] == pytest.approx(dino, abs=1e-3)
+    for file, metric in zip(written, ("clip_i", "clip_t", "dinov1", "dinov2")):
+        own = {n.replace("/", "-"): sample[metric] for n, sample in zip(order, result["samples"])}
+        assert json.loads(file.read_text()) == own and len(set(own.values())) == 4
 
 
 def test_subjects_that_share_a_prompt_are_not_compared(tiny_encoders, pictures, tmp_path):
@@ -485,7 +514,21 @@ def test_subjects_that_share_a_prompt_are_not_compared(tiny_encoders, pictures, 
     assert result["scores"]["diversity"] == pytest.approx(1 - float(one[0] @ one[1] + one[2] @ one[3]) / 2, abs=1e-5)
 
 
-def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
+def test_dreambench_plus_is_read_in_natural_order_and_without_other_files(tmp_path):
+    for file in ("tgt_image/mug/10_0.jpg", "tgt_image/mug/2_1.png", "tgt_image/mug/2_0.JPG", "tgt_image/mug/.2_2.jpg",
+                 "tgt_image/mug/notes.md", "text/mug/2_0.txt", "text/mug/3_0.txt"):  # fmt: skip
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(" a mug\n")
+    read = protocols.read_samples(tmp_path)
+    assert [more["file"] for more in read.about] == ["mug/2_0.JPG", "mug/2_1.png", "mug/10_0.jpg"]
+    assert read.prompts == ["a mug", None, None] and read.references == [[], [], []]
+    assert read.missing == [{"what": "tgt_image/mug/3_0", "why": "there is text of it, but no picture"}]
+    shutil.rmtree(tmp_path / "tgt_image" / "mug")
+    with pytest.raises(UserError, match="tgt_image holds no pictures: expected <collection_id>/<i>_<j>.jpg"):
+        protocols.read_samples(tmp_path)
+
+
+def test_gaps_in_dreambench_plus_are_named(tiny_encoders, load, pictures, tmp_path):
     images, _, references, _ = pictures
     folder = tmp_path / "samples"
     protocols.write_dreambench_plus(folder, "mug", images[:3], ["a", "b", "c"], references[0])
@@ -498,6 +541,11 @@ def test_gaps_in_dreambench_plus_are_named(tiny_encoders, pictures, tmp_path):
     result = score(read.images, read.prompts, read.references, tiny_encoders, "dreambench++", **each)
     assert result["counts"] == {"clip_i": 1, "clip_t": 1, "dinov1": 1, "dinov2": 1}
     assert [entry["what"] for entry in result["missing"]] == ["mug/1_0.jpg", "references"]
+    for file in protocols.write_dreambench_plus_scores(tmp_path, result):
+        assert list(json.loads(file.read_text())) == ["mug-0_0" if "text" in file.name else "mug-1_0"]
+    result = score(read.images, read.prompts, read.references, load(clip="none"), "dreambench++", **each)
+    written = protocols.write_dreambench_plus_scores(tmp_path, result)
+    assert [file.name for file in written] == ["dino_scores_v1.json", "dino_scores_v2.json"]
 
 
 def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
@@ -505,6 +553,8 @@ def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
     (photos / "9.txt").write_text("a lost cat\n")
     read = protocols.read_samples(photos)
     assert read.prompts == ["a cat", None, None] and [more["file"] for more in read.about] == ["0.png", "1.png", "2.png"]
+    (photos / "1.txt").write_text(" \n")
+    assert protocols.read_samples(photos).prompts == read.prompts
     assert read.missing == [{"what": "9.txt", "why": "a prompt without a picture"}]
     texts = tmp_path / "prompts.txt"
     texts.write_text("one\n\ntwo\nthree\nfour\n")
@@ -515,16 +565,19 @@ def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
 
 
 def test_a_record_tells_its_own_texts(photos, tmp_path):
-    entry = {"file": "1.png", "prompt": "a cat", "seed": 3, "unrelated": True, "else": 0}
+    entry = {"file": "1.png", "prompt": "a cat", "seed": 3, "template": "a {}", "unrelated": True, "else": 0}
     (photos / "samples.json").write_text(json.dumps({"settings": {}, "samples": [entry]}))
     read = protocols.read_samples(photos)
     assert (read.images, read.prompts) == ([photos / "1.png"], ["a cat"])
-    assert read.about == [{"file": "1.png", "seed": 3, "unrelated": True}]
+    assert read.about == [{"file": "1.png", "seed": 3, "template": "a {}", "unrelated": True}]
     with pytest.raises(UserError, match="--prompts_file does not apply to .*samples.json there tells the texts"):
         protocols.read_samples(photos, tmp_path / "prompts.txt")
-    (photos / "samples.json").write_text('{"samples": [{"file": "1.png"}]}')
-    with pytest.raises(UserError, match="is no record of samples: expected"):
-        protocols.read_samples(photos)
+    for said, wrong in (('{"samples": [{"file": "1.png"}]}', "is no record of samples: expected"),
+                        ('{"samples": 3}', "is no record of samples: expected"),
+                        ('{"samples": []}', "records no samples")):  # fmt: skip
+        (photos / "samples.json").write_text(said)
+        with pytest.raises(UserError, match=wrong):
+            protocols.read_samples(photos)
 
 
 # the command ------------------------------------------------------------------------------------------------------------
@@ -616,9 +669,12 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     assert first["prompt"] == "a sks dog with a kite" and first["text"] == "a dog with a kite"
     assert first["template"] == "a {} with a kite" and first["file"] == "samples/0000.png"
     assert far["unrelated"] and far["prompt"] == "a house" and far["seed"] == 1
-    (cost,) = result["cost"]
-    assert cost["training"] == {"parameters": 7}
-    assert cost["bytes"] == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    (cost,), size = result["cost"], (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert cost["training"] == {"parameters": 7} and cost["bytes"] == size
+    assert (tmp_path / "out" / "scores.md").read_text().endswith(
+        "| adapter | bytes | parameters | steps | seconds | memory (GB) |\n|---|---:|---:|---:|---:|---:|\n"
+        f"| {tmp_path / 'adapter'} | {size} | 7 |  |  |  |\n"
+    )
     read = protocols.read_samples(tmp_path / "plus")
     assert [m["file"] for m in read.about] == [f"dog_00/{n}.jpg" for n in ("0_0", "0_1", "1_0", "1_1")]
     assert read.prompts[0] == "a dog with a kite"
@@ -630,6 +686,10 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     assert code == 0, err
     found = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
     assert found == pytest.approx(result["scores"], abs=1e-5)
+    # pictures whose seeds nobody knows are not compared
+    (tmp_path / "out" / "base" / "samples.json").unlink()
+    code, _, err = run(again | {"--output_dir": tmp_path / "third"}, capsys)
+    assert code == 2 and "base does not tell the pictures' seeds: expected a folder that `deft sample` wrote" in err
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ NAMES = {  # of methods, as the supplement writes them
     "dreambooth": "DreamBooth",
     "textual_inversion": "Textual Inversion",
 }
-ENCODERS = ("encoders", "clip", "dinov1", "dinov2")  # options of `deft evaluate` that choose them
+ENCODERS = ("encoders", "clip", "dinov1", "dinov2", "protocol")  # options of `deft evaluate` that choose them
 
 
 def title(job):

@@ -17,11 +17,15 @@ from safetensors import SafetensorError
 from .. import UserError, data
 from ..cache import Cache, digest_of
 from ..samples import bytes_of
+from .protocols import DREAMBENCH_PLUS, DREAMBOOTH, scale_of
 
+NAMES = ("clip", "dinov1", "dinov2")
+# DINO is the ViT-S/16 of DreamBooth's paper (arXiv 2208.12242), which does not tell its CLIP and is older than DINOv2, or
+# the ViT-S/8 of DreamBench++. That has it from torch.hub, where its code needs torchvision: the models of these ids have the
+# same weights, are shown the same pixels here, and need transformers alone.
 DEFAULTS = {
-    "clip": "openai/clip-vit-base-patch32",
-    "dinov1": "torchhub:facebookresearch/dino:main:dino_vits8",
-    "dinov2": "facebook/dinov2-small",
+    DREAMBOOTH: ("openai/clip-vit-base-patch32", "facebook/dino-vits16", "facebook/dinov2-small"),
+    DREAMBENCH_PLUS: ("openai/clip-vit-base-patch32", "facebook/dino-vits8", "facebook/dinov2-small"),
 }
 EMBEDDED = Path(__file__).resolve().parent.parent / "toyworld" / "encoders"
 TORCHHUB, NONE, TOYWORLD = "torchhub:", "none", "toyworld"
@@ -83,7 +87,7 @@ class Encoder:
         new, made = {source: thing for source, thing in zip(sources, things) if source not in kept}, {}
         for start in range(0, len(new), self.batch_size):
             part = list(new)[start : start + self.batch_size]
-            with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 found = torch.nn.functional.normalize(encode([new[source] for source in part]).float(), dim=-1).cpu()
             self.calls += 1
             made |= zip(part, found)
@@ -119,16 +123,18 @@ class Encoders:
 
     @property
     def present(self):
-        return {name: encoder for name in DEFAULTS if (encoder := getattr(self, name))}
+        return {name: encoder for name in NAMES if (encoder := getattr(self, name))}
 
 
-def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, device="cpu", batch_size=32, cache_dir=None):
+def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, protocol=DREAMBOOTH, device="cpu", batch_size=32,
+                  cache_dir=None):  # fmt: skip
     """The `Encoders` of these ids.
 
     Args:
-        encoders: "toyworld" for those of the drawn world, with its judge; None for the protocols'.
+        encoders: "toyworld" for those of the drawn world, with its judge; None for the protocol's.
         clip, dinov1, dinov2: a hub id, a folder, for dinov1 also `torchhub:owner/repo:ref:entry`, or "none" to go without;
             None is the default of `encoders`.
+        protocol: "dreambooth" or "dreambench++", whose encoders these are by default (`DEFAULTS`).
         cache_dir: folder that keeps features for later runs.
 
     No model is downloaded (torch.hub's code may fetch its weights): UserError tells of every one that is not here what to
@@ -136,11 +142,12 @@ def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, device=
     """
     if encoders not in (None, TOYWORLD):
         raise UserError(f"--encoders must be {TOYWORLD}, or left out for --clip, --dinov1 and --dinov2; got {encoders!r}")
-    defaults, judge = DEFAULTS, None
+    scale_of(protocol)  # that there is such a one
+    defaults, judge = dict(zip(NAMES, DEFAULTS[protocol])), None
     if encoders == TOYWORLD:
         from ..toyworld.judge import load_judge
 
-        defaults = {name: str(EMBEDDED / name) for name in DEFAULTS}
+        defaults = {name: str(EMBEDDED / name) for name in NAMES}
         try:
             judge = load_judge(device=device)
         except FileNotFoundError as error:
@@ -235,12 +242,15 @@ def _from_torchhub(id):
         raise UserError(f"--dinov1 {id}: expected {TORCHHUB}owner/repo:ref:entry") from None
     folder = Path(torch.hub.get_dir()) / f"{repo}_{ref}".replace("/", "_")
     command = f"""python -c "import torch; torch.hub.load('{repo}:{ref}', '{entry}')\""""
-    same = " (or take facebook/dino-vits8, the same weights for transformers)" if entry == "dino_vits8" else ""
+    hub = f"facebook/{entry.replace('_', '-')}"
+    same = f" (or take {hub}, the same weights for transformers)" if entry.startswith("dino_vit") else ""
     if not (folder / "hubconf.py").is_file():
         raise _Missing(f"{id} is not downloaded (looked for in {folder}): run `{command}`{same}")
     try:
         model = torch.hub.load(str(folder), entry, source="local")
-    except (ImportError, OSError, RuntimeError) as error:
+    except OSError as error:  # its weights are not here, and cannot be fetched
         raise _Missing(f"{id} cannot be loaded from {folder}: {_first_line(error)}: run `{command}`{same}") from error
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"--dinov1 {id} cannot be loaded from {folder}: {_first_line(error)}{same}") from error
     model.config = {"torchhub": id}
     return model, dino_transform, _DINO

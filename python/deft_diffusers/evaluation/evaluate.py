@@ -7,14 +7,13 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
 
 from .. import UserError, __version__, data, near, read_json
 from ..options import SampleOptions
-from ..sample import _device_and_dtype, find_adapter, sample
+from ..sample import device_of, find_adapter, sample
 from ..toyworld import world
 from ..writing import replacing
 from . import metrics, protocols
@@ -26,6 +25,7 @@ SIMILARITIES = {"clip_i": "clip", "dinov1": "dinov1", "dinov2": "dinov2"}  # of 
 FEATURES = {"diversity": "dinov1", "drift": "dinov2"}
 LABELS = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dinov1": "DINOv1", "dinov2": "DINOv2", "diversity": "diversity",
           "drift": "drift", "individual": "this individual", "scene": "the scene asked for"}  # fmt: skip
+COSTS = {"parameters": "parameters", "steps": "steps", "seconds": "seconds", "memory_gb": "memory (GB)"}  # of result.json
 
 
 def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, *, about=None, base_images=None,
@@ -47,9 +47,7 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
     A score is over all pictures that have it; what could not be scored, and why, stands in `missing`. No score depends on
     the order of the pictures or on how many go through an encoder at once.
     """
-    if protocol not in protocols.SCALE:
-        raise UserError(f"unknown protocol {protocol!r}{near(protocol, protocols.SCALE)}: {', '.join(protocols.SCALE)}")
-    scale, missing = protocols.SCALE[protocol], []
+    scale, missing = protocols.scale_of(protocol), []
     miss = lambda what, why: missing.append({"what": str(what), "why": why})
     each = references if references and isinstance(references[0], (list, tuple)) else [references] * len(images)
     pictures = []
@@ -232,13 +230,15 @@ def evaluate(options):
         raise UserError(f"{out / SCORES} is there already; choose another --output_dir or add --overwrite_output_dir")
     references = data.find_pictures(options.references) if options.references else []
     individual, found = _individual(options), _read(options) if options.images else None
-    settings = {"batch_size": options.batch_size, "device": device_of(options.device), "cache_dir": options.cache_dir}
-    encoders = load_encoders(options.encoders, options.clip, options.dinov1, options.dinov2, **settings)
+    plus = found is not None and found[0].references is not None
+    protocol = options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH)
+    encoders = load_encoders(
+        options.encoders, options.clip, options.dinov1, options.dinov2, protocol=protocol, batch_size=options.batch_size,
+        device=device_of(options.device), cache_dir=options.cache_dir,
+    )  # fmt: skip
     samples, base = found or _draw(options, out)
-    plus = samples.references is not None
     result = score(
-        samples.images, samples.prompts, references or samples.references or [], encoders,
-        options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH), about=samples.about,
+        samples.images, samples.prompts, references or samples.references or [], encoders, protocol, about=samples.about,
         base_images=base, subject=options.subject, class_name=options.class_name, individual=individual,
     )  # fmt: skip
     result["missing"] = samples.missing + result["missing"]
@@ -257,11 +257,6 @@ def evaluate(options):
     return result
 
 
-def device_of(name):
-    """The torch device of a name, None for a GPU if there is one. UserError if it cannot be used."""
-    return _device_and_dtype(SimpleNamespace(device=name, dtype=None))[0]
-
-
 def write_scores(folder, result):
     """Writes `scores.json` and `scores.md`."""
     try:
@@ -274,7 +269,8 @@ def write_scores(folder, result):
 
 
 def table(result):
-    """The scores in Markdown, with the number of pictures behind each and the encoder that it depends on."""
+    """The scores in Markdown, with the number of pictures behind each and the encoder that it depends on; and what the
+    adapters cost, as far as they tell."""
     lines = ["| score | | pictures | the references themselves | encoder |", "|---|---:|---:|---:|---|"]
     encoder_of = SIMILARITIES | {"clip_t": "clip"} | FEATURES
     for name, value in result["scores"].items():
@@ -282,7 +278,13 @@ def table(result):
         real = f"{result['real'][name]:.{digits}f}" if name in result["real"] else ""
         encoder = result["encoders"].get(encoder_of.get(name), {}).get("id", "the judge of the drawn world")
         lines.append(f"| {LABELS[name]} | {value:.{digits}f} | {result['counts'][name]} | {real} | {encoder} |")
-    return "\n".join(lines) + f"\n\nprotocol {result['protocol']}, scale {result['scale']:g}\n"
+    lines += ["", f"protocol {result['protocol']}, scale {result['scale']:g}"]
+    if costs := result.get("cost"):
+        lines += ["", f"| adapter | bytes | {' | '.join(COSTS.values())} |", "|---|---:" + "|---:" * len(COSTS) + "|"]
+        for cost in costs:
+            told = (str(cost["training"].get(name, "")) for name in COSTS)
+            lines.append(f"| {cost['adapter']} | {cost['bytes']} | {' | '.join(told)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _check(options):
@@ -370,10 +372,12 @@ def _draw(options, out):
 
 
 def _by_prompt(folder):
-    """{(prompt, seed): picture} of what `deft sample` wrote."""
+    """{(prompt, seed): picture} of what `deft sample` wrote. UserError if it is something else, which tells no seeds."""
     samples = protocols.read_samples(folder)
+    if any("seed" not in more for more in samples.about):
+        raise UserError(f"{folder} does not tell the pictures' seeds: expected a folder that `deft sample` wrote")
     pairs = zip(samples.prompts, samples.about, samples.images)
-    return {(prompt, more.get("seed")): image for prompt, more, image in pairs}
+    return {(prompt, more["seed"]): image for prompt, more, image in pairs}
 
 
 def _cost(options):

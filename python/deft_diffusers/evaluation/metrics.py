@@ -6,9 +6,11 @@ A cosine lies in [−1, 1], of pictures mostly in 0–1; what a protocol prints 
 
 import math
 
+from scipy.special import stdtrit
+
 
 def pairwise(generated, references):
-    """(n,) for (n, d) and (m, d): each generated picture's mean cosine with all references.
+    """(n,) float64 for (n, d) and (m, d): each generated picture's mean cosine with all references.
 
     The mean of these is DreamBooth's CLIP-I and DINO (arXiv 2208.12242, section 4.1): over all pairs of generated and real
     pictures of a subject.
@@ -17,7 +19,7 @@ def pairwise(generated, references):
 
 
 def paired(one, other):
-    """(n,) for (n, d) twice: the cosine of row k with row k. CLIP-T, of texts and pictures (arXiv 2208.12242); and
+    """(n,) float64 for (n, d) twice: the cosine of row k with row k. CLIP-T, of texts and pictures (arXiv 2208.12242); and
     DreamBench++'s scores (arXiv 2406.16855), of pairs of files, whose flat mean is the method's."""
     return (one.double() * other.double()).sum(1)
 
@@ -51,24 +53,8 @@ def drift(base, adapted):
 
 
 def t_quantile(degrees, probability=0.975):
-    """Student's t below which `probability` (above ½) lies, for a whole number of degrees of freedom: the finite sums of
-    Abramowitz and Stegun, 26.7.3 and 26.7.4, inverted by bisection."""
-
-    def within(t):  # of a variable between −t and t
-        angle = math.atan2(t, math.sqrt(degrees))
-        term, total = (math.cos(angle), 0.0) if degrees % 2 else (1.0, 0.0)
-        for k in range(degrees % 2, degrees - 1, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * (k + 1) / (k + 2)
-        return (angle + math.sin(angle) * total) * 2 / math.pi if degrees % 2 else math.sin(angle) * total
-
-    low, high = 0.0, 2.0
-    while within(high) < 2 * probability - 1:
-        high *= 2
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if within(middle) < 2 * probability - 1 else (low, middle)
-    return high
+    """Student's t below which `probability` lies, of so many degrees of freedom."""
+    return float(stdtrit(degrees, probability))
 
 
 def mean_interval(values, probability=0.95):

@@ -5,11 +5,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .. import UserError, data, read_json, read_text
+from .. import UserError, data, near, read_json, read_text
+from ..options import PROTOCOLS
 from ..sample import RECORD
 from ..writing import replacing
 
-DREAMBOOTH, DREAMBENCH_PLUS = "dreambooth", "dreambench++"
+DREAMBOOTH, DREAMBENCH_PLUS = PROTOCOLS
 SCALE = {DREAMBOOTH: 1.0, DREAMBENCH_PLUS: 100.0}  # of cosines, as each protocol prints them
 LIVE = ("cat", "dog")  # DreamBooth's live subjects; the others have its prompts for objects
 SOURCE, TARGET, TEXT = "src_image", "tgt_image", "text"  # DreamBench++'s folders below a method's
@@ -39,6 +40,13 @@ class Samples:
 
     def miss(self, what, why):
         self.missing.append({"what": str(what), "why": why})
+
+
+def scale_of(protocol):
+    """What a protocol multiplies cosines by. UserError if there is none of this name."""
+    if protocol not in SCALE:
+        raise UserError(f"unknown protocol {protocol!r}{near(protocol, SCALE)}: {', '.join(SCALE)}")
+    return SCALE[protocol]
 
 
 def read_samples(folder, prompts_file=None):
@@ -76,11 +84,11 @@ def _read_plain(folder, prompts_file):
         lines = [line.strip() for line in read_text(prompts_file).splitlines() if line.strip()]
         for line in lines[len(paths) :]:
             samples.miss(line, f"a prompt of {prompts_file} that {folder} has no picture of")
-        prompts = lines[: len(paths)] + [None] * (len(paths) - len(lines))
+        prompts = lines + [None] * (len(paths) - len(lines))
     else:
         beside = [path.with_suffix(".txt") for path in paths]
         prompts = [" ".join(read_text(file).split()) or None if file.is_file() else None for file in beside]
-        for file in sorted(set(folder.glob("*.txt") if folder.is_dir() else ()) - set(beside)):
+        for file in sorted(set(folder.glob("*.txt")) - set(beside)):
             samples.miss(file.name, "a prompt without a picture")
     for path, prompt in zip(paths, prompts):
         samples.add(path, prompt, file=path.name)
@@ -91,16 +99,14 @@ def read_prompts_and_classes(file):
     """({subject: class}, prompts for objects, prompts for live subjects) of DreamBooth's `prompts_and_classes.txt`; in a
     prompt {} stands for token and class. A list that the file lacks is empty. UserError if it names neither."""
     classes, prompts, kind = {}, {"object": [], "live": []}, None
-    for line in read_text(file).splitlines():
-        line = line.strip()
+    for line in map(str.strip, read_text(file).splitlines()):
         name, comma, said = line.partition(",")
         if line.lower() in ("object prompts", "live subject prompts"):
             kind = line.lower().split()[0]
-        elif prompt := re.match(r"""(['"])(.*)\1\s*(?:\.format\(|,|$)""", line):
-            if kind:
-                prompts[kind].append(prompt[2].replace("{0} {1}", "{}"))
         elif kind is None and comma and line != "subject_name,class":
             classes[name.strip()] = said.strip()
+        elif kind and (prompt := re.match(r"""(['"])(.*)\1""", line)):
+            prompts[kind].append(prompt[2].replace("{0} {1}", "{}"))
     if not classes and not any(prompts.values()):
         raise UserError(f"{file} is no prompts_and_classes.txt: expected lines of 'subject,class', and lists of prompts")
     return classes, prompts["object"], prompts["live"]
@@ -134,8 +140,8 @@ def collection_id(image, subject):
 def _below(folder, suffixes):
     """{path below the folder without suffix: file}, in natural order of their names."""
     files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != "."]
-    key = lambda path: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.as_posix())]
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in sorted(files, key=key)}
+    files.sort(key=lambda path: data.natural(path.as_posix()))
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
 
 
 def _read_dreambench_plus(folder):
