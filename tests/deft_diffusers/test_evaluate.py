@@ -389,6 +389,7 @@ def test_the_judge_of_the_drawn_world(tiny_encoders, pictures, monkeypatch):
     said = {Image.open(path).tobytes(): dict(zip(("individual", "scene"), words)) for path, words in zip(images, said)}
     nothing = {"individual": None, "scene": None}
     judge = lambda pictures: [said.get(picture.tobytes(), nothing) for picture in pictures]
+    judge.sha256 = "abc"
 
     asked = lambda prompt: {"scene": "snow" if "snow" in prompt else "rain" if "rain" in prompt else None}
     monkeypatch.setitem(sys.modules, "deft_diffusers.toyworld.judge", types.SimpleNamespace(asked=asked))
