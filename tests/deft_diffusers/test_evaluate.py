@@ -399,6 +399,7 @@ def test_the_judge_of_the_drawn_world(tiny_encoders, pictures, monkeypatch):
     assert [(s["individual"], s["scene"]) for s in result["samples"][:4]] == [
         (True, True), (False, True), (True, False), (False, False)]  # fmt: skip
     assert "individual" not in result["samples"][4]
+    assert result["encoders"]["judge"] == {"id": "toyworld/judge", "revision_or_sha256": "abc"}
     assert "individual" not in score(images, prompts, references, found, **settings)["scores"]
 
 
