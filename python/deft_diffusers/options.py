@@ -377,9 +377,9 @@ class EvaluateOptions:
         "Protocol and encoders", "hub id, folder, or none (default: openai/clip-vit-base-patch32)", None, metavar="MODEL"
     )
     dinov1: str | None = option(
-        "Protocol and encoders", "hub id, folder, torchhub:owner/repo:ref:entry, or none (default: as published, for "
-        "dreambooth facebook/dino-vits16, for dreambench++ facebook/dino-vits8, whose figures do not compare; there it is "
-        "torchhub:facebookresearch/dino:main:dino_vits8, the same weights, which need torchvision)", None, metavar="MODEL",
+        "Protocol and encoders", "hub id, folder, torchhub:owner/repo:ref:entry, or none (default: what the "
+        "protocol's authors took, for dreambooth facebook/dino-vits16, for dreambench++ facebook/dino-vits8: the weights of "
+        "torchhub:facebookresearch/dino:main:dino_vits8 without its need of torchvision; the two do not compare)", None, metavar="MODEL",
     )  # fmt: skip
     dinov2: str | None = option(
         "Protocol and encoders", "hub id, folder, or none (default: facebook/dinov2-small)", None, metavar="MODEL"
@@ -392,9 +392,7 @@ class EvaluateOptions:
     device: str | None = option(
         "Protocol and encoders", "such as cpu or cuda:1 (default: a GPU if there is one)", None, metavar="DEVICE"
     )
-    cache_dir: str | None = option(
-        "Protocol and encoders", "folder that keeps features for later runs", None, metavar="DIR"
-    )
+    cache_dir: str | None = option("Protocol and encoders", "folder that keeps features for later runs", None, metavar="DIR")
 
     output_dir: str = option("Files", "where scores.json and scores.md go, and what is drawn", metavar="DIR")
     overwrite_output_dir: bool = option("Files", "replace the scores, and the samples, that it holds", False)

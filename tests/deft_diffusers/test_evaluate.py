@@ -608,7 +608,7 @@ def test_help_tells_every_option(capsys):
 
 
 def test_a_folder_of_pictures_by_the_command(flags, pictures, photos, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("a cat\na cat\na dog\n")
+    (tmp_path / "prompts.txt").write_text("a cat\na cat\na dog\na cow\n")
     more = {"--prompts_file": tmp_path / "prompts.txt", "--references": pictures[2][0]}
     code, out, err = run(flags | more, capsys)
     assert code == 0, err
@@ -616,6 +616,7 @@ def test_a_folder_of_pictures_by_the_command(flags, pictures, photos, tmp_path, 
     assert result["counts"] == {"clip_i": 3, "clip_t": 3, "dinov1": 3, "dinov2": 3, "diversity": 3}
     assert f"| CLIP-I | {result['scores']['clip_i']:.4f} | 3 |" in out and "protocol dreambooth, scale 1" in out
     assert out.startswith((tmp_path / "out" / "scores.md").read_text())
+    assert [entry["what"] for entry in result["missing"]] == ["a cow"] and "missing: a cow: a prompt of" in err
     code, _, err = run(flags | more, capsys)
     assert code == 2 and "scores.json is there already" in err and "--overwrite_output_dir" in err
     assert run(flags | more | {"--overwrite_output_dir": None}, capsys)[0] == 0
@@ -647,6 +648,19 @@ def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     assert list(json.loads((tmp_path / "out" / "clip_scores_image.json").read_text())) == ["mug-0_0", "mug-1_0"]
 
 
+@pytest.mark.parametrize(
+    "plus, protocol, dino",
+    [(False, None, "vits16"), (True, None, "vits8"), (False, "dreambench++", "vits8"), (True, "dreambooth", "vits16")],
+    ids=["plain", "layout", "asked", "asked-of-layout"],
+)
+def test_each_protocol_has_its_own_dino(flags, pictures, plus, protocol, dino, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    protocols.write_dreambench_plus(tmp_path / "deft", "mug", pictures[0][:1], ["a mug"], pictures[2][0])
+    words = flags | ({"--images": tmp_path / "deft"} if plus else {}) | ({"--protocol": protocol} if protocol else {})
+    code, _, err = run({name: value for name, value in words.items() if name != "--dinov1"}, capsys)
+    assert code == 2 and f"--dinov1 facebook/dino-{dino} is not downloaded" in err and "--clip" not in err
+
+
 def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     """The embedded model, adapted at random; prompts of DreamBooth's listing; the pictures in DreamBench++'s layout too."""
     model = load_family("toyworld", torch.float32).model
@@ -673,7 +687,8 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     assert far["unrelated"] and far["prompt"] == "a house" and far["seed"] == 1
     (cost,), size = result["cost"], (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert cost["training"] == {"parameters": 7} and cost["bytes"] == size
-    assert (tmp_path / "out" / "scores.md").read_text().endswith(
+    told = (tmp_path / "out" / "scores.md").read_text()
+    assert told.endswith(
         "| adapter | bytes | parameters | steps | seconds | memory (GB) |\n|---|---:|---:|---:|---:|---:|\n"
         f"| {tmp_path / 'adapter'} | {size} | 7 |  |  |  |\n"
     )
@@ -688,6 +703,13 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
     assert code == 0, err
     found = json.loads((tmp_path / "again" / "scores.json").read_text())["scores"]
     assert found == pytest.approx(result["scores"], abs=1e-5)
+    # the base model by itself has forgotten nothing, and is not drawn twice
+    alone = {name: value for name, value in words.items() if name not in ("--adapter", "--dreambench_plus_dir")}
+    alone |= {"--num_images_per_prompt": 1, "--output_dir": tmp_path / "alone"}
+    code, _, err = run(alone, capsys)
+    assert code == 0 and not (tmp_path / "alone" / "base").exists(), err
+    found = json.loads((tmp_path / "alone" / "scores.json").read_text())
+    assert "drift" not in found["scores"] and found["cost"] == [] == found["missing"]
     # pictures whose seeds nobody knows are not compared
     (tmp_path / "out" / "base" / "samples.json").unlink()
     code, _, err = run(again | {"--output_dir": tmp_path / "third"}, capsys)
