@@ -230,10 +230,17 @@ def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
     assert there == [True, False, False, True, True, True]  # base, lora and para: of both subjects, and of one
     (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
     assert base["scores"]["clip_i"] and "00.png" in base["missing"][0]["what"]  # of the one reference that can be read
-    assert (root / "report.html").is_file()
+    assert (root / "report.html").is_file() and not (root / "cat" / "lora-r2-seed0" / "scores.json").exists()
 
     kept.write_bytes(picture)
     assert compare(o) == 0 and texts_of(o)["table1.md"] == texts_of(whole)["table1.md"]
+    assert not any(row["missing"] for row in results_of(o)["rows"])
+    (root / "cat" / "base" / "scores.json").unlink()
+    for file in kept.parent.glob("*.png"):
+        file.unlink()
+    assert compare(o) == 0
+    (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
+    assert base["missing"][0]["what"] == "references" and str(kept.parent) in base["missing"][0]["why"]
 
 
 def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands, monkeypatch, tmp_path):
@@ -263,10 +270,12 @@ def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands
     assert para(after)["clip_i"] == pytest.approx(100 * other["clip_i"], abs=1e-3)
     assert "printed CLIP-T" in (root / "table2.csv").read_text()
 
-    fewer = {"prompts": ["a photo of {}"], "shown": ["a {} on a hill"], "unrelated": ["a blue car"]}  # the same pictures
+    fewer = {"prompts": ["a photo of {}"], "shown": ["a {} on a hill"], "unrelated": ["a blue car"],
+             "evaluate": evaluate}  # fmt: skip
     assert compare(small(**fewer)) == 0 and not commands
     scored = [json.loads(file.read_text()) for file in root.glob("*/*/scores.json")]
     assert all({s.get("template") for s in file["samples"]} <= {"a photo of {}", None} for file in scored)
+    assert [file["samples"][0].get("text") for file in scored].count("a photo of dog") == 4  # all but the base model's
     assert para(results_of(o))["drift"] == pytest.approx(other["drift"], abs=1e-5)
     load = module._load
     judge = SimpleNamespace(sha256="of another judge")
