@@ -379,7 +379,8 @@ class EvaluateOptions:
     dinov1: str | None = option(
         "Protocol and encoders", "hub id, folder, torchhub:owner/repo:ref:entry, or none (default: what the "
         "protocol's authors took, for dreambooth facebook/dino-vits16, for dreambench++ facebook/dino-vits8: the weights of "
-        "torchhub:facebookresearch/dino:main:dino_vits8 without its need of torchvision; the two do not compare)", None, metavar="MODEL",
+        "torchhub:facebookresearch/dino:main:dino_vits8 without its need of torchvision; the two do not compare)",
+                None, metavar="MODEL",
     )  # fmt: skip
     dinov2: str | None = option(
         "Protocol and encoders", "hub id, folder, or none (default: facebook/dinov2-small)", None, metavar="MODEL"

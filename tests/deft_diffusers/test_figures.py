@@ -20,6 +20,7 @@ from deft_diffusers.evaluation.figures import (
     at_print_size,
     draw_all,
     draw_figure,
+    draw_grid,
     find_job,
     plots,
     points,
@@ -128,6 +129,19 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(drawn, capsys):
     assert sum(len(axes.images) for axes in figure.axes) == 3  # two photographs, one picture
     assert "training seed 1" in " ".join(texts(figure))
     assert find_job(results, "cat", "base", 1)["job"] == "cat/base"  # which has one seed, for every figure
+
+
+def test_names_of_several_lines_stay_on_the_page_and_off_the_pictures():
+    picture = Image.new("RGB", (64, 64), "red")
+    names = ["live_subject_animal_00_kitten", "live_subject_animal_03_horse"]
+    with matplotlib.rc_context(STYLE):
+        figure = draw_grid([(name, picture, [("DEFT", [picture])]) for name in names], ["a [V]"], "Figure 3", "")
+    shown = [text for text in figure.texts if re.search("live|00|03", text.get_text())]
+    assert [text.get_text() for text in shown] == ["live subject animal", "00 kitten", "live subject animal", "03 horse"]
+    for text in shown:
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y1 <= figure.bbox.height
+        assert not any(box.overlaps(axes.bbox) for axes in figure.axes)
 
 
 def test_pictures_that_are_not_scored_are_shown(drawn, tmp_path):

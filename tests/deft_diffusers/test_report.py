@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -113,7 +114,12 @@ def test_everything_is_on_the_page(visit, comparison):
     assert page.locator("#gallery .shot").count() == photographs + drawn
     assert page.locator("output").inner_text() == f"{photographs + drawn} of {photographs + drawn} pictures"
     assert page.locator(".plot svg").count() == 3
-    pictures = "all => all.filter(image => image.complete && image.naturalWidth > 0).length"
+    assert page.locator("main img:not([loading=lazy])").count() == 0  # a page of thousands decodes what is looked at
+    pictures = """async all => {
+        for (const image of all) image.loading = "eager";
+        await Promise.all(all.map(image => image.decode()));
+        return all.filter(image => image.naturalWidth > 0).length;
+    }"""
     assert page.locator("main img").evaluate_all(pictures) == photographs + drawn - 1 + 2 + 1  # one gone, strip, figure
     for said in ("c7afd82", "AMD EPYC, 2 threads", "0123456789abcdef", "2.13.0", "learning_rate", "protocol", "dreambooth"):
         assert said in page.locator("main").inner_text()
@@ -178,6 +184,12 @@ def test_a_click_shows_a_picture_and_the_keys_go_on(visit, comparison):
     assert dialog.is_visible()
     page.get_by_text("close").click()
     assert not dialog.is_visible()
+    page.locator("#gallery button.shot").first.click()
+    page.keyboard.press("ArrowLeft")  # round to the last
+    counted = page.locator("#gallery button.shot").count()
+    assert page.locator("dialog .bar span").inner_text() == f"{counted} / {counted}"
+    page.mouse.click(5, 5)  # beside it
+    assert not dialog.is_visible()
     thumb(page, "DEFT (rank=8)", UNRELATED).click()
     assert "unrelated to the subject" in page.locator("dialog .facts").inner_text()
 
@@ -213,6 +225,11 @@ def test_tables_are_sorted_by_a_click(visit):
         numbers = [float(text.split()[0]) for text in shown if text[0] != "—"]
         assert len(numbers) == 3 and numbers == sorted(numbers, key=lambda n: sign * n)
         assert all(text[0] == "—" for text in shown[3:])  # what is missing, last
+    noted = page.locator("#table1 tbody td:last-child", has_text="0.8780")
+    assert noted.locator("sup").count() == 1 and noted.get_attribute("data-value") == "0.8780"  # without the note's number
+    noted.evaluate("cell => { cell.dataset.value = 2; }")
+    page.locator("#table1 th", has_text="printed DOG8").locator("button").click()
+    assert column(page, 0)[0] == "PaRa (rank=4)"
     names = page.locator("#table1 th").first
     names.locator("button").focus()
     page.keyboard.press("Enter")
@@ -239,6 +256,21 @@ def test_filters_hide_what_is_not_wanted(visit):
     for name in report.FILTERS:
         page.select_option(f"select[name={name}]", "")
     assert visible.count() == page.locator("#gallery .shot").count()
+
+
+def test_a_page_of_many_pictures_begins_with_some(tmp_path, browser):
+    results = write_comparison(tmp_path, ("cat", "dog"), ROWS[:2], (0, 1), {PLAIN: "field"})
+    for record in (*tmp_path.rglob("samples.json"), *tmp_path.rglob("scores.json")):
+        told = json.loads(record.read_text())
+        told["samples"] = [told["samples"][0] | {"seed": k} for k in range(40)]
+        record.write_text(json.dumps(told))
+    page = browser.new_page()
+    page.goto(report.write(tmp_path, results).as_uri())
+    assert [page.locator(f"select[name={name}]").input_value() for name in report.FILTERS] == ["cat", "", "0", ""]
+    assert page.locator("output").inner_text() == "83 of 246 pictures"  # photographs, base, DEFT
+    page.select_option("select[name=seed]", "")
+    assert page.locator("output").inner_text() == "123 of 246 pictures"
+    page.close()
 
 
 def test_points_tell_what_they_are_to_mouse_and_keyboard(visit):
@@ -294,6 +326,11 @@ def test_it_is_accessible(visit):
     assert len(ids) == len(set(ids))
     markers = "all => all.every(use => document.getElementById(use.href.baseVal.slice(1)))"
     assert page.locator(".plot use").evaluate_all(markers)
+    assert page.get_by_role("rowheader", name="DEFT (rank=8)").count() >= 2
+    assert page.get_by_role("button", name=alt, exact=True).count() == 1  # the prompt is not read twice
+    for note in page.locator("sup a").all():
+        target = page.locator(f"[id='{note.get_attribute('href')[1:]}']")
+        assert target.inner_text() == note.get_attribute("title")
     for select in page.locator("select").all():
         assert select.evaluate("select => select.labels.length") == 1
 
@@ -303,8 +340,24 @@ def test_it_is_accessible(visit):
 
 def test_a_page_of_one_seed_claims_no_interval(tmp_path):
     results = write_comparison(tmp_path, ("cat",), ROWS[:2], (3,), {PLAIN: "field"})
-    (text,) = re.findall(r"There is only [^<]*", report.write(tmp_path, results).read_text())
-    assert text == "There is only 1 training seed (3): no interval can be given, and no difference told from chance."
+    (text,) = re.findall(r"No row has [^<]*", report.write(tmp_path, results).read_text())
+    assert text == (
+        "No row has more than one of the training seed (3): no interval can be given, and no difference told from chance."
+    )
+
+
+SEEDS = {
+    "all": ([0, 1, 2], "a mean over 3 training seeds (0, 1, 2); ±", "2.48 standard deviations with 3 seeds. Where"),
+    "some": ([0], "a mean over 1 to 3 training seeds (0, 1, 2); ±", "with 3 seeds, and is not known with one. Where"),
+}
+
+
+@pytest.mark.parametrize("case", SEEDS)
+def test_the_page_says_how_many_seeds_a_row_has(case):
+    others, *wanted = SEEDS[case]
+    jobs = [{"part": "", "subject": "cat", "row": name, "method": "deft", "seed": seed, "scores": {"clip_i": 1}}
+            for name, seeds in (("DEFT", [0, 1, 2]), ("other", others)) for seed in seeds]  # fmt: skip
+    assert all(text in report._noise({"rows": jobs})[0] for text in wanted)
 
 
 @pytest.fixture
@@ -320,7 +373,8 @@ def noise(tmp_path):
 def test_pictures_are_as_large_as_the_budget_allows(noise):
     files, size = noise
     assert report.choose_side(files, 3.1 * size) is None
-    assert report.choose_side(files, 2.9 * size) == 512
+    assert report.choose_side(files, 2.9 * size) == 1024  # as JPEG, of the same size
+    assert report.choose_side(files, 0.1 * size) == 128
     assert report.choose_side(files, 0) == report.SIDES[-1]
     assert report.choose_side([], 0) is None
 
@@ -329,18 +383,49 @@ def test_embedded_pictures_are_files_or_small_jpegs(noise):
     (file, *_), _ = noise
     kind, data = report.encode(file, None).split(";base64,")
     assert (kind, base64.b64decode(data)) == ("data:image/png", file.read_bytes())
-    assert report.encode(file, 600) == report.encode(file, None)
+    whole = Image.open(io.BytesIO(base64.b64decode(report.encode(file, 600).split(",")[1])))
+    assert (whole.format, whole.size, whole.layer[0][1:3]) == ("JPEG", (300, 600), (1, 1))  # colours are not thinned out
     kind, data = report.encode(file, 256).split(";base64,")
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     assert (kind, image.format, image.size) == ("data:image/jpeg", "JPEG", (128, 256))
 
 
-def test_a_page_over_the_budget_says_so(noise):
-    files, size = noise
-    missing, shots = [], [{"path": file, "file": file.name} for file in files]
-    said = report._embed(shots, missing, size)
-    assert re.search(r"at most (512|256|128) pixels wide and high", said)
-    assert sum(len(shot["uri"]) for shot in shots) <= size and missing == []
+def test_flat_drawings_stay_as_they_are(tmp_path):
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "red.png")
+    assert report.encode(tmp_path / "red.png", 512) == report.encode(tmp_path / "red.png", None)
+
+
+def test_photographs_are_shown_as_any_browser_and_camera_has_them(tmp_path):
+    image = Image.new("RGB", (64, 32), "red")
+    image.save(tmp_path / "print.tif")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.resize((640, 320)).save(tmp_path / "turned.jpg", exif=exif)
+    kind, data = report.encode(tmp_path / "print.tif", None).split(";base64,")
+    assert (kind, Image.open(io.BytesIO(base64.b64decode(data))).size) == ("data:image/jpeg", (64, 32))
+    _, data = report.encode(tmp_path / "turned.jpg", 64).split(";base64,")
+    assert Image.open(io.BytesIO(base64.b64decode(data))).size == (32, 64)
+
+
+@pytest.mark.parametrize("side", [64, 600])
+def test_a_page_over_the_budget_is_made_smaller_and_says_so(tmp_path, side):
+    rng = np.random.default_rng(0)
+    shots, missing = [], []
+    for k in range(3):
+        shots.append({"path": tmp_path / f"{k}.png", "file": f"{k}.png"})
+        Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(shots[-1]["path"])
+    budget = 0.9 * 4 * side * side * len(shots)  # three bytes a pixel are four as text
+    said = report._embed(shots, missing, budget)
+    assert re.search(r"are JPEG and at most (1024|512) pixels wide and high, \d+ MB in all", said)
+    assert sum(len(shot["uri"]) for shot in shots) <= budget and missing == []
+
+
+def test_half_a_picture_is_missing(noise):
+    (file, *_), _ = noise
+    file.write_bytes(file.read_bytes()[:1000])
+    shot, missing = {"path": file, "file": "0.png"}, []
+    report._embed([shot], missing)
+    assert missing == [("0.png", "it is no picture")] and "uri" not in shot
 
 
 # strength -----------------------------------------------------------------------------------------------------------
@@ -387,7 +472,14 @@ def test_strengths_go_from_the_base_to_the_adapter_and_beyond(one_thread, tiny, 
     away = {weight: np.abs(drawn[weight] - drawn["0"]).mean() for weight in WEIGHTS}
     assert away["0.25"] < away["1"] and len({p.tobytes() for p in drawn.values()}) == len(WEIGHTS)
 
+    shutil.rmtree(folder / "strength/0.5")
+    os.utime(folder / "strength/1/samples.json", (0, 0))  # older than the samples: the job was trained again
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("strength/*/*.png")}
+    assert report.draw_strengths(tmp_path, {"rows": [ROW]}, PLAN) == []
+    again = {path: path.stat().st_mtime_ns for path in folder.rglob("strength/*/*.png")}
+    drawn = {path.parent.name for path in again if path.name == "0000.png" and again[path] != times.get(path)}
+    assert drawn == {"0.5", "1"}
+    times = again
     assert report.draw_strengths(tmp_path, {"rows": [ROW]}, PLAN) == []
     assert times == {path: path.stat().st_mtime_ns for path in folder.rglob("strength/*/*.png")}
     (strip,) = report._strips(tmp_path, {"rows": [ROW]})

@@ -219,26 +219,28 @@ def draw_grid(lines, columns, title, note):
     font, bold, step = _font(TEXT), _font(TITLE), _line(TEXT)
     labels = [[wrap(font, label, CELL) for label, _ in rows] for _, _, rows in lines]
     heads = [wrap(font, text, CELL) for text in columns]
+    names = [wrap(font, subject.replace("_", " "), CELL) for subject, _, _ in lines]
     first = CELL + 3 * GAP + max(round(font.getlength(text)) for group in labels for label in group for text in label)
     width = first + len(heads) * (CELL + GAP)
     titles, notes = wrap(bold, title, 0.94 * (width - 2 * GAP)), wrap(font, note, width - 2 * GAP)
-    body = 3 * GAP + len(titles) * _line(TITLE) + (len(notes) + max(map(len, heads))) * step
-    page = _Page(width, body + sum(len(rows) * (CELL + GAP) + GAP for _, _, rows in lines))
+    body = 3 * GAP + len(titles) * _line(TITLE) + (len(notes) + max(map(len, (*heads, names[0])))) * step
+    between = GAP + (max(map(len, names)) - 1) * step  # a name that takes two lines stands above its photograph too
+    page = _Page(width, body + sum(len(rows) * (CELL + GAP) for _, _, rows in lines) + len(lines) * between)
     page.text(GAP, GAP, titles, TITLE, weight="bold")
     page.text(GAP, GAP + len(titles) * _line(TITLE), notes, color="#555555")
     for k, text in enumerate(heads):
         page.text(first + k * (CELL + GAP) + CELL / 2, body - GAP / 3 - len(text) * step, text, ha="center")
     y = body
-    for (subject, photograph, rows), group in zip(lines, labels):
+    for (_, photograph, rows), name, group in zip(lines, names, labels):
         middle = y + (len(rows) * (CELL + GAP) - GAP - CELL) // 2
         page.cell(GAP, middle, photograph and at_print_size(photograph))
-        page.text(GAP + CELL / 2, middle - GAP / 3 - step, [subject], ha="center")
+        page.text(GAP + CELL / 2, middle - GAP / 3 - len(name) * step, name, ha="center")
         for (_, pictures), label in zip(rows, group):
             page.text(CELL + 2 * GAP, y + (CELL - len(label) * step) / 2, label)
             for k, picture in enumerate(pictures):
                 page.cell(first + k * (CELL + GAP), y, picture and at_print_size(picture))
             y += CELL + GAP
-        y += GAP
+        y += between
     return page.figure
 
 

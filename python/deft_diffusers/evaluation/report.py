@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 
 from .. import UserError, read_json
+from ..data import read_image
 from ..options import SampleOptions
 from ..sweep import BASE
 from ..writing import replacing
@@ -36,8 +37,9 @@ TINY = 128  # a picture no wider is shown in squares
 FIGURE_SIDE, SCREEN = 2000, 120  # pixels of a figure, at most, and per inch on the page
 FILTERS = ("subject", "row", "seed", "prompt")
 BUDGET = 40e6  # bytes of all embedded pictures: what browsers open without a wait
-SIDES = (None, 512, 256, 128, 64)  # pixels, the first that keeps to the budget; None leaves files as they are
-QUALITY = 85  # of JPEG
+SIDES = (None, 1024, 512, 256, 128, 64)  # pixels, the first that keeps to the budget; None leaves files as they are
+WEB = {f"image/{kind}" for kind in ("png", "jpeg", "webp", "gif", "avif", "bmp")}  # what every browser shows
+JPEG = {"quality": 85, "subsampling": 0}  # colours as sharp as light, which a picture of 64 pixels needs
 PROBES = 24  # pictures that are encoded to foresee the size of all
 
 
@@ -66,8 +68,8 @@ def draw_strengths(root, results, plan):
 
 def draw_strength(folder, templates, weights=WEIGHTS):
     """Draws a job's prompts again at several weights of what it has learned, to `strength/<weight>/`, as `deft sample` does,
-    with the settings and the first seed of its samples. What is there already stays. UserError if it has no strength, or no
-    picture of one of the templates.
+    with the settings and the first seed of its samples. What is there already stays, unless the samples are newer. UserError
+    if it has no strength, or no picture of one of the templates.
     """
     from ..sample import RECORD, sample  # imports diffusers
 
@@ -77,12 +79,15 @@ def draw_strength(folder, templates, weights=WEIGHTS):
     if unknown := [template for template in templates if template not in prompts]:
         raise UserError(f"{folder} has no picture of {unknown[0]!r}")
     texts = [prompts[template] for template in templates]
-    settings = read_json(folder / "samples" / RECORD)["settings"]
+    samples = folder / "samples" / RECORD
+    settings = read_json(samples)["settings"]
     settings |= {"prompt": texts, "prompts_file": None, "num_images_per_prompt": 1, "overwrite_output_dir": True,
                  "adapter": [str(folder)]}  # fmt: skip
     for weight in weights:
         target = folder / STRENGTH / f"{weight:g}"
-        drawn = read_json(target / RECORD)["samples"] if (target / RECORD).is_file() else []
+        record = target / RECORD
+        fresh = record.is_file() and record.stat().st_mtime_ns >= samples.stat().st_mtime_ns
+        drawn = read_json(record)["samples"] if fresh else []
         if [(s["prompt"], s["seed"]) for s in drawn] != [(text, settings["seed"]) for text in texts]:
             sample(SampleOptions(**settings | {"adapter_weight": [weight], "output_dir": str(target)}))
 
@@ -91,15 +96,17 @@ def draw_strength(folder, templates, weights=WEIGHTS):
 
 
 def encode(file, side):
-    """A picture as a data URI: its file as it is, or, wider or higher than `side` pixels, a smaller JPEG."""
-    with Image.open(file) as image:
-        kind, data = image.get_format_mimetype(), None
-        if side and max(image.size) > side:
-            small, data = image.convert("RGB"), io.BytesIO()
-            small.thumbnail((side, side), Image.LANCZOS)
-            small.save(data, "JPEG", quality=QUALITY)
-            kind, data = "image/jpeg", data.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(data or Path(file).read_bytes()).decode()}"
+    """A picture as a data URI: its file as it is, or, with `side`, a JPEG at most so many pixels wide and high where that
+    takes less. A file that browsers do not show becomes a JPEG too. UserError if it is no picture."""
+    with Image.open(file) as found:
+        kind, data = found.get_format_mimetype(), Path(file).read_bytes()
+    if side or kind not in WEB:
+        image, jpeg = read_image(file), io.BytesIO()
+        image.thumbnail((side, side) if side else image.size, Image.LANCZOS)
+        image.save(jpeg, "JPEG", **JPEG)
+        if kind not in WEB or jpeg.tell() < len(data):
+            kind, data = "image/jpeg", jpeg.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def choose_side(files, budget=BUDGET):
@@ -243,18 +250,25 @@ def _settings(results):
 
 def _noise(results):
     """What the figures do not know, in sentences."""
-    seeds = sorted({row["seed"] for row in results["rows"] if row["method"] != BASE})
+    trained, seeds = [row for row in results["rows"] if row["method"] != BASE], {}
+    for row in trained:
+        if row["scores"]:
+            seeds.setdefault((row["part"], row["subject"], row["row"]), set()).add(row["seed"])
+    counts = sorted(map(len, seeds.values())) or [0]
+    least, most = counts[0], counts[-1]
     subjects = list(dict.fromkeys(row["subject"] for row in results["rows"]))
-    count = f"{len(seeds)} training seed{'s' * (len(seeds) != 1)} ({', '.join(map(str, seeds))})"
-    if len(seeds) > 1:
-        factor = t_quantile(len(seeds) - 1) / len(seeds) ** 0.5
+    every = sorted({row["seed"] for row in trained})
+    named = f"training seed{'s' * (len(every) != 1)} ({', '.join(map(str, every))})"
+    if most > 1:
+        factor = t_quantile(most - 1) / most**0.5
+        count = f"{most}" if least == most else f"{least} to {most}"
         first = (
-            f"Every row is a mean over {count}; ± is half the width of the 95 % t-interval, which is {factor:.2f} standard "
-            f"deviations with {len(seeds)} seeds. Where the intervals of two rows overlap, this comparison does not tell "
-            "which is better."
+            f"A row is, for each subject, a mean over {count} {named}; ± is half the width of the 95 % t-interval, which is "
+            f"{factor:.2f} standard deviations with {most} seeds{'' if least > 1 else ', and is not known with one'}. Where "
+            "the intervals of two rows overlap, this comparison does not tell which is better."
         )
     else:
-        first = f"There is only {count}: no interval can be given, and no difference told from chance."
+        first = f"No row has more than one of the {named}: no interval can be given, and no difference told from chance."
     return [
         first,
         "The intervals tell how much another training seed would change, and nothing else: subjects "
@@ -269,10 +283,10 @@ def _embed(shots, missing, budget=BUDGET):
     """Puts the pictures' data into `shots`, and returns how, in words."""
     for shot in shots:
         try:
-            with Image.open(shot["path"]) as image:
-                shot |= {"tiny": max(image.size) <= TINY, "width": round(image.width * SCREEN / DPI)}
-        except OSError as error:
-            missing.append((shot["file"], "it is not there" if isinstance(error, FileNotFoundError) else "it is no picture"))
+            size = read_image(shot["path"]).size  # all of it, since a browser shows no half of a file
+            shot |= {"tiny": max(size) <= TINY, "width": round(size[0] * SCREEN / DPI)}
+        except UserError:
+            missing.append((shot["file"], "it is no picture" if shot["path"].is_file() else "it is not there"))
             shot["path"] = None
     there = [shot for shot in shots if shot["path"]]
     side = choose_side([shot["path"] for shot in there if "kind" not in shot], budget)
@@ -280,9 +294,10 @@ def _embed(shots, missing, budget=BUDGET):
         shot["uri"] = encode(shot["path"], FIGURE_SIDE if "kind" in shot else side)
     if side is None:
         return "The pictures are here as they were drawn."
+    size = sum(len(shot["uri"]) for shot in there) / 1e6
     return (
-        f"So that this page stays below about {budget / 1e6:.0f} MB, pictures are here at most {side} pixels wide and high; "
-        "each has a link to its file, which lies beside the page."
+        f"So that this page stays small, its pictures are JPEG and at most {side} pixels wide and high, {size:.0f} MB in "
+        "all; each has a link to its file, which lies beside the page."
     )
 
 
@@ -304,7 +319,7 @@ def write(root, results):
         "missing": (f"What is missing ({len(missing)})", missing),
     }
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
-    page = environment.get_template(REPORT).render(
+    page = environment.get_template(REPORT).stream(
         title=f"Comparison on {results['plan'].get('pretrained_model_name_or_path', 'several models')}",
         parts={name: heading for name, (heading, content) in said.items() if content or name == "missing"},
         filters={name: list(dict.fromkeys(shot[name] for shot in drawn if name in shot)) for name in FILTERS},
@@ -313,5 +328,5 @@ def write(root, results):
         **{name: content for name, (_, content) in said.items()},
     )
     with replacing(root / REPORT) as part:
-        part.write_text(page, encoding="utf-8")
+        page.dump(str(part), encoding="utf-8")  # piece by piece: the pictures are in memory once
     return root / REPORT
