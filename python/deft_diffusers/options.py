@@ -314,8 +314,9 @@ class CompareOptions(SweepOptions):
         metavar="FILE",
     )  # fmt: skip
     output_dir: str = option(
-        "What to train", "where each job has its folder, and tables, figures and report.html go", metavar="DIR"
-    )
+        "What to train", "where each job has its folder, and tables, figures and report.html go, of the jobs asked for each "
+        "time: after --subject or --seed the same command without them shows all again", metavar="DIR",
+    )  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -21,7 +21,6 @@ import yaml
 from tqdm import tqdm
 
 from . import UserError, data, near, read_json, read_text
-from .evaluation.protocols import read_prompts
 from .grid import grid
 from .options import METHODS, EvaluateOptions, SampleOptions, TrainOptions
 from .writing import replacing
@@ -102,6 +101,11 @@ class Job:
         return self.row + ("" if self.rank is None else f", rank {self.rank}")
 
     @property
+    def words(self):
+        """What stands for the subject in its prompts: the base model knows but the class."""
+        return self.subject.class_name if self.method == BASE else self.subject.words
+
+    @property
     def name(self):
         """Its folder's."""
         if self.method == BASE:
@@ -155,7 +159,7 @@ class Plan:
         """What it is drawn with; empty if it is not."""
         part, prompts = self.parts[job.part], self.prompts(job)
         unrelated = {"unrelated": part.unrelated} if part.unrelated else {}
-        return part.sample | {"prompt": prompts} | unrelated if prompts else {}
+        return part.sample | {"subject": job.words, "prompt": prompts} | unrelated if prompts else {}
 
 
 # what to train ------------------------------------------------------------------------------------------------------
@@ -196,6 +200,8 @@ def dreambench_plus_subjects(folder, token="sks"):
 @functools.cache
 def _captions(subject):
     """The prompts that its data set has for a subject. UserError if there are none."""
+    from .evaluation.protocols import read_prompts  # imports diffusers
+
     if not subject.captions:
         raise UserError(f"`prompts` are the captions of the data set, which has none for {subject.name}")
     return read_prompts(subject.captions, subject.class_name)
@@ -291,6 +297,10 @@ def _find_subjects(given, options):
     else:
         subjects = [_subject(name, entry, here, options.token) for name, entry in wanted.items()]
     names, only = [s.name for s in subjects], given.get("only", [])
+    if isinstance(only, dict):
+        for name, published in only.items():
+            if not isinstance(published, str) or list(only.values()).count(published) > 1:
+                raise UserError(f"`only`: {name} is {published!r}, expected a name in the published tables, each its own")
     if unknown := [name for name in only if name not in names]:
         raise UserError(f"`only`: there is no subject {unknown[0]}{near(unknown[0], names)}; there are {', '.join(names)}")
     return [s for s in subjects if s.name in (only or names)]
@@ -389,8 +399,7 @@ def _train_command(job, plan, folder):
 def _sample_command(job, plan, folder):
     part = plan.parts[job.part]
     words = {"pretrained_model_name_or_path": part.model, "output_dir": folder / SAMPLES, "overwrite_output_dir": True}
-    subject = job.subject.class_name if job.method == BASE else job.subject.words
-    words["prompt"] = [say(prompt, subject) for prompt in plan.prompts(job)] + part.unrelated
+    words["prompt"] = [say(prompt, job.words) for prompt in plan.prompts(job)] + part.unrelated
     if job.method != BASE:
         words["adapter"] = folder
     return _command("sample", words | part.sample)
@@ -429,33 +438,41 @@ def is_done(result, job, plan):
     return result.get("status") == "done" and result["drawn"] == plan.drawing(job)
 
 
+def lock(file, how):
+    """Whether a file could be locked: False if another process has it. UserError where nothing can be."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise UserError(f"{file.name} cannot be locked ({error.strerror}): choose another --output_dir") from error
+    return True
+
+
 @contextlib.contextmanager
 def claimed(folder):
     """Yields a locked file if this process may run the folder's job, else None. The system unlocks it when this process and
     those it has started for the job are gone, however they went."""
     with open(folder / CLAIM, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file = None
-        except OSError as error:
-            raise UserError(f"{folder / CLAIM} cannot be locked ({error.strerror}): choose another --output_dir") from error
-        yield file
+        yield file if lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) else None
 
 
 def _call(command, environment, output, claim):
     """Exit code of a process. A signal to stop is passed on to it, which saves first, and it is waited for."""
-    process = subprocess.Popen(
-        command, env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=[claim.fileno()], process_group=0
-    )
-    asked = []
+    process, asked = None, []
 
     def pass_on(number, frame):
         asked.append(number)
-        process.send_signal(number)
+        if process:
+            process.send_signal(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, pass_fds=[claim.fileno()], process_group=0
+        )
+        for number in asked:  # while it was being started
+            process.send_signal(number)
         code = process.wait()
         return INTERRUPTED if asked else code
     finally:
@@ -467,6 +484,8 @@ def _run(job, plan, root, claim):
     """Trains and draws one job in processes of its own, writes what came of it, and returns that."""
     folder = root / job.name
     before = outcome(folder)
+    if before.get("status") == "done":  # for another plan, which must not find it so if this run is killed
+        _note(folder, before | {"status": "stopped", "drawn": {}})
     has_trained = lambda: job.method == BASE or (folder / CARD).is_file()
     trained = has_trained()
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
@@ -490,9 +509,13 @@ def _run(job, plan, root, claim):
         "drawn": plan.drawing(job) if code == 0 else {},
         "said": last[-1] if last else "",
     }
+    _note(folder, result)
+    return result
+
+
+def _note(folder, result):
     with replacing(folder / RESULT) as part:
         part.write_text(json.dumps(result, indent=2) + "\n")
-    return result
 
 
 def table(root, jobs):
@@ -534,8 +557,9 @@ def run(plan, root):
     """
     jobs = plan.jobs
     for job in jobs:
-        before, asked = outcome(root / job.name), plan.training(job)
-        used = before["options"] if before.get("trained") else asked
+        before, asked = outcome(root / job.name), plan.training(job) | {"instance_prompt": job.subject.instance_prompt}
+        told = before.get("options", {}) | {"instance_prompt": before.get("subject", {}).get("instance_prompt")}
+        used = told if before.get("trained") else asked
         if other := [name for name in asked | used if asked.get(name) != used.get(name)]:
             raise UserError(f"{root / job.name} is done, with another {other[0]}: delete it, or choose another --output_dir")
     for job in jobs:

@@ -71,7 +71,8 @@ def test_help_of_every_command_shows_groups_defaults_and_an_example(capsys):
 def test_version_and_help_import_nothing_heavy(capsys):
     assert run(["--version"], capsys)[:2] == (0, f"deft {__version__}\n")
     program = (
-        "import sys; from deft_diffusers import cli; cli.build_parser(); print({'torch', 'diffusers'} & set(sys.modules))"
+        "import sys; from deft_diffusers import cli, sweep; cli.build_parser(); "
+        "print({'torch', 'diffusers'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", program], env=python_environment(), capture_output=True, text=True)
     assert out.stdout == "set()\n", out.stderr

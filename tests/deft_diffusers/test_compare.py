@@ -1,12 +1,14 @@
 """`deft compare`: the shipped plans from end to end on stand-in folders, resumed, shared, and with what fails named."""
 
 import csv
+import dataclasses
 import fcntl
 import itertools
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -228,13 +230,20 @@ def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
     assert there == [True, False, False, True, True, True]  # base, lora and para: of both subjects, and of one
     (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
     assert base["scores"]["clip_i"] and "00.png" in base["missing"][0]["what"]  # of the one reference that can be read
-    assert (root / "report.html").is_file()
+    assert (root / "report.html").is_file() and not (root / "cat" / "lora-r2-seed0" / "scores.json").exists()
 
     kept.write_bytes(picture)
     assert compare(o) == 0 and texts_of(o)["table1.md"] == texts_of(whole)["table1.md"]
+    assert not any(row["missing"] for row in results_of(o)["rows"])
+    (root / "cat" / "base" / "scores.json").unlink()
+    for file in kept.parent.glob("*.png"):
+        file.unlink()
+    assert compare(o) == 0
+    (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
+    assert base["missing"][0]["what"] == "references" and "no pictures in" in base["missing"][0]["why"]
 
 
-def test_scores_follow_pictures_and_encoders_and_not_the_batch(small, encoders, commands, tmp_path):
+def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands, monkeypatch, tmp_path):
     o, root = small(), tmp_path / "out"
     assert compare(o) == 0
     before = results_of(o)
@@ -252,24 +261,54 @@ def test_scores_follow_pictures_and_encoders_and_not_the_batch(small, encoders, 
     assert other["drift"] != para(before)["drift"] and other["clip_i"] == pytest.approx(para(before)["clip_i"], abs=1e-5)
 
     commands.clear()
+    assert compare(small(unrelated=["a blue car"], evaluate={"dinov1": "none"})) == 0
+    assert not any("dinov1" in row["scores"] for row in results_of(o)["rows"])
     evaluate = {"dinov1": "none", "protocol": "dreambench++"}
     assert compare(small(unrelated=["a blue car"], evaluate=evaluate)) == 0 and not commands
     after = results_of(o)
-    assert not any("dinov1" in row["scores"] for row in after["rows"]) and after["parts"][""]["scale"] == 100
+    assert after["parts"][""]["scale"] == 100
     assert para(after)["clip_i"] == pytest.approx(100 * other["clip_i"], abs=1e-3)
     assert "printed CLIP-T" in (root / "table2.csv").read_text()
 
+    fewer = {"prompts": ["a photo of {}"], "shown": ["a {} on a hill"], "unrelated": ["a blue car"],
+             "evaluate": evaluate}  # fmt: skip
+    assert compare(small(**fewer)) == 0 and not commands
+    scored = [json.loads(file.read_text()) for file in root.glob("*/*/scores.json")]
+    assert all({s.get("template") for s in file["samples"]} <= {"a photo of {}", None} for file in scored)
+    assert [file["samples"][0].get("text") for file in scored].count("a photo of dog") == 4  # all but the base model's
+    assert para(results_of(o))["drift"] == pytest.approx(other["drift"], abs=1e-5)
+    load = module._load
+    judge = SimpleNamespace(sha256="of another judge")
+    monkeypatch.setattr(module, "_load", lambda *asked: dataclasses.replace(load(*asked), judge=judge))
+    assert compare(small(**fewer)) == 0 and not commands
+    scored = [json.loads(file.read_text()) for file in root.glob("*/*/scores.json")]
+    assert {file["encoders"]["judge"]["revision_or_sha256"] for file in scored} == {"of another judge"}
 
-def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
-    o = small(seeds=[0])
-    (tmp_path / "out").mkdir()
-    with open(tmp_path / "out" / ".claim", "a") as other:
+
+def test_the_last_process_writes_the_tables(small, commands, monkeypatch, tmp_path, capsys):
+    o, root, score = small(seeds=[0]), tmp_path / "out", module._score
+    root.mkdir()
+
+    def alone(job, *args):
+        with open(root / ".claim", "a") as third, sweep.claimed(root / job.name) as claim:
+            assert not sweep.lock(third, fcntl.LOCK_EX | fcntl.LOCK_NB) and claim is None
+        score(job, *args)
+
+    monkeypatch.setattr(module, "_score", alone)
+    with open(root / ".claim", "a") as other:
         fcntl.flock(other, fcntl.LOCK_SH)
         assert compare(o) == 0
-    assert "the last one writes tables" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "results.json").exists() and (tmp_path / "out/dog8/lora-r2-seed0/scores.json").is_file()
+    assert "the last one writes tables" in capsys.readouterr().err and not (root / "results.json").exists()
+    scored = {file.parent.name: file for file in root.glob("dog8/*/scores.json")}
+    assert set(scored) == {"base", "lora-r2-seed0", "para-uncond-r2-seed0"}
+
     commands.clear()
-    assert compare(o) == 0 and not commands and len(results_of(o)["rows"]) == 3
+    scored["lora-r2-seed0"].unlink()
+    with sweep.claimed(root / "dog8" / "lora-r2-seed0"):  # by one that scores it
+        assert compare(o) == 0 and not commands and not scored["lora-r2-seed0"].exists()
+    scores = {row["job"]: row["scores"] for row in results_of(o)["rows"]}
+    assert [name for name, found in scores.items() if not found] == ["dog8/lora-r2-seed0"]
+    assert compare(o) == 0 and not commands and all(row["scores"] for row in results_of(o)["rows"])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +320,8 @@ def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
         ({"unrelated": ["a {}"]}, "the unrelated prompt 'a {}' is no text without {}"),
         ({"shown": ["a dog"]}, "the prompt 'a dog' has no {}"),
         ({"only": ["dog"]}, "`only`: there is no subject dog, did you mean dog8?; there are cat, dog8"),
+        ({"only": {"dog8": None}}, "`only`: dog8 is None, expected a name in the published tables"),
+        ({"only": {"dog8": "DOG8", "cat": "DOG8"}}, "`only`: dog8 is 'DOG8', expected a name in the published tables, each"),
         ({"methods": {"mine": {"caption_dropout": 1}}}, "unknown method mine"),
         ({"methods": {"mine": {"method": "para", "ranks": 4}}}, "`mine`: `ranks` is 4, expected a list of numbers"),
         ({"methods": {"mine": {"method": "para", "ranks": []}}}, "ranks are [], expected a list of numbers from 1 up"),
@@ -291,6 +332,7 @@ def test_the_last_process_writes_the_tables(small, commands, tmp_path, capsys):
         ({"parts": {"one": None}}, "`one`: expected pretrained_model_name_or_path, subjects"),
         ({"evaluate": {"cache_dir": "x"}}, "`evaluate` cannot set cache_dir: every job has its own"),
         ({"evaluate": {"clip": "nobody/nothing"}}, "nobody/nothing is not downloaded"),
+        ({"evaluate": {"device": "gpu"}}, "cannot use --device gpu"),
         ({"figures": {"figure1": {"subjects": ["cat"]}}}, "figure1 says no rows"),
     ],
 )

@@ -107,6 +107,8 @@ def test_every_job_once_whatever_fails(options, tmp_path, dreambooth, capsys, co
     assert "| vase/svdiff-seed0 | done |" in said
     with pytest.raises(UserError, match="lora-r1-seed0 is done, with another max_train_steps: delete it"):
         sweep(options(method=["lora", "svdiff"], rank=[1], plan={"train": {"max_train_steps": 3, "resolution": 32}}))
+    with pytest.raises(UserError, match="lora-r1-seed0 is done, with another instance_prompt: delete it"):
+        sweep(options(method=["lora", "svdiff"], rank=[1], token="zwx"))
 
 
 def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path, commands):
@@ -160,7 +162,7 @@ def test_a_stop_is_passed_on_and_waited_for(tmp_path):
         (tmp_path / "said").unlink()
 
 
-def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path, commands):
+def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path, commands, monkeypatch):
     prompts = ["a photo of a {}", "a {} on a hill"]
     plan = {"train": {"max_train_steps": 1}, "methods": ["lora"],
             "sample": {"num_inference_steps": 1, "num_images_per_prompt": 2}}  # fmt: skip
@@ -189,6 +191,16 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
     assert sweep(options(prompt=["an old {}"], subject=["vase"], **changes)) == 0
     assert [words[3] for words in commands] == ["sample"] * 3  # and nothing trained twice
     assert all("/vase/" in words[5] for words in commands)
+
+    def kill(*args):
+        raise MemoryError
+
+    with monkeypatch.context() as broken, pytest.raises(MemoryError):
+        broken.setattr(module, "_call", kill)
+        sweep(options(prompt=["a new {}"], subject=["vase"], **changes))
+    commands.clear()  # of the pictures of the earlier prompt some may be gone
+    assert sweep(options(prompt=["an old {}"], subject=["vase"], **changes)) == 0
+    assert [(words[3], words[5].split("/")[-2]) for words in commands] == [("sample", "base")]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,14 @@ def test_table_1_has_the_supplements_rows_and_figures():
     assert "a [V]" in table.caption and "clip a/b_c" in table.caption and "0 to 1" in table.caption
 
 
+def test_table_1_of_the_data_sets_own_prompts_is_of_all_of_them():
+    found = results(job("DEFT (rank=8)", 0, scores={"clip_i": 0.6}, by_prompt={"a {}": {"clip_i": 0.5}}))
+    assert lines_of(tables.build(found)["table1"])["DEFT (rank=8)"][0].mean == 0.5
+    found["parts"]["table1"]["prompts"] = "captions"
+    table = tables.build(found)["table1"]
+    assert lines_of(table)["DEFT (rank=8)"][0].mean == 0.6 and table.caption.startswith("CLIP-I of all the data set's")
+
+
 def test_table_2_puts_an_image_beside_the_one_that_was_printed():
     scores = {"clip_i": 80.0, "clip_t": 30.0, "dinov1": 70.0, "dinov2": 60.0}
     more = {"part": "table2", "scores": scores, "subject": "live_00_kitten"}
@@ -136,6 +144,8 @@ def test_csv_has_numbers_and_reasons():
         "2",
     )
     assert rows["DEFT (rank=8)"]["printed CAT"] == "0.9504" and rows["SVDiff"]["dog"] == ""
+    nothing = tables._csv("table1", tables.build(results(subjects=("dog",)))["table1"])
+    assert list(csv.DictReader(io.StringIO(nothing)).fieldnames) == list(rows["SVDiff"])  # whatever is there
     assert 'failed: a "quoted", text' in rows["SVDiff"]["notes"]
 
 

@@ -67,21 +67,20 @@ def compare(options):
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make --output_dir {root}: {error}") from error
-    loaded = {name: _encoders(part, root, torch.device("cpu")) for name, part in plan.parts.items()}  # before hours of work
-    facts = {name: {key: encoder.facts for key, encoder in found.present.items()} for name, found in loaded.items()}
-    del loaded
+    facts = {}
+    for name, part in plan.parts.items():  # what cannot be is said before hours of work
+        _own_device(part)
+        facts[name] = _encoders(part, root, torch.device("cpu")).facts
     with open(root / CLAIM, "a") as work:
-        fcntl.flock(work, fcntl.LOCK_SH)
+        sweep.lock(work, fcntl.LOCK_SH)
         failed = sweep.run(plan, root)
         _score_jobs(plan, root, facts)
         # Whoever lets go of the folder last finds nobody else in it.
-        fcntl.flock(work, fcntl.LOCK_UN)
-        try:
-            fcntl.flock(work, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print("the other processes go on; the last one writes tables, figures and report", file=sys.stderr)
-        else:
+        sweep.lock(work, fcntl.LOCK_UN)
+        if sweep.lock(work, fcntl.LOCK_EX | fcntl.LOCK_NB):
             failed = _write(plan, root, options)
+        else:
+            print("the other processes go on; the last one writes tables, figures and report", file=sys.stderr)
     sweep.finish(failed, len(plan.jobs), root / TABLE)
     return failed
 
@@ -118,6 +117,7 @@ def _score_jobs(plan, root, facts):
 
 
 def _is_scored(job, plan, root, facts):
+    """Whether it has scores of what is drawn and wanted now, all of them, by the encoders of `facts`."""
     file = root / job.name / SCORES
     if not file.is_file():
         return False
@@ -125,21 +125,30 @@ def _is_scored(job, plan, root, facts):
     if any(record.is_file() and record.stat().st_mtime > file.stat().st_mtime for record in drawn):
         return False
     found = read_json(file)
-    same = found["protocol"] == _protocol(plan.parts[job.part]) and found["encoders"] == facts[job.part]
-    return same and not found["missing"]
+    which = lambda samples: [(s["file"], s.get("template")) for s in samples]
+    return (
+        found["protocol"] == _protocol(plan.parts[job.part])
+        and found["encoders"] == facts[job.part]
+        and which(found["samples"]) == which(_samples_to_score(job, plan, root))
+        and not found["missing"]
+    )
+
+
+def _samples_to_score(job, plan, root):
+    wanted, drifts = plan.scored(job), job.method != BASE  # the drift is from the base model's pictures
+    samples = _read_samples(root / job.name, job, plan)
+    return [s for s in samples if s.get("template") in wanted or ("unrelated" in s and drifts)]
 
 
 def _score(job, plan, root):
     """Scores one job. What cannot be is told in its `scores.json`, and stops nothing else."""
     folder, part, base = root / job.name, plan.parts[job.part], _base(job)
-    wanted, references, missing = plan.scored(job), [], []
-    drifts = job.method != BASE  # the base model's pictures are what the others' are compared with
-    samples = [s for s in _read_samples(folder, job, plan) if s.get("template") in wanted or ("unrelated" in s and drifts)]
+    samples, references, missing = _samples_to_score(job, plan, root), [], []
     try:
         references = data.find_pictures(job.subject.instance_data_dir)
     except UserError as error:
         missing.append({"what": "references", "why": str(error)})
-    before = _read_samples(root / base.name, base, plan) if drifts else []
+    before = _read_samples(root / base.name, base, plan) if job.method != BASE else []
     names = [job.subject.name, part.published.get(job.subject.name, "").casefold().replace(" ", "_")]
     drawn = next((name for name in names if name in INDIVIDUALS), None) if "encoders" in part.evaluate else None
     result = score(
@@ -199,11 +208,10 @@ def _results(plan, root, options):
     rows, parts, versions = [], {}, {}
     for name, part in plan.parts.items():
         subjects = dict.fromkeys(job.subject for job in plan.jobs if job.part == name)
-        prompts = [part.prompts] if isinstance(part.prompts, str) else part.prompts
         parts[name] = {
             "protocol": _protocol(part),
             "subjects": {s.name: part.published.get(s.name) for s in subjects},
-            "prompts": prompts,
+            "prompts": part.prompts,
             "unrelated": part.unrelated,
         }
     for job in plan.jobs:
@@ -279,6 +287,8 @@ def _device():
 
 def _commit():
     """Of this package, where it is a checkout; ends in -dirty where files have changed."""
+    if not (Path(__file__).parents[3] / ".git").exists():
+        return None  # installed, and git would tell of whatever it lies in
     command = ["git", "describe", "--always", "--dirty"]
     try:
         git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

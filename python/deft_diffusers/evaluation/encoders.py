@@ -125,6 +125,12 @@ class Encoders:
     def present(self):
         return {name: encoder for name in NAMES if (encoder := getattr(self, name))}
 
+    @property
+    def facts(self):
+        """What scores must be told with: of each that makes them."""
+        judge = {"judge": {"id": f"{TOYWORLD}/judge", "revision_or_sha256": self.judge.sha256}} if self.judge else {}
+        return {name: encoder.facts for name, encoder in self.present.items()} | judge
+
 
 def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, protocol=DREAMBOOTH, device="cpu", batch_size=32,
                   cache_dir=None):  # fmt: skip

@@ -65,7 +65,7 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
     return {
         "protocol": protocol,
         "scale": scale,
-        "encoders": {name: encoder.facts for name, encoder in encoders.present.items()},
+        "encoders": encoders.facts,
         "features": {name: encoder for name, encoder in FEATURES.items() if name in scores},
         "scores": scores,
         "counts": counts,  # of pictures, each score's

@@ -119,7 +119,10 @@ def photographs(folder):
     """The files that a job has learned its subject from; [] if they are not there any more."""
     job = Path(folder) / "job.json"
     where = Path(read_json(job)["subject"]["instance_data_dir"]) if job.is_file() else None
-    return find_pictures(where) if where and where.exists() else []
+    try:
+        return find_pictures(where) if where else []
+    except UserError:
+        return []
 
 
 def _read(file):

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..sweep import BASE
+from ..sweep import BASE, CAPTIONS
 from ..writing import replacing
 from .metrics import mean_interval
 
@@ -25,6 +25,7 @@ COSTS = {  # of result.json: what they are called, digits
     "memory_gb": ("memory GB", 2),
 }
 BETTER = dict.fromkeys((*SIMILARITIES, "individual", "scene"), max) | {"drift": min}
+PRINTED = "printed "  # before a column of the supplement's
 ALL = "all"  # in a subject's place: the mean over the subjects, seed by seed
 BOLD = "Bold: the best of those with an interval, where it overlaps with no other's."
 FILES = {"md": "_markdown", "csv": "_csv", "tex": "_latex"}
@@ -166,20 +167,21 @@ def _printed(published, values, **where):
 
 
 def _table1(part, rows, published, source):
-    """Rows × subjects, CLIP-I of the first prompt."""
-    subjects, prompt = list(part["subjects"]), part["prompts"][0]
+    """Rows × subjects, CLIP-I of the first prompt; of all prompts where they are the data set's."""
+    subjects, prompts = list(part["subjects"]), part["prompts"]
+    prompt = None if prompts == CAPTIONS else prompts[0]
     printed = {entry["row"]: entry["values"] for entry in published["rows"]}
-    said = prompt.replace("{}", "[V]")
+    said = f"“{prompt.replace('{}', '[V]')}”" if prompt else "all the data set's prompts"
     caption = (
-        f"CLIP-I of “{said}” by method and subject, and what the supplement printed (its table 1). {_about({'': part})} "
+        f"CLIP-I of {said} by method and subject, and what the supplement printed (its table 1). {_about({'': part})} "
         f"{BOLD} Printed: {source}."
     )
-    table = Table(caption, ["method", "n"], [*subjects, *(f"printed {name}" for name in published["columns"])])
+    table = Table(caption, ["method", "n"], [*subjects, *(PRINTED + name for name in published["columns"])])
     for name in _order(rows, printed):
         cells = []
         for subject in subjects:
             its = [row for row in rows if (row["row"], row["subject"]) == (name, subject)]
-            value = lambda row: row["by_prompt"].get(prompt, {}).get("clip_i")
+            value = lambda row: (row["by_prompt"].get(prompt, {}) if prompt else row["scores"]).get("clip_i")
             cells.append(_over_seeds(its, value, _digits(part), "no CLIP-I"))
         n = table.seeds(cells)
         table.lines.append(([name, str(n or "")], cells + _printed(published, printed.get(name), rows=name)))
@@ -203,7 +205,7 @@ def _table2(part, rows, published, source):
         f"{', '.join(published['columns'])} by method and image, and what the supplement printed (its table 2, which tells "
         f"no rank). {_about({'': part})} {BOLD} Printed: {source}."
     )
-    columns = [*published["columns"], *(f"printed {name}" for name in published["columns"])]
+    columns = [*published["columns"], *(PRINTED + name for name in published["columns"])]
     table = Table(caption, ["method", "image", "n"], columns)
     for method in dict.fromkeys([*(entry["row"] for entry in published["rows"]), *methods]):
         for name, image in itertools.product(methods.get(method, {method: None}), images):
@@ -299,8 +301,7 @@ def _markdown(name, table):
 
 def _csv(name, table):
     """Figures with two digits more than are shown."""
-    printed = [all(cell.mean is None and not cell.n for _, cells in table.lines for cell in [cells[k]])
-               for k in range(len(table.columns))]  # fmt: skip
+    printed = [column.startswith(PRINTED) for column in table.columns]
     head = list(table.labels)
     for column, plain in zip(table.columns, printed):
         head += [column] if plain else [column, f"{column} ±", f"{column} n"]
