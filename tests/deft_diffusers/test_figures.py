@@ -20,6 +20,7 @@ from deft_diffusers.evaluation.figures import (
     at_print_size,
     draw_all,
     draw_figure,
+    draw_plot,
     draw_grid,
     find_job,
     plots,
@@ -234,3 +235,14 @@ def test_every_point_of_a_plot_says_what_it_is(drawn):
 def test_a_plan_may_come_from_json(drawn):
     _, results, _ = drawn
     assert read_figures(json.loads(json.dumps(results["plan"]))) == read_figures({"figures": FIGURES})
+
+
+def test_shares_are_plotted_between_none_and_all():
+    found = [
+        {"row": "DEFT", "subject": "dog", "method": "deft", "rank": 8, "n": 2, "x": 1.0, "y": 0.5, "dx": 3.0, "dy": 2.0}
+    ]
+    axes = draw_plot(found, "scene", "individual", "").axes[0]
+    for low, high in (axes.get_xlim(), axes.get_ylim()):
+        assert -0.1 < low < 0 and 1 < high < 1.1
+    low, high = draw_plot(found, "clip_t", "dinov2", "").axes[0].get_xlim()
+    assert low < -2 and high > 4

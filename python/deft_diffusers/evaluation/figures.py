@@ -73,6 +73,7 @@ SAVED = {
 
 SCORES = SIMILARITIES | OTHERS
 FIDELITY = ("dinov2", "dinov1", "clip_i")
+SHARES = ("individual", "scene")  # scores that are shares of pictures
 PLOTS = {  # file -> scores to put on x and y, the first that any job has, and the title
     "fidelity_prompt": (("clip_t",), FIDELITY, "Fidelity against following the prompt"),
     "fidelity_drift": (("drift",), FIDELITY, "Fidelity against forgetting"),
@@ -341,6 +342,9 @@ def draw_plot(found, x, y, title):
         bars = axes.errorbar(p["x"], p["y"], p["dy"], p["dx"], marker=markers[p["subject"]], elinewidth=0.7,
                              **how, **faces[p["row"]])  # fmt: skip
         bars.lines[0].set_gid(f"point-{k}")
+    for score, set_limits in ((x, axes.set_xlim), (y, axes.set_ylim)):
+        if score in SHARES:  # an interval of few seeds may reach further than a share can
+            set_limits(-0.04, 1.04)
     handles = [Line2D([], [], marker="o", ls="", label=label, **how, **faces[label]) for label in rows]
     axes.add_artist(axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.02, 1.0)))
     handles = [Line2D([], [], marker=m, ls="", label=name, color="#777777", **how) for name, m in markers.items()]
