@@ -171,6 +171,28 @@ def test_look_alikes_are_not_individuals():
         assert not _looks_like_someone(subject, colour, coat) and set(coat) <= set(world.PARTS[subject])
 
 
+def test_half_of_the_judges_individuals_are_look_alikes(monkeypatch):
+    found = []
+    monkeypatch.setattr(world, "PAINT_SCENE", {scene: lambda rng, scene=scene: scene for scene in SCENES})
+
+    def record(rng, scene, subject, colour, coat, traits, style):
+        found.append({"subject": subject, "scene": scene, "style": style, "drawn": (subject, colour, coat)})
+        return Image.new("RGB", (64, 64))
+
+    monkeypatch.setattr(world, "compose", record)
+    for k in range(400):
+        _, labels = looking.draw_someone((98, k))
+        said = {what: ANSWERS[what][place] for what, place in zip(ANSWERS, labels) if place >= 0}
+        assert all(said[what] == found[k][what] for what in ("subject", "scene", "style"))
+        subject, colour, coat = found[k].pop("drawn")
+        found[k] = said["individual"]
+        assert (said["individual"] is not None) == _looks_like_someone(subject, colour, coat)
+        if said["individual"]:
+            one = INDIVIDUALS[said["individual"]]
+            assert subject == one.subject and math.dist(colour, one.colour) < 60 and set(coat) == set(one.coat)
+    assert 0.4 < np.mean([name is not None for name in found]) < 0.6 and set(found) == {*INDIVIDUALS, None}
+
+
 def test_sample_draws_neither_an_individual_nor_what_is_held_out(monkeypatch):
     seen = set()
     for (_, said), subject, colour, coat, _ in _drawn(monkeypatch, 6000):
@@ -445,6 +467,25 @@ def test_the_judge_knows_individuals_from_look_alikes(judge):
     assert np.mean([name is not None for name in taken[::2]]) <= MISTAKEN and not any(taken[1::2])
 
 
+@pytest.mark.parametrize("subject, individual", [("dog", None), ("cat", "cat"), (None, None)])
+def test_nobody_is_an_individual_of_another_class(subject, individual):
+    """Whatever the network says of who it is."""
+    said = {"subject": subject, "scene": "snow", "style": "photo", "colour": None, "individual": "cat"}
+    seen = []
+
+    def net(x):
+        seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return {
+            name: torch.eye(len(answers))[[answers.index(said[name])]].expand(len(x), -1)
+            for name, answers in ANSWERS.items()
+        }
+
+    judge = load_judge()
+    judge.net.forward = net
+    assert judge(2 * [Image.new("RGB", (64, 64))]) == 2 * [said | {"individual": individual}]
+    assert seen == [(True, False)]  # on a GPU too all of float32's digits
+
+
 def test_the_judge_takes_any_picture_and_any_number_of_them(judge):
     image = draw("cat", "red", "plain", "snow", np.random.default_rng(0))
     large = image.resize((256, 256), Image.BICUBIC)
@@ -560,6 +601,7 @@ def _train(folder, vae_steps, unet_steps, *more, looking_steps=1):
 
 def test_training_runs_every_stage_and_resumes_where_it_stopped(tmp_path):
     whole = _train(tmp_path / "whole", 2, 4, looking_steps=2)
+    _train(tmp_path / "parts", 1, 0, "--stages", "clip")
     _train(tmp_path / "parts", 2, 2)
     parts = _train(tmp_path / "parts", 2, 4, looking_steps=2)
     assert len(whole) == 5 and {name: len(losses) for name, losses in whole.items()} == {"unet": 4} | dict.fromkeys(
@@ -571,6 +613,8 @@ def test_training_runs_every_stage_and_resumes_where_it_stopped(tmp_path):
         "judge/model.safetensors",
         "encoders/clip/tokenizer.json",
         *(f"encoders/{e}/model.safetensors" for e in ("clip", "dinov1", "dinov2")),
+        *(f"model/{part}/diffusion_pytorch_model.safetensors" for part in ("vae", "unet")),
+        "model/text_encoder/model.safetensors",
     ):
         assert (tmp_path / "whole" / inner).read_bytes() == (tmp_path / "parts" / inner).read_bytes(), inner
     assert Image.open(tmp_path / "parts" / "grid_000004.png").size[0] > 0

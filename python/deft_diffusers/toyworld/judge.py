@@ -75,7 +75,8 @@ class Judge:
         device = next(self.net.parameters()).device
         for k in range(0, len(images), _BATCH):
             pixels = np.stack([np.asarray(_fit(image), np.float32) for image in images[k : k + _BATCH]])
-            logits = self.net(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1)
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                logits = self.net(torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 127.5 - 1)
             places = {name: values.argmax(1).tolist() for name, values in logits.items()}
             for row in zip(*places.values()):
                 found.append({name: ANSWERS[name][place] for name, place in zip(places, row)})
