@@ -1,4 +1,5 @@
-"""Personalises text-to-image pipelines with DEFT adapters: `deft train`, `sweep`, `sample`, `convert`, `demo`.
+"""Personalises text-to-image pipelines with DEFT adapters: `deft train`, `sweep`, `compare`, `sample`, `evaluate`, `convert`
+and `demo`.
 
 Importing this package is cheap; torch and diffusers are imported by the modules that need them.
 """

@@ -48,7 +48,8 @@ def diversity(features, prompts):
 
 def drift(base, adapted):
     """(1 − mean cosine) / 2 of the base model's and the adapted model's pictures of unrelated prompts, row by row with the
-    same prompt and seed: 0 (nothing was forgotten) to 1. PEFT's harness (`method_comparison`)."""
+    same prompt and seed: 0 (nothing was forgotten) to 1. PEFT's harness (`method_comparison/image-gen`), whose features are
+    dinov2-base's: figures of another DINOv2 do not compare with its own."""
     return (1 - paired(base, adapted).mean().item()) / 2
 
 

@@ -1,6 +1,7 @@
-"""The embedded base model: a tiny text-to-image pipeline in Stable Diffusion's format, and its drawn world.
+"""The embedded base model: a tiny text-to-image pipeline in Stable Diffusion's format, its drawn world, what looks at it.
 
-`StableDiffusionPipeline.from_pretrained(MODEL_DIR)` loads it; `world` draws its data; `train` makes it again.
+`StableDiffusionPipeline.from_pretrained(MODEL_DIR)` loads it; `world` draws its data; `judge` says what a picture shows;
+`train` makes all of it again.
 """
 
 from pathlib import Path
