@@ -362,6 +362,35 @@ def test_features_that_are_no_numbers_are_named_and_never_kept(load, pictures, t
     assert well["missing"] == [] and well["counts"]["dinov2"] == 4
 
 
+def test_clip_is_asked_for_the_class_as_it_is_said(load, pictures):
+    images, clip = pictures[0], load(dinov1="none", dinov2="none")
+    prompts = ["a sks owl", "an old sks owl on a sks owl", "A sks owl", "an owl"]
+    result = score(images[:4], prompts, [], clip, subject="sks owl", class_name="owl", progress=False)
+    texts = ["an owl", "an old owl on an owl", "An owl", "an owl"]
+    assert [s.get("text", s["prompt"]) for s in result["samples"]] == texts
+    result = score(images[:1], ["an <v> dog"], [], clip, subject="<v> dog", class_name="dog", progress=False)
+    assert result["samples"][0]["text"] == "a dog"
+
+
+def test_texts_that_are_too_long_or_give_no_numbers_are_named(load, pictures, capsys, monkeypatch):
+    images, _, references, settings = pictures
+    found, long = load(), "a cat " * 9
+    encode = found.clip._encode_texts
+    spoilt = lambda texts: encode(texts) * torch.tensor([[math.nan if text == "a dog" else 1] for text in texts])
+    monkeypatch.setattr(found.clip, "_encode_texts", spoilt)
+    result = score(images[:3], ["a cat", long, "a dog"], references, found, progress=False)
+    assert f"CLIP sees only the beginning of {long!r}\n" in capsys.readouterr().err
+    assert result["missing"] == [{"what": "a dog", "why": "clip gives features that are not finite"}]
+    assert result["counts"]["clip_t"] == 2 and result["counts"]["clip_i"] == 3
+    assert math.isfinite(result["scores"]["clip_t"]) and "clip_t" not in result["samples"][2]
+
+
+def test_diversity_counts_the_pictures_that_have_another_of_their_prompt(tiny_encoders, pictures):
+    images, _, _, _ = pictures
+    result = score(images[:5], ["a", "b", "b", "c", "c"], [], tiny_encoders, progress=False)
+    assert result["counts"]["diversity"] == 4 and result["counts"]["clip_t"] == 5
+
+
 def test_without_references_texts_and_drift_are_still_scored(tiny_encoders, pictures):
     images, prompts, _, settings = pictures
     result = score(images, prompts, [], tiny_encoders, **settings)
@@ -613,7 +642,7 @@ def test_a_folder_of_pictures_by_the_command(flags, pictures, photos, tmp_path, 
     code, out, err = run(flags | more, capsys)
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert result["counts"] == {"clip_i": 3, "clip_t": 3, "dinov1": 3, "dinov2": 3, "diversity": 3}
+    assert result["counts"] == {"clip_i": 3, "clip_t": 3, "dinov1": 3, "dinov2": 3, "diversity": 2}
     assert f"| CLIP-I | {result['scores']['clip_i']:.4f} | 3 |" in out and "protocol dreambooth, scale 1" in out
     assert out.startswith((tmp_path / "out" / "scores.md").read_text())
     assert [entry["what"] for entry in result["missing"]] == ["a cow"] and "missing: a cow: a prompt of" in err

@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from .. import UserError, __version__, data, near, read_json
-from ..options import SampleOptions
+from ..options import EvaluateOptions, SampleOptions
 from ..sample import device_of, find_adapter, sample
+from ..sweep import say
 from ..toyworld import world
 from ..writing import replacing
 from . import metrics, protocols
@@ -100,7 +101,7 @@ class Picture:
 
 
 def _without_token(prompt, subject, class_name):
-    return prompt.replace(subject, class_name) if prompt and subject and class_name else prompt
+    return say(prompt.replace(subject, "{}"), class_name) if prompt and subject and class_name else prompt
 
 
 def _look(paths, encoders, judging, miss, progress):
@@ -200,7 +201,8 @@ def _totals(pictures, samples, found):
         groups = [(Path(p.name).parent, p.prompt) for p in kept]
         value = metrics.diversity(torch.stack([features[p.path] for p in kept]), groups)
         if value is not None:
-            scores["diversity"], counts["diversity"] = value, len(kept)
+            counts["diversity"] = sum(count for count in Counter(groups).values() if count > 1)
+            scores["diversity"] = value
     features = found.get(FEATURES["drift"], {})
     pairs = [(features[p.base], features[p.path]) for p in pictures if p.base in features and p.path in features]
     if pairs:
@@ -341,7 +343,7 @@ def _templates(options):
     templates = options.prompt or protocols.read_prompts(options.prompts_file, options.class_name)
     if not options.subject and (wrong := [text for text in templates if "{}" in text]):
         raise UserError(f"the prompt {wrong[0]!r} has {{}}, which stands for the subject: --subject 'sks dog'")
-    found = {text.replace("{}", options.subject or ""): text for text in templates}
+    found = {say(text, options.subject) if options.subject else text: text for text in templates}
     _check_subject(options, found)
     return found
 
