@@ -117,8 +117,11 @@ def test_models_are_asked_as_transformers_documents(tiny_encoders, pictures):
         assert found.norm().item() == pytest.approx(1, abs=1e-6)
         torch.testing.assert_close(found, expected[name] / expected[name].norm(), rtol=0, atol=2e-5)
         assert encoder.facts["id"] == encoder.id and len(encoder.facts["revision_or_sha256"]) == 64
-    assert tiny_encoders.clip.facts["preprocessing"]["crop_size"] == {"height": 32, "width": 32}
-    assert tiny_encoders.dinov1.facts["preprocessing"]["center_crop"] == 224
+    letters = ["c</w>", "d", "o", "g</w>"]  # the tiny tokenizer knows no more
+    ids = [0, *(tiny_encoders.clip.tokenizer.get_vocab()[letter] for letter in letters), 1]
+    with torch.no_grad():
+        said = clip.text_projection(clip.text_model(torch.tensor([ids])).pooler_output)
+    torch.testing.assert_close(tiny_encoders.clip.texts(["c dog"]), said / said.norm(), rtol=0, atol=2e-5)
 
 
 def test_a_text_has_the_same_feature_alone_and_beside_a_longer_one(tiny_encoders):
@@ -173,6 +176,52 @@ def test_other_weights_or_other_pixels_are_not_found(load, folders, pictures, tm
     assert torch.equal(load(cache_dir=cache).dinov2.images([image]), row)
 
 
+def test_other_tokens_of_a_text_are_not_found(load, folders, tmp_path):
+    cache, other = tmp_path / "cache", tmp_path / "other"
+    before = load(cache_dir=cache).clip
+    row = before.texts(["abc"])
+    shutil.copytree(folders["clip"], other)
+    told = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = told["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(told))
+    (other / "vocab.json").unlink(missing_ok=True)
+    changed = load(cache_dir=cache, clip=str(other)).clip
+    assert not torch.equal(changed.texts(["abc"]), row) and changed.sha256 == before.sha256
+
+
+def test_all_that_prepares_a_picture_is_told(tiny_encoders):
+    facts = {name: dict(encoder.facts["preprocessing"]) for name, encoder in tiny_encoders.present.items()}
+    same = {"do_resize": True, "size": {"shortest_edge": 36}, "resample": 3, "do_center_crop": True,
+            "crop_size": {"height": 32, "width": 32}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
+    assert facts["clip"].pop("by").startswith("transformers' CLIPImageProcessor") and facts["clip"] == same
+    assert facts["dinov2"].pop("by").startswith("transformers' BitImageProcessor") and facts["dinov2"] == same
+    assert facts["dinov1"] == {
+        "by": "DINO's evaluation transform, PIL", "resize": 256, "resample": "bicubic", "center_crop": 224,
+        "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+
+
+def test_preparation_in_the_words_of_the_hubs_old_files(load, tiny_encoders, folders, pictures, tmp_path):
+    """OpenAI's CLIP and Facebook's DINO on the hub name feature extractors, and sides by one number."""
+    old = {"do_normalize": True, "do_resize": True, "resample": 3}
+    clip = {"feature_extractor_type": "CLIPFeatureExtractor", "do_center_crop": True, "crop_size": 32, "size": 36,
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
+    dino = {"feature_extractor_type": "ViTFeatureExtractor", "size": 224, "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225]}  # fmt: skip
+    asked = {}
+    for name, more in (("clip", clip), ("dinov1", dino)):
+        asked[name] = str(shutil.copytree(folders[name], tmp_path / name))
+        (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(old | more))
+    image = Image.open(pictures[0][0])
+    for name, encoder in load(**asked, dinov2="none").present.items():
+        usual = getattr(tiny_encoders, name)
+        assert encoder.preprocessing == usual.preprocessing and torch.equal(encoder.images([image]), usual.images([image]))
+
+
 def test_what_is_not_downloaded_is_named_with_its_command_and_folder(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
@@ -217,6 +266,13 @@ def test_an_encoder_without_all_its_weights_is_refused(folders, tmp_path):
     del weights["layernorm.weight"]
     save_file(weights, tmp_path / "half" / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match="lacks weights, such as layernorm.weight"):
+        load_encoders(**folders | {"dinov2": str(tmp_path / "half")})
+    weights["layernorm.weight"] = torch.zeros(3)
+    save_file(weights, tmp_path / "half" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="--dinov2 .*half cannot be loaded from .*half: "):
+        load_encoders(**folders | {"dinov2": str(tmp_path / "half")})
+    (tmp_path / "half" / "model.safetensors").write_bytes(Path(folders["dinov2"], "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(UserError, match="--dinov2 .*half cannot be loaded from .*half: "):
         load_encoders(**folders | {"dinov2": str(tmp_path / "half")})
 
 

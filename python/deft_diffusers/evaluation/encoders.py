@@ -218,7 +218,7 @@ def _from_transformers(name, id):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if name == "clip" else None
     except UserError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         again = "" if Path(id).expanduser().is_dir() else f" (to get it whole, run `hf download {id}` again)"
         raise UserError(f"--{name} {id} cannot be loaded from {folder}: {_first_line(error)}{again}") from error
     if report["missing_keys"]:
