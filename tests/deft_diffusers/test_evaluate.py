@@ -555,6 +555,18 @@ def test_dreambench_plus_names_and_captions(tmp_path):
         protocols.read_prompts(file)
 
 
+def test_the_subject_of_a_caption_is_a_word_of_it(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "captions").mkdir()
+    file = tmp_path / "captions" / "00.txt"
+    file.write_text("man\na man in the manner of a romantic woman\nA Man, asleep\nman\n")
+    assert protocols.read_prompts(file) == ["a {} in the manner of a romantic woman", "A {}, asleep", "{}"]
+    assert capsys.readouterr().err == ""
+    file.write_text("man\na woman\nmen\na man\n")
+    assert protocols.read_prompts(file) == ["a woman", "men", "a {}"]
+    assert capsys.readouterr().err.endswith("00.txt do not say 'man': 'a woman', 'men'\n")
+
+
 def test_dreambench_plus_there_and_back(tiny_encoders, pictures, tmp_path):
     images, _, references, _ = pictures
     prompts = ["a kitten in snow", "a kitten in rain", "a kitten in snow"]
@@ -615,6 +627,18 @@ def test_dreambench_plus_is_read_in_natural_order_and_without_other_files(tmp_pa
         protocols.read_samples(tmp_path)
 
 
+def test_of_two_pictures_of_one_name_one_is_read_and_the_other_named(tmp_path):
+    for file in ("tgt_image/mug/0_0.jpg", "tgt_image/mug/0_0.png", "src_image/mug/0_0.jpg", "src_image/mug/0_0.jpeg"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    read = protocols.read_samples(tmp_path)
+    assert [path.name for path in read.images] == ["0_0.jpg"] and [path.name for path in read.references[0]] == ["0_0.jpeg"]
+    assert [tuple(entry.values()) for entry in read.missing] == [
+        ("src_image/mug/0_0.jpg", "0_0.jpeg has the same name, and is taken alone"),
+        ("tgt_image/mug/0_0.png", "0_0.jpg has the same name, and is taken alone"),
+    ]
+
+
 def test_gaps_in_dreambench_plus_are_named(tiny_encoders, load, pictures, tmp_path):
     images, _, references, _ = pictures
     folder = tmp_path / "samples"
@@ -649,6 +673,23 @@ def test_plain_pictures_with_texts_beside_or_in_a_file(photos, tmp_path):
     assert read.prompts == ["one", "two", "three"] and [entry["what"] for entry in read.missing] == ["four"]
     texts.write_text("one\n")
     assert protocols.read_samples(photos, texts).prompts == ["one", None, None]
+    (photos / "below").mkdir()
+    assert protocols.read_samples(photos, texts).missing == []
+    write_picture(photos / "below" / "3.png")
+    (missing,) = protocols.read_samples(photos, texts).missing
+    assert missing == {"what": "below/", "why": "folders below are not searched: its pictures have no scores"}
+
+
+def test_files_of_prompts_to_draw_are_not_taken_for_texts_of_pictures(photos, tmp_path):
+    file = tmp_path / "captions" / "00.txt"
+    (tmp_path / "images").mkdir()
+    file.parent.mkdir()
+    file.write_text("kitten\na kitten\na blue kitten\na wet kitten\n")
+    read = protocols.read_samples(photos, file)
+    assert read.prompts == ["a kitten", "a blue kitten", "a wet kitten"] and read.missing == []
+    (tmp_path / "listing.txt").write_text(LISTING)
+    with pytest.raises(UserError, match="listing.txt lists what to draw: expected a line for each picture"):
+        protocols.read_samples(photos, tmp_path / "listing.txt")
 
 
 def test_a_record_tells_its_own_texts(photos, tmp_path):

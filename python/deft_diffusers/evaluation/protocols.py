@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def scale_of(protocol):
 
 def read_samples(folder, prompts_file=None):
     """The `Samples` of a folder: what `deft sample` wrote (`samples.json`), a method's folder of DreamBench++'s samples, or
-    plain pictures, in natural order, with texts from `prompts_file` (a line each) or .txt files beside them.
+    plain pictures, in natural order, with texts from `prompts_file` (a line each, or one of DreamBench++'s captions) or .txt
+    files beside them.
 
     UserError if there is no picture at all, or none of a kind that is known.
     """
@@ -82,6 +84,9 @@ def _read_plain(folder, prompts_file):
     paths, samples = data.find_pictures(folder), Samples()
     if prompts_file:
         lines = [line.strip() for line in read_text(prompts_file).splitlines() if line.strip()]
+        if lines[:1] == ["Classes"]:
+            raise UserError(f"{prompts_file} lists what to draw: expected a line for each picture of {folder}")
+        lines = lines[_are_captions(prompts_file) :]
         for line in lines[len(paths) :]:
             samples.miss(line, f"a prompt of {prompts_file} that {folder} has no picture of")
         prompts = lines + [None] * (len(paths) - len(lines))
@@ -92,6 +97,8 @@ def _read_plain(folder, prompts_file):
             samples.miss(file.name, "a prompt without a picture")
     for path, prompt in zip(paths, prompts):
         samples.add(path, prompt, file=path.name)
+    for name in data._folders_of_pictures(folder) if folder.is_dir() else ():
+        samples.miss(f"{name}/", "folders below are not searched: its pictures have no scores")
     return samples
 
 
@@ -122,11 +129,19 @@ def read_prompts(file, class_name=None):
             raise UserError(f"which prompts of {file}? --class_name tells, with --subject")
         _, objects, live = read_prompts_and_classes(file)
         lines = live if class_name in LIVE else objects
-    elif any(folder.name == "captions" and (folder.parent / "images").is_dir() for folder in Path(file).resolve().parents):
-        lines = [line.replace(lines[0], "{}") for line in lines[1:]]
+    elif _are_captions(file):
+        name, *told = lines or [""]
+        lines = [re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "{}", line, flags=re.IGNORECASE) for line in told]
+        if without := [repr(line) for line in lines if "{}" not in line]:
+            print(f"warning: prompts of {file} do not say {name!r}: {data._some(without)}", file=sys.stderr)
     if not lines:
         raise UserError(f"{file} has no prompts" + (f" for {class_name}" if class_name else ""))
     return lines
+
+
+def _are_captions(file):
+    """Whether a file is one of DreamBench++'s, whose first line names the subject and is no prompt."""
+    return any(folder.name == "captions" and (folder.parent / "images").is_dir() for folder in Path(file).resolve().parents)
 
 
 def collection_id(image, subject):
@@ -137,19 +152,23 @@ def collection_id(image, subject):
     return f"{category}_{Path(image).stem}_{subject.lower().replace(' ', '_')}"
 
 
-def _below(folder, suffixes):
-    """{path below the folder without suffix: file}, in natural order of their names."""
-    files = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != "."]
-    files.sort(key=lambda path: data.natural(path.as_posix()))
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+def _below(folder, suffixes, samples):
+    """{path below the folder without suffix: file}, in natural order of their names; of two with one name the first."""
+    files, found = [path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.name[0] != "."], {}
+    for file in sorted(files, key=lambda path: data.natural(path.as_posix())):
+        inner = file.relative_to(folder)
+        first = found.setdefault(inner.with_suffix("").as_posix(), file)
+        if first is not file:
+            samples.miss(f"{folder.name}/{inner.as_posix()}", f"{first.name} has the same name, and is taken alone")
+    return found
 
 
 def _read_dreambench_plus(folder):
     """Samples of DreamBench++'s layout: `{src_image,tgt_image,text}/<collection_id>/<i>_<j>.{jpg,txt}`, j being the picture
     of prompt i. Each picture has one reference, the file of the same name."""
     samples = Samples(references=[])
-    sources, targets = (_below(folder / name, data.SUFFIXES) for name in (SOURCE, TARGET))
-    texts = _below(folder / TEXT, (".txt",))
+    sources, targets = (_below(folder / name, data.SUFFIXES, samples) for name in (SOURCE, TARGET))
+    texts = _below(folder / TEXT, (".txt",), samples)
     if not targets:
         raise UserError(f"{folder / TARGET} holds no pictures: expected <collection_id>/<i>_<j>.jpg")
     for name, image in targets.items():
