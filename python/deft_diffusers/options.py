@@ -379,8 +379,8 @@ class EvaluateOptions:
     dinov1: str | None = option(
         "Protocol and encoders", "hub id, folder, torchhub:owner/repo:ref:entry, or none (default: what the "
         "protocol's authors took, for dreambooth facebook/dino-vits16, for dreambench++ facebook/dino-vits8: the weights of "
-        "torchhub:facebookresearch/dino:main:dino_vits8 without its need of torchvision; the two do not compare)",
-                None, metavar="MODEL",
+        "torchhub:facebookresearch/dino:main:dino_vits8 without its need of torchvision; the two do not compare)", None,
+        metavar="MODEL",
     )  # fmt: skip
     dinov2: str | None = option(
         "Protocol and encoders", "hub id, folder, or none (default: facebook/dinov2-small)", None, metavar="MODEL"
@@ -398,8 +398,8 @@ class EvaluateOptions:
     output_dir: str = option("Files", "where scores.json and scores.md go, and what is drawn", metavar="DIR")
     overwrite_output_dir: bool = option("Files", "replace the scores, and the samples, that it holds", False)
     dreambench_plus_dir: str | None = option(
-        "Files", "write the pictures to this folder of a method in DreamBench++'s layout too, for its own scripts", None,
-        metavar="DIR",
+        "Files", "write the pictures to this folder of a method in DreamBench++'s layout too, each beside the first "
+        "reference, for its own scripts", None, metavar="DIR",
     )  # fmt: skip
     collection_id: str | None = option(
         "Files", "the subject's name there, such as live_subject_animal_00_kitten (default: told by the reference and "

@@ -19,6 +19,7 @@ from deft_diffusers.evaluation.encoders import dino_transform, load_encoders
 from deft_diffusers.evaluation.evaluate import score
 from deft_diffusers.families import load_family
 from deft_diffusers.options import EvaluateOptions
+from deft_diffusers.toyworld.world import SCENES, draw, draw_individual
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_encoders import write_tiny_encoders
@@ -764,6 +765,27 @@ def test_pictures_that_are_there_go_out_in_dreambench_pluss_layout(flags, pictur
     assert read.prompts == ["a mug", "a red mug"]
 
 
+def test_dreambench_plus_keeps_the_prompts_numbers_and_names_what_it_lacks(flags, pictures, photos, tmp_path, capsys):
+    for k, text in enumerate(("a wet mug", "a mug", "a red mug")):
+        (photos / f"{k}.txt").write_text(text)
+    (photos / "0.png").write_bytes(b"")
+    write_picture(photos / "3.png")
+    more = {"--references": pictures[2][0], "--dreambench_plus_dir": tmp_path / "plus", "--collection_id": "mug"}
+    code, _, err = run(flags | more, capsys)
+    assert code == 0 and f"not in {tmp_path / 'plus'}, for want of a prompt or of features: 0.png, 3.png\n" in err
+    read = protocols.read_samples(tmp_path / "plus")
+    assert [more["file"] for more in read.about] == ["mug/1_0.jpg", "mug/2_0.jpg"] and read.missing == []
+    assert read.prompts == ["a mug", "a red mug"]
+    # what was written before would be scored with it
+    code, _, err = run(flags | more | {"--output_dir": tmp_path / "again"}, capsys)
+    assert code == 2 and "mug is there already; remove it, or choose another --dreambench_plus_dir" in err
+    assert not (tmp_path / "again").exists()
+    more |= {"--dreambench_plus_dir": pictures[2][0], "--output_dir": tmp_path / "third"}
+    code, _, err = run(flags | more, capsys)
+    assert code == 2 and f"cannot write DreamBench++'s layout to {pictures[2][0]}: " in err
+    assert (tmp_path / "third" / "scores.json").exists()
+
+
 def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     images, _, references, _ = pictures
     protocols.write_dreambench_plus(tmp_path / "deft", "mug", images[:2], ["a mug", "a red mug"], references[0])
@@ -772,6 +794,53 @@ def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     result = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert result["scale"] == 100 and f"| DINOv2 | {result['scores']['dinov2']:.2f} | 2 |" in out
     assert list(json.loads((tmp_path / "out" / "clip_scores_image.json").read_text())) == ["mug-0_0", "mug-1_0"]
+
+
+def test_dreambench_pluss_own_files_are_of_its_protocol_and_of_this_run(flags, pictures, tmp_path, capsys):
+    protocols.write_dreambench_plus(tmp_path / "deft", "mug", pictures[0][:1], ["a mug"], pictures[2][0])
+    words = flags | {"--images": tmp_path / "deft"}
+    names = lambda: sorted(file.name for file in (tmp_path / "out").glob("*_scores*.json"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dino_scores_v1.json").write_text("{}")  # DreamBench++'s scripts write where they are run
+    code, _, err = run(words, capsys)
+    assert code == 2 and "dino_scores_v1.json is there already" in err
+    words |= {"--overwrite_output_dir": None}
+    assert run(words, capsys)[0] == 0 and names() == sorted(protocols.SCORES)
+    assert run(words | {"--clip": "none"}, capsys)[0] == 0 and names() == ["dino_scores_v1.json", "dino_scores_v2.json"]
+    assert run(words | {"--protocol": "dreambooth"}, capsys)[0] == 0 and names() == []
+
+
+@pytest.mark.parametrize("by", ["folder", "here", "name"])
+def test_who_and_where_is_counted_on_the_embedded_world(by, tmp_path, monkeypatch, capsys):
+    """By its own judge: of six pictures three show the dog, one of them where it was not asked for."""
+    rng, images, subject = np.random.default_rng(5), tmp_path / "images", tmp_path / "dog"
+    images.mkdir(), subject.mkdir()
+    draw_individual("dog", "field", rng).save(subject / "0.png")
+    shown = ("dog", "snow"), ("dog", "beach"), ("dog", "city"), ("cat", "snow"), ("car", "beach")
+    for k, (who, scene) in enumerate(shown):
+        draw_individual(who, scene, rng).save(images / f"{k}.png")
+        asked = "beach" if scene == "city" else scene
+        (images / f"{k}.txt").write_text(f"a photo of sks dog {SCENES[asked][0][0]}")
+    draw("dog", "red", "plain", "snow", rng).save(images / "5.png")
+    (images / "5.txt").write_text("a photo of sks dog")
+    monkeypatch.chdir(subject)
+    references = {"folder": subject, "here": ".", "name": tmp_path / "photos"}[by]
+    if by == "name":
+        shutil.copytree(subject, references)
+    words = {"--images": images, "--references": references, "--encoders": "toyworld", "--output_dir": tmp_path / "out",
+             "--device": "cpu"}  # fmt: skip
+    code, out, err = run(words | ({"--individual": "dog"} if by == "name" else {}), capsys)
+    assert code == 0, err
+    result = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [s["individual"] for s in result["samples"]] == [True] * 3 + [False] * 3
+    assert [s.get("scene") for s in result["samples"]] == [True, True, False, True, True, None]
+    assert "| this individual | 0.5000 | 6 |  | the judge of the drawn world |" in out
+    assert "| the scene asked for | 0.8000 | 5 |  | the judge of the drawn world |" in out
+    if by == "name":
+        code, _, err = run(words | {"--individual": "dogs", "--overwrite_output_dir": None}, capsys)
+        assert code == 2 and "--individual dogs, did you mean dog?: there are bear_plushie, cat, dog" in err
+        code, _, err = run(words | {"--overwrite_output_dir": None}, capsys)  # nobody's name
+        assert code == 0 and "this individual" not in (tmp_path / "out" / "scores.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -849,7 +918,8 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
      ({"--references": "nowhere"}, "no such folder or file of pictures"),
      ({"--subject": "sks cat"}, "--subject and --class_name go together"),
      ({"--subject": "sks cat", "--class_name": "cat"}, "'sks cat' stands in none of the prompts: there are none"),
-     ({"--prompt": "a cat"}, "--adapter and --prompt are for drawing"),
+     ({"--prompt": "a cat"}, "--prompt is for drawing: without --images"),
+     ({"--num_images_per_prompt": 2}, "--num_images_per_prompt is for drawing: without --images"),
      ({"--batch_size": 0}, "--batch_size must be at least 1, got 0"),
      ({"--protocol": "dreambench"}, "did you mean dreambench\\+\\+"),
      ({"--individual": "cat"}, "--individual goes with --encoders toyworld"),
@@ -858,8 +928,8 @@ def test_draws_first_then_scores(folders, pictures, tmp_path, capsys):
      ({"--images": None, "--pretrained_model_name_or_path": "toyworld"}, "either with --prompt or with --prompts_file"),
      ({"--images": None, "--pretrained_model_name_or_path": "toyworld", "--prompt": "a {}"}, "stands for the subject"),
      ({"--base_images": "nowhere"}, "tells the drift by --unrelated_prompt, and no picture is of one")],
-    ids=["neither", "images", "references", "subject", "words", "prompt", "batch", "protocol", "individual", "plus",
-         "device", "texts", "braces", "base"],
+    ids=["neither", "images", "references", "subject", "words", "prompt", "pictures", "batch", "protocol", "individual",
+         "plus", "device", "texts", "braces", "base"],
 )  # fmt: skip
 def test_wrong_words_are_refused_before_anything_is_written(flags, change, said, tmp_path, capsys):
     flags = {name: value for name, value in (flags | change).items() if value is not None}

@@ -228,9 +228,11 @@ def evaluate(options):
     """Runs `deft evaluate`: takes `EvaluateOptions`, writes `scores.json` and `scores.md`, returns what the first holds."""
     _check(options)
     out = Path(options.output_dir).expanduser()
-    if (out / SCORES).exists() and not options.overwrite_output_dir:
-        raise UserError(f"{out / SCORES} is there already; choose another --output_dir or add --overwrite_output_dir")
+    for file in (out / name for name in (SCORES, *protocols.SCORES)):
+        if file.exists() and not options.overwrite_output_dir:
+            raise UserError(f"{file} is there already; choose another --output_dir or add --overwrite_output_dir")
     references = data.find_pictures(options.references) if options.references else []
+    collection = _collection(options, references) if options.dreambench_plus_dir else None
     individual, found = _individual(options), _read(options) if options.images else None
     plus = found is not None and found[0].references is not None
     protocol = options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH)
@@ -246,10 +248,10 @@ def evaluate(options):
     result["missing"] = samples.missing + result["missing"]
     result["cost"] = _cost(options)
     write_scores(out, result)
-    if plus:
-        protocols.write_dreambench_plus_scores(out, result)
-    if options.dreambench_plus_dir:
-        _export(options, samples, references, {entry["what"] for entry in result["missing"]})
+    own = plus and protocol == protocols.DREAMBENCH_PLUS
+    protocols.write_dreambench_plus_scores(out, result if own else {"samples": []})
+    if collection:
+        _export(options, samples, references, collection, {entry["what"] for entry in result["missing"]})
     print(table(result), end="")
     for entry in result["missing"]:
         print(f"missing: {entry['what']}: {entry['why']}", file=sys.stderr)
@@ -297,8 +299,9 @@ def _check(options):
     for name in ("batch_size", "num_images_per_prompt"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.images and (options.adapter or options.prompt):
-        raise UserError("--adapter and --prompt are for drawing: without --images, with --pretrained_model_name_or_path")
+    for name in ("adapter", "prompt", "num_images_per_prompt", "num_inference_steps", "guidance_scale", "seed"):
+        if options.images and getattr(options, name) != getattr(EvaluateOptions, name, []):
+            raise UserError(f"--{name} is for drawing: without --images, with --pretrained_model_name_or_path")
     if options.base_images and not options.images:
         raise UserError("--base_images goes with --images; what is drawn here is drawn by the base model too")
     if options.individual and not options.encoders:
@@ -315,7 +318,7 @@ def _individual(options):
     """Whom of the drawn world the pictures shall show: who is asked for, or whose name the references' folder bears."""
     if not options.encoders:
         return None
-    path = Path(options.references or "").expanduser()
+    path = Path(options.references or "").expanduser().absolute()
     name = options.individual or (path if path.is_dir() else path.parent).name
     if options.individual and name not in world.INDIVIDUALS:
         raise UserError(f"--individual {name}{near(name, world.INDIVIDUALS)}: there are {', '.join(world.INDIVIDUALS)}")
@@ -394,11 +397,23 @@ def _cost(options):
     return costs
 
 
-def _export(options, samples, references, missing):
-    """Writes the pictures of the subject in DreamBench++'s layout, beside the first reference."""
+def _collection(options, references):
+    """The subject's name in DreamBench++'s layout. UserError if pictures of it are there, to be mixed with these."""
     name = options.collection_id or protocols.collection_id(references[0].resolve(), options.class_name)
-    own = [k for k, more in enumerate(samples.about) if not more["unrelated"] and samples.prompts[k]]
-    kept = [k for k in own if str(samples.images[k]) not in missing]
-    texts = [_without_token(samples.prompts[k], options.subject, options.class_name) for k in kept]
-    images = [samples.images[k] for k in kept]
-    protocols.write_dreambench_plus(options.dreambench_plus_dir, name, images, texts, references[0])
+    there = Path(options.dreambench_plus_dir).expanduser() / protocols.TARGET / name
+    if there.exists():
+        raise UserError(f"{there} is there already; remove it, or choose another --dreambench_plus_dir or --collection_id")
+    return name
+
+
+def _export(options, samples, references, collection, missing):
+    """Writes the pictures of the subject in DreamBench++'s layout, beside the first reference, and says which it cannot."""
+    own = [k for k, more in enumerate(samples.about) if not more["unrelated"]]
+    asked = [k for k in own if samples.prompts[k]]
+    texts = [_without_token(samples.prompts[k], options.subject, options.class_name) for k in asked]
+    images = [None if str(samples.images[k]) in missing else samples.images[k] for k in asked]
+    protocols.write_dreambench_plus(options.dreambench_plus_dir, collection, images, texts, references[0])
+    written = dict(zip(asked, images))
+    if left := [samples.images[k].name for k in own if written.get(k) is None]:
+        print(f"warning: not in {options.dreambench_plus_dir}, for want of a prompt or of features: {data._some(left)}",
+              file=sys.stderr)  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import UserError, data, near, read_json, read_text
 from ..options import PROTOCOLS
 from ..sample import RECORD
-from ..writing import replacing
+from ..writing import remove, replacing
 
 DREAMBOOTH, DREAMBENCH_PLUS = PROTOCOLS
 SCALE = {DREAMBOOTH: 1.0, DREAMBENCH_PLUS: 100.0}  # of cosines, as each protocol prints them
@@ -186,25 +186,32 @@ def write_dreambench_plus(folder, collection, images, prompts, reference, negati
     """Adds one subject's pictures to a method's folder in DreamBench++'s layout, as its own `generate_images.py` does: JPEG,
     the reference beside each, the n-th different prompt being prompt n. Returns the names, `<i>_<j>`.
 
-    `images` are paths, `reference` is one; the prompts must not have the token, since they are what CLIP-T asks for.
+    `images` are paths, or None for one that is not there, so that the others keep their numbers, by which DreamBench++ tells
+    kinds of prompts; `reference` is one; the prompts must not have the token, since they are what CLIP-T asks for.
+    UserError if it cannot be written.
     """
     folder, counts, names = Path(folder).expanduser(), {}, []
     source = data.read_image(reference)
-    for part in (SOURCE, TARGET, TEXT):
-        (folder / part / collection).mkdir(parents=True, exist_ok=True)
-    (folder / "negative_prompt.txt").write_text(negative_prompt or "", encoding="utf-8")
-    for image, prompt in zip(images, prompts, strict=True):
-        counts[prompt] = counts.get(prompt, -1) + 1
-        names.append(f"{list(counts).index(prompt)}_{counts[prompt]}")
-        data.read_image(image).save(folder / TARGET / collection / f"{names[-1]}.jpg")
-        source.save(folder / SOURCE / collection / f"{names[-1]}.jpg")
-        (folder / TEXT / collection / f"{names[-1]}.txt").write_text(prompt, encoding="utf-8")
+    try:
+        for part in (SOURCE, TARGET, TEXT):
+            (folder / part / collection).mkdir(parents=True, exist_ok=True)
+        (folder / "negative_prompt.txt").write_text(negative_prompt or "", encoding="utf-8")
+        for image, prompt in zip(images, prompts, strict=True):
+            counts[prompt] = counts.get(prompt, -1) + 1
+            if image is None:
+                continue
+            names.append(f"{list(counts).index(prompt)}_{counts[prompt]}")
+            data.read_image(image).save(folder / TARGET / collection / f"{names[-1]}.jpg")
+            source.save(folder / SOURCE / collection / f"{names[-1]}.jpg")
+            (folder / TEXT / collection / f"{names[-1]}.txt").write_text(prompt, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write DreamBench++'s layout to {folder}: {error}") from error
     return names
 
 
 def write_dreambench_plus_scores(folder, result):
     """Writes DreamBench++'s own JSON of the scores that `evaluate.score` gave for its layout; a picture without one is not
-    in it. Returns the files."""
+    in it, and an older file of a score that no picture has is removed. Returns the files."""
     written = []
     for file, score in SCORES.items():
         found = {Path(s["file"]).with_suffix("").as_posix().replace("/", "-"): s[score]
@@ -213,4 +220,6 @@ def write_dreambench_plus_scores(folder, result):
             with replacing(Path(folder) / file) as part:
                 part.write_text(json.dumps(found, indent=4) + "\n")
             written.append(Path(folder) / file)
+        else:
+            remove(Path(folder) / file)
     return written
