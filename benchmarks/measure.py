@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -82,33 +83,68 @@ def copies(size: int, device: torch.device) -> int:
     return 1 if size > 4 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 
-def wall_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
-    """Median seconds of one of `calls` (the same work on several inputs) by the clock on the wall, the host included;
-    `budget` seconds are spent on it, and 5 rounds at least."""
-    _round(calls, device)
-    return _median(lambda: _round(calls, device)[1], _round(calls, device)[1], budget) / len(calls)
+class Times(NamedTuple):
+    """Seconds of one call, round by round: on the device, whose queue is full before the first begins; by the clock on the
+    wall, the host included; and of a CUDA graph of the round, with the host left out. On a CPU the first two are one, and
+    there is no third."""
+
+    device: list[float]
+    wall: list[float]
+    graph: list[float]
+
+
+def beside(peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None):
+    """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each of them
+    once, another one first each time, so that whatever else the machine does falls on all alike. Some `budget` seconds are
+    spent on each, and 5 rounds at least, 100 at most; or as many rounds as asked for."""
+    on_gpu, host, expected, graphs = device.type == "cuda", {}, 0.0, {}
+    for name, calls in peers.items():
+        _round(calls, device)
+        host[name], wall = _round(calls, device)
+        expected += wall
+        if on_gpu and (graph := _captured(calls)):
+            graphs[name] = graph
+    rounds = rounds or min(100, max(5, int(budget * len(peers) / expected)))
+    times, order = {name: Times([], [], []) for name in peers}, list(peers)
+    for i in range(rounds):
+        for name in order[i % len(order) :] + order[: i % len(order)]:
+            calls = peers[name]
+            times[name].wall.append(_round(calls, device)[1] / len(calls))
+            if on_gpu:
+                times[name].device.append(_queued(calls, host[name], device) / len(calls))
+            if name in graphs:
+                times[name].graph.append(_round([graphs[name].replay], device)[1] / len(calls))
+    return times if on_gpu else {name: t._replace(device=t.wall) for name, t in times.items()}
 
 
 def device_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
-    """Median seconds of one of `calls` on the device, whose queue is full before the first begins: while it sleeps, the
-    host launches a whole round. (A queue holds about a thousand launches; what launches more, or waits for the device
-    in between, is timed with the host.) On a CPU the same as `wall_seconds`."""
-    if device.type != "cuda":
-        return wall_seconds(calls, device, budget)
-    _round(calls, device)
-    host, wall = _round(calls, device)
+    """Median seconds of one of `calls` on the device."""
+    return statistics.median(beside({"": calls}, device, budget)[""].device)
+
+
+def _queued(calls: list[Callable], host: float, device: torch.device) -> float:
+    """Seconds of all calls on a GPU, which sleeps while the host, in `host` seconds, launches them. (A queue holds about a
+    thousand launches; what launches more, or waits for the device in between, is timed with the host.)"""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(1.5 * host * _cycles(device)))
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
-    def one_round() -> float:
-        torch.cuda._sleep(int(1.5 * host * _cycles(device)))
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
-    return _median(one_round, wall, budget) / len(calls)
+def _captured(calls: list[Callable]):
+    """A CUDA graph of all calls, or None where one of them cannot be captured, as what waits for the device cannot."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        return None
+    return graph
 
 
 @functools.lru_cache
@@ -134,7 +170,3 @@ def _round(calls: list[Callable], device: torch.device) -> tuple[float, float]:
     host = time.perf_counter() - start
     wait()
     return host, time.perf_counter() - start
-
-
-def _median(one_round: Callable[[], float], expected: float, budget: float) -> float:
-    return statistics.median(one_round() for _ in range(min(100, max(5, int(budget / expected)))))
