@@ -6,14 +6,16 @@
     python -m benchmarks --readme                         # README's figures, anew from benchmarks/results
 
 Nothing is timed whose results have not been compared with the reference in float64 first: what is wrong says RED, and the
-exit status is 1. A figure is the median over rounds, each of which times every peer once, in turn, and the machine's own copy
-and matrix product besides; a ratio is the median over the rounds of the ratio in each.
+exit status is 1. A figure is the median over rounds, each of which times every peer once, in turn, and the machine's own
+copy and matrix product besides; a ratio is the median over the rounds of the ratio in each.
 
-Results, a table and plots go to benchmarks/results/<device>/<commit>.{json,md} and <commit>-*.{png,svg}.
+Results, tables and plots go to benchmarks/results/<device>/<commit>.{json,md} and <commit>-*.{png,svg}; suites that
+are measured one by one come together there.
 """
 
 import argparse
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -36,24 +38,39 @@ def run(suites: list[str], options: Options) -> list[dict]:
     return rows
 
 
+def others(out: Path, found: dict, suites: list[str]) -> list[dict]:
+    """What a file holds of other suites, if it is of the same commit, device, versions and size."""
+    if not out.is_file():
+        return []
+    before = json.loads(out.read_text())
+    same = all(before.get(name) == value for name, value in found.items() if name != "date")
+    return [row for row in before["rows"] if row["suite"] not in suites] if same else []
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    made.add_argument("--suite", type=lambda s: s.split(","), default=list(SUITES), metavar="NAMES",
-                      help=f"comma-separated, of: {', '.join(SUITES)}; default all")  # fmt: skip
-    made.add_argument("--size", choices=SIZES, default="small",
-                      help="tiny: layers of no interest, to try the code; full: every shape, rank and peer (default small)")  # fmt: skip
-    made.add_argument("--device", choices=("cpu", "cuda"), default=here, help="default %(default)s here")
-    made.add_argument("--peers", type=lambda s: tuple(s.split(",")), default=(), metavar="NAMES",
-                      help="comma-separated parts of names, such as PEFT,LyCORIS; what is measured here and the floor always run")  # fmt: skip
-    made.add_argument("--threads", type=int, help="of a CPU; default: torch's own choice here")
-    made.add_argument("--output", type=Path, metavar="FILE.json", help="instead of benchmarks/results/<device>/<commit>.json")
-    made.add_argument("--compare", nargs="+", metavar="REV",
-                      help="measure nothing; compare results: two of FILE.json or commits, or one with the newest of this device")  # fmt: skip
-    made.add_argument("--readme", action="store_true", help="measure nothing; write README's figures anew from the results")
+    for flag, help, more in (
+        ("--suite", f"comma-separated, of: {', '.join(SUITES)}; default all", {"type": commas, "default": SUITES}),
+        ("--size", "tiny: to try the code; full: every shape, rank and peer; default small", {"choices": SIZES}),
+        ("--device", "default %(default)s here", {"choices": ("cpu", "cuda"), "default": here}),
+        ("--peers", "comma-separated parts of names, such as PEFT,LyCORIS; what is here and the floor always run",
+         {"type": commas, "default": ()}),
+        ("--threads", "of a CPU; default torch's own choice", {"type": int}),
+        ("--output", "FILE.json, in place of benchmarks/results/<device>/<commit>.json", {"type": Path}),
+        ("--compare", "measure nothing: compare two results (files or commits), or one with this device's newest",
+         {"nargs": "+", "metavar": "REV"}),
+        ("--readme", "measure nothing: write README's figures anew from the results", {"action": "store_true"}),
+    ):  # fmt: skip
+        made.add_argument(flag, help=help, **more)
+    made.set_defaults(size="small")
     return made
+
+
+def commas(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def main() -> int:
@@ -75,8 +92,11 @@ def main() -> int:
     print(", ".join(f"{k} {v}" for k, v in found.items()))
     if given.device == "cpu":
         print("These are CPU figures. The Triton kernels are not in them: their interpreter is never timed.\n")
+    found |= {"clean": not found["commit"].endswith(("-dirty", "unknown")), "size": given.size}
+    out = given.output or measure.result_file(found)
     rows = run(given.suite, options)
-    out = measure.save(found, given.output, size=given.size, suites=given.suite, rows=rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(found | {"rows": others(out, found, given.suite) + rows}, indent=1) + "\n")
     out.with_suffix(".md").write_text(report.markdown(out))
     report.plot(out)
     print(f"\nwritten to {out}, its tables to {out.with_suffix('.md').name} and its plots beside it")

@@ -1,9 +1,9 @@
 """How the benchmarks take time, how much input they rotate through, and what they say of the machine."""
 
+import datetime
 import functools
-import importlib
+import importlib.metadata
 import importlib.util
-import json
 import re
 import shutil
 import statistics
@@ -17,15 +17,17 @@ import torch
 
 from benchmarks.conftest import context
 
+DISTRIBUTIONS = {"lycoris": "lycoris-lora"}  # of packages that have another name
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
-    """Device, driver, versions (those in `also` too), and commit, which ends in -dirty where the tree has changes."""
+    """Device, driver, versions (those in `also` too), time, and commit, which ends in -dirty where the tree has changes."""
     found = context(device) | {"driver": "none"}
+    found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)
-        found[package] = importlib.import_module(package).__version__ if installed else "not installed"
+        found[package] = importlib.metadata.version(DISTRIBUTIONS.get(package, package)) if installed else "not installed"
     if torch.cuda.is_available() and device != "cpu":
         found["driver"] = f"HIP {torch.version.hip}" if torch.version.hip else "unknown: no nvidia-smi"
         if not torch.version.hip and shutil.which("nvidia-smi"):
@@ -34,14 +36,9 @@ def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[s
     return found
 
 
-def save(found: dict[str, str], out: Path | None = None, suffix: str = "", **parts) -> Path:
-    """Write what was measured as JSON under what `environment` has found, to `out` or to
-    benchmarks/results/<device>/<commit><suffix>.json; returns where."""
-    out = out or Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}{suffix}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clean = found["commit"] != "unknown" and not found["commit"].endswith("-dirty")
-    out.write_text(json.dumps(found | {"clean": clean} | parts, indent=1) + "\n")
-    return out
+def result_file(found: dict[str, str]) -> Path:
+    """Where the results of what `environment` has found belong."""
+    return Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}.json"
 
 
 def file_name(text: str) -> str:
@@ -94,9 +91,9 @@ class Times(NamedTuple):
 
 
 def beside(peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None):
-    """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each of them
-    once, another one first each time, so that whatever else the machine does falls on all alike. Some `budget` seconds are
-    spent on each, and 5 rounds at least, 100 at most; or as many rounds as asked for."""
+    """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each once,
+    another one first each time, so that whatever else the machine does falls on all alike. Some `budget` seconds are spent
+    on each, and 5 rounds at least, 100 at most; or as many rounds as asked for."""
     on_gpu, host, expected, graphs = device.type == "cuda", {}, 0.0, {}
     for name, calls in peers.items():
         _round(calls, device)

@@ -1,9 +1,11 @@
 """The layers that the benchmarks measure, in one place. W is (m, n) = (out, in); T counts the rows of x, in tokens."""
 
-RANK = 16
+RANK, RANKS = 16, (4, 8, 16, 32, 64, 128)
+TOKENS = (77, 256, 1024, 4096, 16384, 65536)
 
 # (m, n) -> how many: the attention projections of SDXL's UNet, which an adapter takes by default; 0.955 G weights
 SDXL = {(1280, 1280): 360, (1280, 2048): 120, (640, 640): 60, (640, 2048): 20}
+SDXL_TENTH = {shape: count // 10 for shape, count in SDXL.items()}  # for a CPU
 
 # The whole UNet of stabilityai/stable-diffusion-xl-base-1.0, for diffusers' UNet2DConditionModel: 2 567 463 684 weights
 SDXL_UNET = {

@@ -61,7 +61,8 @@ class Bench:
 
 def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
     """A row for each peer. What the machine can do (a copy, a product of large matrices) is timed in the same rounds."""
-    shared = {"suite": bench.suite, "what": bench.what, "where": bench.where, "type": name_of(bench.dtype), "at": bench.at}
+    shared = {"suite": bench.suite, "what": bench.what, "where": bench.where, "type": name_of(bench.dtype)}
+    shared |= {"floor": bench.floor, "at": bench.at}
     if bench.bytes:
         shared |= {"bytes": bench.bytes, "flops": bench.flops}
     peers = bench.peers()
@@ -94,8 +95,8 @@ def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
 
 @functools.lru_cache
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[int, Callable]]:
-    """{"copy": (bytes read and written, call), "matrix": (flops, call)}: what a machine can do at best. On a CPU the matrix rate
-    is that of float32, whatever the type: libraries multiply halves no faster there."""
+    """{"copy": (bytes read and written, call), "matrix": (flops, call)}: what a machine can do at best. On a CPU the matrix
+    rate is that of float32, whatever the type: libraries multiply halves no faster there."""
     size, side = COPY_BYTES[device.type], MATRIX_SIDE[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     kind = dtype if device.type == "cuda" else torch.float32
