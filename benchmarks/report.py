@@ -16,8 +16,8 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 TIMES = "\N{MULTIPLICATION SIGN}"
 BEGIN, END = "<!-- written by python -m benchmarks --readme: begin -->", "<!-- end -->"
-METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a multiple of
-what the bytes take at the copy rate or the flops at the matrix rate, whichever is more, both measured in the same rounds.
+METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a multiple
+of what the bytes take at the copy rate or the flops at the matrix rate, whichever is more, both from the same rounds.
 """
 
 
