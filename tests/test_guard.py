@@ -279,19 +279,24 @@ def test_merging():
 
 @needs_native
 def test_preparing():
-    """60 small layers together, forward and backward, beside a loop over them. Seen: 0; their QR alone 0."""
+    """60 small layers together, forward and backward. Seen: 0.76 x a loop of plain torch over them, 0.23 x one of `prepare`
+    over them; their QR alone 0.35 x torch's."""
     P, R = ([torch.randn(*shape, requires_grad=True) for _ in range(60)] for shape in ((128, 4), (4, 64)))
     W, dB, dA = ([torch.randn(*shape) for _ in range(60)] for shape in ((128, 64), (128, 4), (4, 64)))
-    specs, one = [Spec("qr", True, True, torch.float32)] * 60, torch.ones(60)
 
-    def together():
-        factors = prepare(specs, one, one, P, R, W)
+    def prepared(P, R, W, dB, dA):
+        one = torch.ones(len(P))
+        factors = prepare([Spec("qr", True, True, torch.float32)] * len(P), one, one, P, R, W)
         torch.autograd.grad([f.B for f in factors] + [f.A for f in factors], P + R, dB + dA)
 
-    def loop():
-        for p, r, w, *d in zip(P, R, W, dB, dA):
-            torch.autograd.grad(reference.factors(w, p, r), (p, r), d)
+    def plain(P, R, W, dB, dA):
+        torch.autograd.grad(reference.factors(W[0], P[0], R[0]), P + R, dB + dA)
 
-    assert ratio(together, loop) < 0.8
+    def loop(function):
+        return lambda: [function(*([t] for t in layer)) for layer in zip(P, R, W, dB, dA)]
+
+    together = lambda: prepared(P, R, W, dB, dA)
+    assert ratio(together, loop(plain)) < 1.1
+    assert ratio(together, loop(prepared)) < 0.6
     tall = [torch.randn(1280, 16) for _ in range(12)]
     assert ratio(lambda: deft.orthonormalize(tall), lambda: [torch.linalg.qr(p).Q for p in tall]) < 0.8
