@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import re
@@ -45,6 +46,18 @@ def result_file(found: dict[str, str]) -> Path:
 def file_name(text: str) -> str:
     """A device's name as part of a path."""
     return re.sub("[^A-Za-z0-9]+", "_", text)
+
+
+def lacking(needed: int, device: torch.device) -> str | None:
+    """Why `needed` bytes cannot be had on a device now, or None."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return None if needed < free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
 
 
 class peak:
