@@ -8,7 +8,7 @@ import torch
 
 import deft_kernels as dk
 from benchmarks import cases, measure, peers, shapes
-from benchmarks.cases import COPY, FROZEN, Case, Draw
+from benchmarks.cases import Case, Draw
 from benchmarks.suite import Bench, Options, Peer
 
 OURS, PEERS = 2, 8  # how often plain torch's own error is allowed: peers round in other places than the reference
@@ -110,7 +110,7 @@ def made(case: Case, options: Options) -> dict[str, Peer]:
     found = {}
     for who, make in makers.items():
         reason = None
-        if who not in (FROZEN, COPY):  # which do less: nothing to compare
+        if who not in (peers.FROZEN, peers.COPY):  # which do less: nothing to compare
             outputs = cases.flat(make(*inputs[0])(), case.members)
             reason = cases.wrong(outputs, plain, truth, OURS if who in ours else PEERS)
         found[who] = Peer(note=f"RED: {reason}", red=True) if reason else Peer([make(*one) for one in inputs])

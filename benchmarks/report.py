@@ -4,20 +4,24 @@ All of it comes from the rows of benchmarks/results/<device>/<commit>.json and f
 """
 
 import json
+import statistics
 import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import measure
-from benchmarks.peers import DEFT, FROZEN, PEFT_DEFT, PEFT_LORA
+from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+MARKERS = "os^vDP*X"
+DOES_LESS = FROZEN, MERGED, COPY  # than the work whose bytes and flops are counted
 TIMES = "\N{MULTIPLICATION SIGN}"
 BEGIN, END = "<!-- written by python -m benchmarks --readme: begin -->", "<!-- end -->"
-METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a multiple
-of what the bytes take at the copy rate or the flops at the matrix rate, whichever is more, both from the same rounds.
+METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a
+multiple of what the bytes take at the copy rate or the flops at the matrix rate, whichever is more, both from
+the same rounds.
 """
 
 
@@ -182,7 +186,7 @@ def plot(file: Path) -> list[Path]:
         some = {k: rows for k, rows in benches.items() if k[0] == suite and len(rows) > 1}
         if bars := {k: rows for k, rows in some.items() if all("ratio" in row for row in rows)}:
             drawn[f"bars-{suite}"] = _bars(Figure, bars)
-    counted = [row for rows in benches.values() for row in rows if row.get("flops") and row.get("bytes")]
+    counted = [row for rows in benches.values() for row in rows if row.get("flops") and row["who"] not in DOES_LESS]
     if counted:
         drawn["roofline"] = _roofline(Figure, counted)
     if curves := curves_of(benches):
@@ -226,19 +230,23 @@ def _bars(figure_class, benches: dict[tuple, list[dict]]):
 
 
 def _roofline(figure_class, rows: list[dict]):
-    kinds = list(dict.fromkeys(row["type"] for row in rows))
-    figure = figure_class(figsize=(6 * len(kinds), 4.5), layout="constrained")
+    kinds, works = (list(dict.fromkeys(row[name] for row in rows)) for name in ("type", "what"))
+    figure = figure_class(figsize=(6 * len(kinds), 5), layout="constrained")
     for ax, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
         some = [row for row in rows if row["type"] == kind]
-        copy, matrix = (sorted(row[name] for row in some)[len(some) // 2] for name in ("copy_rate", "matrix_rate"))
+        copy, matrix = (statistics.median(row[name] for row in some) for name in ("copy_rate", "matrix_rate"))
         intensities = [row["flops"] / row["bytes"] for row in some]
         ends = [min(*intensities, matrix / copy) / 2, max(*intensities, matrix / copy) * 2]
         ax.plot([ends[0], matrix / copy, ends[1]], [ends[0] * copy, matrix, matrix], color="0.3")
         for row in some:
-            ax.scatter(row["flops"] / row["bytes"], row["flops"] / row["seconds"], s=12, color=colour(row["who"]), alpha=0.7)
-        ax.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second", title=kind)
+            ax.scatter(row["flops"] / row["bytes"], row["flops"] / row["seconds"], s=14, alpha=0.7,
+                       color=colour(row["who"]), marker=MARKERS[works.index(row["what"]) % len(MARKERS)])  # fmt: skip
+        for work in works:
+            ax.scatter([], [], s=14, color="0.3", marker=MARKERS[works.index(work) % len(MARKERS)], label=work)
+        ax.legend(fontsize=6)
+        ax.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second")
         ax.set_title(f"{kind}: copy {copy / 1e9:.0f} GB/s, matrix {matrix / 1e9:.0f} Gflop/s", fontsize=9)
-    figure.suptitle("green: here; red: PEFT, LyCORIS; grey: plain torch and floors", fontsize=8)
+    figure.suptitle("green: here; red: PEFT, LyCORIS; grey: plain torch", fontsize=8)
     return figure
 
 
@@ -267,7 +275,7 @@ def _curves(figure_class, curves: dict):
     for (_, what, same, kind, grows), peers in curves.items():
         ax = next(axes)
         for i, (who, points) in enumerate(peers.items()):
-            ax.plot(*zip(*points), marker="os^vDP*X"[i % 8], markersize=3, linewidth=1, color=colour(who), label=who,
+            ax.plot(*zip(*points), marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, color=colour(who), label=who,
                     alpha=1 - 0.07 * i)  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel=grows, ylabel="seconds")
         ax.set_title(f"{what}, {kind}\n{same}", fontsize=8)
