@@ -37,3 +37,17 @@ TINY_LINEAR = [(64, 96)]
 def each(layers: dict[tuple[int, int], int]) -> list[tuple[int, int]]:
     """(m, n) of every layer."""
     return [shape for shape, count in layers.items() for _ in range(count)]
+
+
+# Whole models: what `dk.DeftConfig()` adapts by default, counted from diffusers' models of these configurations
+MODELS = {
+    "SD 1.5": {(320, 320): 30, (320, 768): 10, (640, 640): 30, (640, 768): 10, (1280, 1280): 36, (1280, 768): 12},
+    "SDXL": SDXL,
+    "FLUX.1": {(3072, 3072): 266},
+    "FLUX.2 klein": {(3072, 3072): 40, (18432, 3072): 10, (3072, 9216): 10, (27648, 3072): 20},  # 4B
+    "OmniGen": {(3072, 3072): 128},
+}
+
+# Models of linear layers alone, as an SD attention and its text side have: (layers, features, tokens)
+STACKS = [(6, 640, 1024), (40, 320, 77)]
+TINY_STACKS = [(2, 32, 16)]
