@@ -416,7 +416,7 @@ def lycoris_loader(file: str, base: nn.Module) -> Loader:
     def load():
         network, _ = create_lycoris_from_weights(1.0, file, base)
         network.apply_to()
-        networks.append(network)
+        networks.append(network.to(base.layers[0].weight.device))
 
     def held():
         loras = networks[-1].loras
@@ -457,14 +457,14 @@ def stacked(count: int, features: int, tokens: int, draw: Draw, options: Options
             if who != FROZEN:
                 model = adapt(base, names, PEFT_DEFT if who == PATCHED else who, r)
                 held = factors(base, names)
-            optimizer = torch.optim.AdamW([*held[0], *held[1]], lr=RATE, fused=True) if who != FROZEN else None
+            optimizer = torch.optim.AdamW([*held[0], *held[1]], RATE, fused=True, capturable=x.is_cuda) if held[0] else None
             call = functools.partial(step, model, x, target, optimizer) if train else functools.partial(forward, model, x)
             around = functools.partial(patched, model, call) if who == PATCHED else None
             reason = None
             if who != FROZEN:
                 with (around or contextlib.nullcontext)():
                     put(held, (P, R))
-                    got = outputs(model(x) if train else forward(model, x), target, *held, train)
+                    got = outputs(run(model, x) if train else forward(model, x), target, *held, train)
                 truths = expected[who in (LORA, PEFT_LORA)]
                 reason = cases.wrong(got, *truths, OURS if who in (DEFT, LORA) else PEERS)
             found[who] = peer(reason, [call], around=around)
@@ -484,17 +484,23 @@ def stack(W: list[Tensor], bias: list[Tensor]) -> nn.Sequential:
     return nn.Sequential(*made[:-1])
 
 
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):  # as half precision is trained
+        return model(x)
+
+
 @torch.no_grad()
 def forward(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x)
+    return run(model, x)
 
 
 def step(model: nn.Module, x: Tensor, target: Tensor, optimizer) -> None:
     x.grad = None
-    distance(model(x), target).backward()
+    if optimizer:
+        optimizer.zero_grad()
+    distance(run(model, x), target).backward()
     if optimizer:
         optimizer.step()
-        optimizer.zero_grad()
 
 
 def distance(y: Tensor, target: Tensor) -> Tensor:
