@@ -185,16 +185,17 @@ def preparing(layers, where: str, draw: Draw, options: Options, backward: bool, 
         given = (draw.tall(layers, r), draw.wide(layers, r)) if backward else None
         source = flat(W)
         found = {COPY: Peer([functools.partial(torch.empty_like(source).copy_, source)])}
+        for t in (*P, *R):
+            t.requires_grad_()
         for who in taking_part((DEFT, LOOP, QR_ALONE), options, found):
-            make, held = by_loop, tuple([t.clone().requires_grad_() for t in each] for each in (P, R))
-            if who == DEFT:
-                base, _, held = adapted(W, DEFT, P, R)
-                make = functools.partial(by_bank, list(base.layers))
-            elif who == QR_ALONE:
-                base, _, (tall, _) = adapted(W, PEFT_DEFT, P, R)
-                make, held = functools.partial(by_peft, list(base.layers)), (tall, [])
+            make, held = by_loop, (P, R)
+            if who != LOOP:
+                base, _, held = adapted(W, DEFT if who == DEFT else PEFT_DEFT, P, R)
+                make = functools.partial(by_bank if who == DEFT else by_peft, list(base.layers))
+            if who == QR_ALONE:
+                held = (held[0], [])
             call = functools.partial(through, make, *held, W, given)
-            members = [cases.subset(each, some) if each else [] for each in (*held, W)]
+            members = [cases.subset(each, some) if each else [] for each in (P, R if held[1] else [], W)]
             gradients = [cases.subset(each, some) for each in given or ()]
             truth = through(by_reference, *map(cases.double, members), list(map(cases.double, gradients)) or None)
             plain = through(by_reference, *members, gradients or None)
@@ -249,21 +250,24 @@ def verbs_of(who: str, W: list[Tensor], place: list[Tensor], P: list[Tensor], R:
     base, model, _ = adapted(place, who, P, R)
     weights = [layer.base_layer.weight if hasattr(layer, "base_layer") else layer.weight for layer in base.layers]
     if who in (DEFT, LORA):
-        swap, reset = functools.partial(dk.hotswap, model, "default"), lambda: None
-        return Verbs(functools.partial(dk.merge, model), functools.partial(dk.unmerge, model), swap, weights, reset)
-    if who == LYCORIS:
+        merge, unmerge = functools.partial(dk.merge, model), functools.partial(dk.unmerge, model)
+    elif who == LYCORIS:
         merge, unmerge = functools.partial(model.merge_to, 1.0), functools.partial(model.merge_to, -1.0)
     else:
         merge, unmerge = model.merge_adapter, model.unmerge_adapter
 
-    def swap():
+    def again():
         unmerge()
         merge()
 
     def reset():
         for weight, home, w in zip(weights, place, W):
-            weight.data = home.copy_(w) if who == LYCORIS else home  # PEFT makes new tensors, and leaves the old ones
+            if who in (PEFT_DEFT, PEFT_LORA):
+                weight.data = home  # which it leaves as it was, for new tensors
+            else:
+                home.copy_(w)
 
+    swap = functools.partial(dk.hotswap, model, "default") if who in (DEFT, LORA) else again
     return Verbs(merge, unmerge, swap, weights, reset)
 
 
@@ -297,7 +301,7 @@ def merging(verb: str, layers, where: str, draw: Draw, options: Options, r: int 
             verbs.reset()
             reason = cases.wrong(got, *merged[lora], OURS if ours else PEERS)
             if ours and changed:
-                reason = f"unmerging has left {changed:.1%} of the weights changed"
+                reason = f"unmerging leaves {changed:.1g} of the weights changed"
             more = {"changed": changed} if verb == "unmerge" else {}
             found[who] = peer(reason, [verbs.of(verb)], around=functools.partial(verbs.around, verb), more=more)
         return found
