@@ -70,7 +70,7 @@ def taking_part(whos: tuple[str, ...], options: Options, found: dict[str, Peer])
     """Those who are asked for, and can; `found` gets a note for each who cannot."""
     for who in whos:
         library = LIBRARIES.get(who)
-        if not who.endswith("here") and not options.wants(who):
+        if who != FROZEN and not who.endswith("here") and not options.wants(who):
             continue
         if library and find_spec(library) is None:
             found[who] = Peer(note=f"{library} is not installed")
@@ -97,11 +97,11 @@ class TransformerLayers(nn.Module):
         return [f"layers.{i}" for i in range(len(self.layers))]
 
 
-def adapt(model: nn.Module, names: list[str], who: str, r: int, name: str = "default") -> nn.Module:
+def adapt(model: nn.Module, names: list[str], who: str, r: int) -> nn.Module:
     """Put an adapter at random into these layers. Returns what its library's verbs are called on."""
     if who in (DEFT, LORA):
         kind = dk.LoraConfig if who == LORA else dk.DeftConfig
-        dk.inject_adapter(model, kind(r=r, target_modules=names, init_weights=False), name)
+        dk.inject_adapter(model, kind(r=r, target_modules=names, init_weights=False))
         return model
     if who == LYCORIS:
         from lycoris import create_lycoris
@@ -114,7 +114,7 @@ def adapt(model: nn.Module, names: list[str], who: str, r: int, name: str = "def
         config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=names)
     else:
         config = peft.DeftConfig(r=r, decomposition_method="qr", init_weights=False, target_modules=names)
-    return peft.get_peft_model(model, config, name)
+    return peft.get_peft_model(model, config)
 
 
 def factors(model: nn.Module, names: list[str], name: str = "default") -> tuple[list[Tensor], list[Tensor]]:
