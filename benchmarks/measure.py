@@ -1,5 +1,6 @@
 """How the benchmarks take time, how much input they rotate through, and what they say of the machine."""
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -90,25 +91,34 @@ class Times(NamedTuple):
     graph: list[float]
 
 
-def beside(peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None):
+def beside(
+    peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None, around=None
+):
     """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each once,
     another one first each time, so that whatever else the machine does falls on all alike. Some `budget` seconds are spent
-    on each, and 5 rounds at least, 100 at most; or as many rounds as asked for."""
-    on_gpu, host, expected, graphs = device.type == "cuda", {}, 0.0, {}
+    on each, and 5 rounds at least, 100 at most; or as many rounds as asked for. `around[peer]` makes a context manager for
+    each of its turns, untimed; as it changes what the host knows, no graph of its calls is captured."""
+    on_gpu, host, expected, graphs, around = device.type == "cuda", {}, 0.0, {}, around or {}
+
+    def turn(name: str, take: Callable):
+        with around.get(name, contextlib.nullcontext)():
+            return take(peers[name], device)
+
     for name, calls in peers.items():
-        _round(calls, device)
-        host[name], wall = _round(calls, device)
+        turn(name, _round)
+        host[name], wall = turn(name, _round)
         expected += wall
-        if on_gpu and (graph := _captured(calls)):
+        if on_gpu and name not in around and (graph := _captured(calls)):
             graphs[name] = graph
     rounds = rounds or min(100, max(5, int(budget * len(peers) / expected)))
     times, order = {name: Times([], [], []) for name in peers}, list(peers)
     for i in range(rounds):
         for name in order[i % len(order) :] + order[: i % len(order)]:
             calls = peers[name]
-            times[name].wall.append(_round(calls, device)[1] / len(calls))
+            times[name].wall.append(turn(name, _round)[1] / len(calls))
             if on_gpu:
-                times[name].device.append(_queued(calls, host[name], device) / len(calls))
+                queued = functools.partial(_queued, host=host[name])
+                times[name].device.append(turn(name, queued) / len(calls))
             if name in graphs:
                 times[name].graph.append(_round([graphs[name].replay], device)[1] / len(calls))
     return times if on_gpu else {name: t._replace(device=t.wall) for name, t in times.items()}
@@ -119,7 +129,7 @@ def device_seconds(calls: list[Callable], device: torch.device, budget: float = 
     return statistics.median(beside({"": calls}, device, budget)[""].device)
 
 
-def _queued(calls: list[Callable], host: float, device: torch.device) -> float:
+def _queued(calls: list[Callable], device: torch.device, host: float) -> float:
     """Seconds of all calls on a GPU, which sleeps while the host, in `host` seconds, launches them. (A queue holds about a
     thousand launches; what launches more, or waits for the device in between, is timed with the host.)"""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -38,6 +38,7 @@ class Peer:
     calls: list[Callable] = field(default_factory=list)  # the same work on several inputs, in turn; none: not timed
     note: str = ""  # why not
     red: bool = False  # because its results are wrong
+    around: Callable | None = None  # makes what is entered before each of its turns and left after it, untimed
     more: dict = field(default_factory=dict)  # what else was measured of it: bytes saved for the backward, memory
 
 
@@ -67,11 +68,11 @@ def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
         shared |= {"bytes": bench.bytes, "flops": bench.flops}
     peers = bench.peers()
     running = {who: peer.calls for who, peer in peers.items() if peer.calls}
-    limits = machine(options.device, bench.dtype) if bench.bytes else {}
+    limits = machine(options.device, bench.dtype) if bench.bytes and running else {}
     amounts = {who: amount for who, (amount, _) in limits.items()}
-    times = measure.beside(
-        running | {who: [call] for who, (_, call) in limits.items()}, options.device, bench.budget, bench.rounds
-    )
+    calls = running | {who: [call] for who, (_, call) in limits.items()}
+    around = {who: peers[who].around for who in running if peers[who].around}
+    times = measure.beside(calls, options.device, bench.budget, bench.rounds, around) if running else {}
     rates = {who: amount / statistics.median(times[who].device) for who, amount in amounts.items()}
     for who, peer in peers.items():
         row = shared | {"who": who} | peer.more
