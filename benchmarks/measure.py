@@ -5,6 +5,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import random
 import re
 import shutil
 import statistics
@@ -95,9 +96,10 @@ def beside(
     peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None, around=None
 ):
     """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each once,
-    another one first each time, so that whatever else the machine does falls on all alike. Some `budget` seconds are spent
-    on each, and 5 rounds at least, 100 at most; or as many rounds as asked for. `around[peer]` makes a context manager for
-    each of its turns, untimed; as it changes what the host knows, no graph of its calls is captured."""
+    in an order of its own, so that whatever else the machine does, and what the one before left in the caches, falls on all
+    alike. Some `budget` seconds are spent on each, and 5 rounds at least, 100 at most; or as many rounds as asked for.
+    `around[peer]` makes a context manager for each of its turns, untimed; as it changes what the host knows, no graph of
+    its calls is captured."""
     on_gpu, host, expected, graphs, around = device.type == "cuda", {}, 0.0, {}, around or {}
 
     def turn(name: str, take: Callable):
@@ -113,7 +115,7 @@ def beside(
     rounds = rounds or min(100, max(5, int(budget * len(peers) / expected)))
     times, order = {name: Times([], [], []) for name in peers}, list(peers)
     for i in range(rounds):
-        for name in order[i % len(order) :] + order[: i % len(order)]:
+        for name in random.Random(i).sample(order, len(order)):
             calls = peers[name]
             times[name].wall.append(turn(name, _round)[1] / len(calls))
             if on_gpu:
