@@ -5,6 +5,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import platform
 import random
 import re
 import shutil
@@ -17,15 +18,16 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.conftest import context
-
 DISTRIBUTIONS = {"lycoris": "lycoris-lora"}  # of packages that have another name
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
     """Device, driver, versions (those in `also` too), time, and commit, which ends in -dirty where the tree has changes."""
-    found = context(device) | {"driver": "none"}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    found = {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "driver": "none"}
     found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)
@@ -36,6 +38,14 @@ def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[s
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
             found["driver"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
     return found
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def result_file(found: dict[str, str]) -> Path:
