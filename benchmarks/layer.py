@@ -35,8 +35,7 @@ from deft_kernels.ops.lowrank_linear import activation_is_cheaper
 HERE = (peers.DEFT, peers.PARA, peers.LORA)
 ON_CURVES = (peers.FROZEN, peers.DEFT, peers.LORA, peers.FACTORS,
              peers.PEFT_DEFT, peers.PEFT_LORA, peers.PEFT_OFT, peers.LYCORIS)  # fmt: skip
-CURVE = {"cpu": 640, "cuda": 1280}  # features of the layer whose cost is drawn against rank and tokens
-HEADLINE = 1.5  # seconds for each peer where all are measured
+LONG = 1.0  # seconds for each peer where all are measured on a CPU
 
 
 class Place(NamedTuple):
@@ -78,35 +77,43 @@ class Place(NamedTuple):
 
 
 def benches(options: Options) -> Iterator[Bench]:
-    device = options.device
-    for dtype in [torch.bfloat16, torch.float32] if device.type == "cuda" else [torch.float32]:
+    on_gpu = options.device.type == "cuda"
+    first, side = headline(options)
+    for dtype in [torch.bfloat16, torch.float32] if on_gpu else [torch.float32]:
         for place, names in places(options).items():
-            curved = place.m == place.n == CURVE[device.type]
+            if on_gpu and dtype == torch.float32 and place not in first:  # a GPU trains and samples in halves
+                continue
+            budget = 0.02 if options.size == "tiny" else 0.3 if on_gpu or names is ON_CURVES else LONG
             for backward in (True, False) if names is not ON_CURVES else (True,):
                 yield Bench(
                     "layer", "forward + backward" if backward else "forward", str(place), dtype, peers.FROZEN,
                     functools.partial(peers_at, place, dtype, backward, names, options),
-                    bytes=place.bytes(dtype, backward), flops=place.flops(backward),
-                    at={"features": place.m, "rank": place.r, "tokens": place.T} if curved else {},
-                    budget=0.02 if options.size == "tiny" else 0.3 if names is ON_CURVES else HEADLINE,
+                    bytes=place.bytes(dtype, backward), flops=place.flops(backward), budget=budget,
+                    at={"features": side, "rank": place.r, "tokens": place.T} if place.m == place.n == side else {},
                 )  # fmt: skip
+
+
+def headline(options: Options) -> tuple[list[Place], int]:
+    """The layers that come first, and the features of the one whose cost is drawn against rank and tokens."""
+    if options.size == "tiny":
+        return [Place(T, d, d) for d, T in shapes.TINY_LINEAR], shapes.TINY_LINEAR[0][0]
+    if options.device.type == "cuda":
+        return [Place(T, d, d) for d, T in shapes.LINEAR], 1280
+    return [Place(*shape) for shape in shapes.SMALL_PROJECTIONS], 640
 
 
 def places(options: Options) -> dict[Place, tuple[str, ...]]:
     """The layers, and who is measured on each."""
-    side, on_gpu = CURVE[options.device.type], options.device.type == "cuda"
-    ranks, tokens = shapes.SMALL_RANKS, shapes.SMALL_TOKENS
-    if options.size == "full":
-        layers, ranks, tokens = [*shapes.PROJECTIONS, *shapes.MORE_PROJECTIONS], shapes.RANKS, shapes.TOKENS
-    elif options.size == "tiny":
-        (side, T), *_ = shapes.TINY_LINEAR
-        layers, ranks, tokens = [(T, side, side)], (4,), ()
-    else:
-        layers = [(T, d, d) for d, T in shapes.LINEAR] if on_gpu else shapes.SMALL_PROJECTIONS
-    most = max(T for T, m, n in layers if m == side)
-    crowd = tuple(MAKERS) if on_gpu or options.size == "full" else tuple(who for who in MAKERS if who != peers.PEFT_COMPILED)
+    full, (layers, side) = options.size == "full", headline(options)
+    ranks, tokens = ((4, 8), ()) if options.size == "tiny" else (shapes.SMALL_RANKS, shapes.SMALL_TOKENS)
+    if full:
+        layers = layers + [Place(*shape) for shape in (*shapes.PROJECTIONS, *shapes.MORE_PROJECTIONS)]
+        ranks, tokens = shapes.RANKS, shapes.TOKENS
+    compiled = full or options.device.type == "cuda"
+    crowd = tuple(who for who in MAKERS if compiled or who != peers.PEFT_COMPILED)
+    most = max(place.T for place in layers if place.m == side)
     curves = [Place(most, side, side, r) for r in ranks] + [Place(T, side, side) for T in tokens]
-    return dict.fromkeys(curves, ON_CURVES) | {Place(*layer): crowd for layer in layers}
+    return dict.fromkeys(layers, crowd) | {place: ON_CURVES for place in curves if place not in layers}
 
 
 # The peers ------------------------------------------------------------------------------------------------------------

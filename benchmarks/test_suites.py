@@ -1,8 +1,8 @@
 """The suites by pytest-benchmark, for its `--benchmark-json` and `--benchmark-compare`:
 `pytest benchmarks --size tiny -k layer`.
 
-Each bench is a test. It measures as `python -m benchmarks` does, all of which stands in `extra_info`, and fails where someone's
-results are wrong; pytest-benchmark then times what is measured here, by itself.
+Each bench is a test. It measures as `python -m benchmarks` does, all of which stands in `extra_info`, and fails where
+someone's results are wrong; pytest-benchmark then times what is measured here, by itself.
 """
 
 import contextlib
