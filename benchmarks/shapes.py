@@ -51,3 +51,14 @@ MODELS = {
 # Models of linear layers alone, as an SD attention and its text side have: (layers, features, tokens)
 STACKS = [(6, 640, 1024), (40, 320, 77)]
 TINY_STACKS = [(2, 32, 16)]
+
+# More of PROJECTIONS, for layers beside their peers: (T, m, n) at 1024 pixels. OmniGen sees the image's 4096 tokens and some
+# 128 of text and time; its authors have `qkv_proj` in one.
+MORE_PROJECTIONS = [
+    (4096, 3072, 3072), (4096, 18432, 3072), (4096, 3072, 9216), (4608, 27648, 3072),  # FLUX.2 klein, 4B
+    (4224, 3072, 3072), (4224, 9216, 3072),  # OmniGen
+]  # fmt: skip
+
+# What a CPU is measured on in minutes: (T, m, n)
+SMALL_PROJECTIONS = [(4096, 640, 640), (1024, 1280, 1280)]
+SMALL_RANKS, SMALL_TOKENS = (4, 16, 64), (77, 1024, 4096)
