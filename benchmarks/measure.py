@@ -3,8 +3,11 @@
 import contextlib
 import datetime
 import functools
+import gc
 import importlib.metadata
 import importlib.util
+import platform
+import random
 import re
 import shutil
 import statistics
@@ -16,15 +19,16 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.conftest import context
-
 DISTRIBUTIONS = {"lycoris": "lycoris-lora"}  # of packages that have another name
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
     """Device, driver, versions (those in `also` too), time, and commit, which ends in -dirty where the tree has changes."""
-    found = context(device) | {"driver": "none"}
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    found = {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "driver": "none"}
     found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)
@@ -37,6 +41,14 @@ def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[s
     return found
 
 
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 def result_file(found: dict[str, str]) -> Path:
     """Where the results of what `environment` has found belong."""
     return Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}.json"
@@ -45,6 +57,18 @@ def result_file(found: dict[str, str]) -> Path:
 def file_name(text: str) -> str:
     """A device's name as part of a path."""
     return re.sub("[^A-Za-z0-9]+", "_", text)
+
+
+def lacking(needed: int, device: torch.device) -> str | None:
+    """Why `needed` bytes cannot be had on a device now, or None."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return None if needed < free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
 
 
 class peak:
@@ -95,9 +119,10 @@ def beside(
     peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None, around=None
 ):
     """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each once,
-    another one first each time, so that whatever else the machine does falls on all alike. Some `budget` seconds are spent
-    on each, and 5 rounds at least, 100 at most; or as many rounds as asked for. `around[peer]` makes a context manager for
-    each of its turns, untimed; as it changes what the host knows, no graph of its calls is captured."""
+    in an order of its own, so that whatever else the machine does, and what the one before left in the caches, falls on all
+    alike. Some `budget` seconds are spent on each, and 5 rounds at least, 100 at most; or as many rounds as asked for.
+    `around[peer]` makes a context manager for each of its turns, untimed; as it changes what the host knows, no graph of
+    its calls is captured."""
     on_gpu, host, expected, graphs, around = device.type == "cuda", {}, 0.0, {}, around or {}
 
     def turn(name: str, take: Callable):
@@ -113,7 +138,7 @@ def beside(
     rounds = rounds or min(100, max(5, int(budget * len(peers) / expected)))
     times, order = {name: Times([], [], []) for name in peers}, list(peers)
     for i in range(rounds):
-        for name in order[i % len(order) :] + order[: i % len(order)]:
+        for name in random.Random(i).sample(order, len(order)):
             calls = peers[name]
             times[name].wall.append(turn(name, _round)[1] / len(calls))
             if on_gpu:

@@ -20,6 +20,7 @@ def benches(options: Options) -> Iterator[Bench]:
             "operations", case.operation, case.layers, case.dtype, case.floor,
             peers=lambda case=case: made(case, options), bytes=case.bytes, flops=case.flops, at=case.at or {},
         )  # fmt: skip
+    os.environ["DEFT_KERNELS_BACKEND"] = "auto"  # for the suites that come next
 
 
 def every_case(options: Options) -> Iterator[Case]:

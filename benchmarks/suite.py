@@ -80,7 +80,7 @@ def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
             yield row | {"note": peer.note} | ({"red": True} if peer.red else {})
             continue
         mine = times[who]
-        low, *_, high = statistics.quantiles(mine.device, n=5)
+        low, *_, high = statistics.quantiles(mine.device, n=5, method="inclusive")
         row |= {"seconds": statistics.median(mine.device), "low": low, "high": high, "rounds": len(mine.device)}
         if mine.graph:
             row["graph_seconds"] = statistics.median(mine.graph)
