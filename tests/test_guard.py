@@ -242,18 +242,19 @@ def training(model: nn.Module, x: torch.Tensor, dy: torch.Tensor):
 
 
 @needs_native
-def test_an_adapted_layer():
-    """Seen: 1.16 x the frozen layer, 0.88 x PEFT's LoRA."""
+@pytest.mark.parametrize("rows,most", [(512, 1.8), (1024, 1.6)], ids=["factor", "merged"])
+def test_an_adapted_layer(rows, most):
+    """Seen: 1.33 and 1.24 x the frozen layer, 1.07 and 0.96 x PEFT's LoRA."""
     frozen = chain(1, 640)
-    x, dy = torch.randn(1024, 640, requires_grad=True), torch.randn(1024, 640)
+    x, dy = torch.randn(rows, 640, requires_grad=True), torch.randn(rows, 640)
     ours = training(adapted(frozen, 16), x, dy)
-    assert ratio(ours, training(frozen, x, dy)) < 1.5
-    assert ratio(ours, training(lora(frozen, 16), x, dy)) < 1.25
+    assert ratio(ours, training(frozen, x, dy)) < most
+    assert ratio(ours, training(lora(frozen, 16), x, dy)) < 1.4
 
 
 @pytest.mark.parametrize("layers,width,rows", [(30, 64, 77), (12, 256, 200)], ids=["weight", "factor"])
 def test_a_step_of_many_small_layers(layers, width, rows):
-    """Where Python's work for each layer weighs most. Seen: 1.1 x PEFT's LoRA."""
+    """Where Python's work for each layer weighs most. Seen: 1.2 x PEFT's LoRA."""
     frozen = chain(layers, width)
     x, dy = torch.randn(rows, width, requires_grad=True), torch.randn(rows, width)
     assert ratio(training(adapted(frozen), x, dy), training(lora(frozen), x, dy)) < 1.6
@@ -261,8 +262,8 @@ def test_a_step_of_many_small_layers(layers, width, rows):
 
 @needs_native
 def test_merging():
-    """8.2 M weights. Seen: 2.4 x a copy of them (r = 16 on one core), 0.55 x two library products a layer; hot-swap, from P
-    and R, 4.1 x."""
+    """8.2 M weights. Seen: 2.7 x a copy of them, 0.55 x two library products a layer; hot-swap, from P and R, 4.9 x the
+    copy."""
     model = adapted(chain(20, 640), 16, init_weights=False)
     W = [layer.weight.detach().clone() for layer in model]
     Q = deft.orthonormalize([layer.deft_P["default"].detach() for layer in model])
