@@ -339,9 +339,9 @@ def step(function: Callable, parameters: tuple[Tensor, ...], x: Tensor, dy: Tens
 
 
 @contextlib.contextmanager
-def patched(calls: list[Callable]):
-    """PEFT on these kernels, of the whole process, with what a patch keeps beside the layers of these calls."""
-    dk.patch_peft()
+def patched(calls: list[Callable], model: nn.Module | None = None):
+    """PEFT on these kernels, of the whole process, with what a patch keeps beside the layers of these calls (of a model)."""
+    dk.patch_peft(model)
     try:
         for call in calls:
             call()

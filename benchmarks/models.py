@@ -20,8 +20,9 @@ from torch import Tensor, nn
 import deft_kernels as dk
 from benchmarks import cases, measure, shapes
 from benchmarks.cases import CHAIN, COPY, LOOP, Draw
+from benchmarks.layer import patched
 from benchmarks.operations import OURS, PEERS
-from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, READY
+from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, READY, is_here
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.nn.layers import prepare_layers
@@ -70,7 +71,7 @@ def taking_part(whos: tuple[str, ...], options: Options, found: dict[str, Peer])
     """Those who are asked for, and can; `found` gets a note for each who cannot."""
     for who in whos:
         library = LIBRARIES.get(who)
-        if who != FROZEN and not who.endswith("here") and not options.wants(who):
+        if who != FROZEN and not is_here(who) and not options.wants(who):
             continue
         if library and find_spec(library) is None:
             found[who] = Peer(note=f"{library} is not installed")
@@ -432,17 +433,6 @@ def lycoris_loader(file: str, base: nn.Module) -> Loader:
 # PEFT's models, patched -----------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def patched(model: nn.Module, call: Callable):
-    """PEFT on these kernels, and what is kept beside its layers made by a first call."""
-    dk.patch_peft(model)
-    try:
-        call()
-        yield
-    finally:
-        dk.unpatch_peft()
-
-
 def stacked(count: int, features: int, tokens: int, draw: Draw, options: Options, train: bool, r=shapes.RANK) -> Bench:
     """A training step, AdamW included, or a forward, of a model of linear layers."""
     names = [str(2 * i) for i in range(count)]
@@ -463,7 +453,7 @@ def stacked(count: int, features: int, tokens: int, draw: Draw, options: Options
                 held = factors(base, names)
             optimizer = torch.optim.AdamW([*held[0], *held[1]], RATE, fused=True, capturable=x.is_cuda) if held[0] else None
             call = functools.partial(step, model, x, target, optimizer) if train else functools.partial(forward, model, x)
-            around = functools.partial(patched, model, call) if who == PATCHED else None
+            around = functools.partial(patched, [call], model) if who == PATCHED else None
             reason = None
             if who != FROZEN:
                 with (around or contextlib.nullcontext)():

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import deft_kernels as dk
 from benchmarks import measure
 from benchmarks.cases import Draw, double
-from benchmarks.models import adapt, factors, patched, peer, put, rounds, share_changed, taking_part, whole
+from benchmarks.layer import patched
+from benchmarks.models import adapt, factors, peer, put, rounds, share_changed, taking_part, whole
 from benchmarks.peers import DEFT, LORA, PATCHED, PEFT_DEFT, PEFT_LORA
 from benchmarks.suite import Bench, Options, Peer
 from benchmarks.training import AGREE, Setting, apart, base_model, make_batch
@@ -102,16 +103,17 @@ def peers(setting: Setting, options: Options, work: Callable) -> dict[str, Peer]
     kept = [w.clone() for w in W]
     plain = functools.partial(call, does, base)
     truths = {lora: by_reference(plain, W, kept, P, R, lora) for lora in (False, True)}
-    found = {BASE: Peer([plain])}
+    none = None if work is predicting else contextlib.nullcontext  # a pipeline waits for the device: no CUDA graph of that
+    found = {BASE: Peer([plain], around=none)}
     compiled = (BASE_COMPILED, MERGED_COMPILED) if options.size == "full" or setting.device.type == "cuda" else ()
     for who in taking_part((MERGED, DEFT, LORA, PEFT_DEFT, PATCHED, PEFT_LORA, *compiled), options, found):
         unet = with_adapter(base, names, who, P, R)
         run = functools.partial(call, does, torch.compile(unet, dynamic=False) if who in compiled else unet)
-        around = None
+        around = none
         if who in (MERGED, MERGED_COMPILED):
             around = functools.partial(merged, unet, run)
         elif who == PATCHED:
-            around = functools.partial(patched, unet, run)
+            around = functools.partial(patched, [run], unet)
         with (around or contextlib.nullcontext)():
             distance = apart(run(), plain() if unet is base else truths[who in (LORA, PEFT_LORA)])
         changed = share_changed(W, kept)

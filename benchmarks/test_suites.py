@@ -51,5 +51,9 @@ def test_bench(benchmark, bench, measured, pytestconfig):
             torch.cuda.synchronize()
 
     seconds = next(row["seconds"] for row in rows if row["who"] == timed) * len(peer.calls)
-    with (peer.around or contextlib.nullcontext)():
-        benchmark.pedantic(once, rounds=max(1, min(20, int(bench.budget / seconds))))
+    turn = contextlib.ExitStack()
+
+    def enter():
+        turn.enter_context((peer.around or contextlib.nullcontext)())
+
+    benchmark.pedantic(once, setup=enter, teardown=turn.close, rounds=max(1, min(20, int(bench.budget / seconds))))
