@@ -242,7 +242,7 @@ def training(model: nn.Module, x: torch.Tensor, dy: torch.Tensor):
 
 
 @needs_native
-@pytest.mark.parametrize("rows,most", [(512, 1.8), (1024, 1.6)], ids=["factor", "merged"])
+@pytest.mark.parametrize("rows,most", [(512, 1.7), (1024, 1.55)], ids=["factor", "merged"])
 def test_an_adapted_layer(rows, most):
     """Seen: 1.33 and 1.24 x the frozen layer, 1.07 and 0.96 x PEFT's LoRA."""
     frozen = chain(1, 640)
