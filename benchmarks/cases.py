@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import shapes
+from benchmarks.peers import COPY, FROZEN, PLAIN
 from deft_kernels import reference
 
 deft = torch.ops.deft_kernels
-FROZEN, COPY, LOOP, PLAIN = "frozen linear", "Tensor.copy_, all in one", "torch.linalg.qr, a loop", "plain torch (reference)"
-CHAIN = "library chain"
+LOOP, CHAIN = "torch.linalg.qr, a loop", "library chain"
 
 
 class Case(NamedTuple):
@@ -34,6 +34,7 @@ class Case(NamedTuple):
     peers: dict[str, Callable]  # makers
     floor: str  # the row that counts as 1
     members: list[int] | None = None  # of operations on lists: the layers whose values are compared
+    at: dict[str, int] | None = None  # along what its cost is drawn
 
 
 class Draw:

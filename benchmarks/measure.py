@@ -1,9 +1,13 @@
 """How the benchmarks take time, how much input they rotate through, and what they say of the machine."""
 
+import contextlib
+import datetime
 import functools
-import importlib
+import gc
+import importlib.metadata
 import importlib.util
-import json
+import platform
+import random
 import re
 import shutil
 import statistics
@@ -11,20 +15,24 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.conftest import context
-
+DISTRIBUTIONS = {"lycoris": "lycoris-lora"}  # of packages that have another name
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
-    """Device, driver, versions (those in `also` too), and commit, which ends in -dirty where the tree has changes."""
-    found = context(device) | {"driver": "none"}
+    """Device, driver, versions (those in `also` too), time, and commit, which ends in -dirty where the tree has changes."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
+    found = {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "driver": "none"}
+    found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)
-        found[package] = importlib.import_module(package).__version__ if installed else "not installed"
+        found[package] = importlib.metadata.version(DISTRIBUTIONS.get(package, package)) if installed else "not installed"
     if torch.cuda.is_available() and device != "cpu":
         found["driver"] = f"HIP {torch.version.hip}" if torch.version.hip else "unknown: no nvidia-smi"
         if not torch.version.hip and shutil.which("nvidia-smi"):
@@ -33,19 +41,34 @@ def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[s
     return found
 
 
-def save(found: dict[str, str], out: Path | None = None, suffix: str = "", **parts) -> Path:
-    """Write what was measured as JSON under what `environment` has found, to `out` or to
-    benchmarks/results/<device>/<commit><suffix>.json; returns where."""
-    out = out or Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}{suffix}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    clean = found["commit"] != "unknown" and not found["commit"].endswith("-dirty")
-    out.write_text(json.dumps(found | {"clean": clean} | parts, indent=1) + "\n")
-    return out
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as info:
+            return next(line.partition(":")[2].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def result_file(found: dict[str, str]) -> Path:
+    """Where the results of what `environment` has found belong."""
+    return Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}.json"
 
 
 def file_name(text: str) -> str:
     """A device's name as part of a path."""
     return re.sub("[^A-Za-z0-9]+", "_", text)
+
+
+def lacking(needed: int, device: torch.device) -> str | None:
+    """Why `needed` bytes cannot be had on a device now, or None."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return None if needed < free else f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
 
 
 class peak:
@@ -82,33 +105,78 @@ def copies(size: int, device: torch.device) -> int:
     return 1 if size > 4 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 
-def wall_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
-    """Median seconds of one of `calls` (the same work on several inputs) by the clock on the wall, the host included;
-    `budget` seconds are spent on it, and 5 rounds at least."""
-    _round(calls, device)
-    return _median(lambda: _round(calls, device)[1], _round(calls, device)[1], budget) / len(calls)
+class Times(NamedTuple):
+    """Seconds of one call, round by round: on the device, whose queue is full before the first begins; by the clock on the
+    wall, the host included; and of a CUDA graph of the round, with the host left out. On a CPU the first two are one, and
+    there is no third."""
+
+    device: list[float]
+    wall: list[float]
+    graph: list[float]
+
+
+def beside(
+    peers: dict[str, list[Callable]], device: torch.device, budget: float = 0.3, rounds: int | None = None, around=None
+):
+    """{peer: Times} of some who do the same work, each given as calls of it on several inputs. Every round times each once,
+    in an order of its own, so that whatever else the machine does, and what the one before left in the caches, falls on all
+    alike. Some `budget` seconds are spent on each, and 5 rounds at least, 100 at most; or as many rounds as asked for.
+    `around[peer]` makes a context manager for each of its turns, untimed; as it changes what the host knows, no graph of
+    its calls is captured."""
+    on_gpu, host, expected, graphs, around = device.type == "cuda", {}, 0.0, {}, around or {}
+
+    def turn(name: str, take: Callable):
+        with around.get(name, contextlib.nullcontext)():
+            return take(peers[name], device)
+
+    for name, calls in peers.items():
+        turn(name, _round)
+        host[name], wall = turn(name, _round)
+        expected += wall
+        if on_gpu and name not in around and (graph := _captured(calls)):
+            graphs[name] = graph
+    rounds = rounds or min(100, max(5, int(budget * len(peers) / expected)))
+    times, order = {name: Times([], [], []) for name in peers}, list(peers)
+    for i in range(rounds):
+        for name in random.Random(i).sample(order, len(order)):
+            calls = peers[name]
+            times[name].wall.append(turn(name, _round)[1] / len(calls))
+            if on_gpu:
+                queued = functools.partial(_queued, host=host[name])
+                times[name].device.append(turn(name, queued) / len(calls))
+            if name in graphs:
+                times[name].graph.append(_round([graphs[name].replay], device)[1] / len(calls))
+    return times if on_gpu else {name: t._replace(device=t.wall) for name, t in times.items()}
 
 
 def device_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
-    """Median seconds of one of `calls` on the device, whose queue is full before the first begins: while it sleeps, the
-    host launches a whole round. (A queue holds about a thousand launches; what launches more, or waits for the device
-    in between, is timed with the host.) On a CPU the same as `wall_seconds`."""
-    if device.type != "cuda":
-        return wall_seconds(calls, device, budget)
-    _round(calls, device)
-    host, wall = _round(calls, device)
+    """Median seconds of one of `calls` on the device."""
+    return statistics.median(beside({"": calls}, device, budget)[""].device)
+
+
+def _queued(calls: list[Callable], device: torch.device, host: float) -> float:
+    """Seconds of all calls on a GPU, which sleeps while the host, in `host` seconds, launches them. (A queue holds about a
+    thousand launches; what launches more, or waits for the device in between, is timed with the host.)"""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(int(1.5 * host * _cycles(device)))
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
-    def one_round() -> float:
-        torch.cuda._sleep(int(1.5 * host * _cycles(device)))
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
-    return _median(one_round, wall, budget) / len(calls)
+def _captured(calls: list[Callable]):
+    """A CUDA graph of all calls, or None where one of them cannot be captured, as what waits for the device cannot."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        return None
+    return graph
 
 
 @functools.lru_cache
@@ -134,7 +202,3 @@ def _round(calls: list[Callable], device: torch.device) -> tuple[float, float]:
     host = time.perf_counter() - start
     wait()
     return host, time.perf_counter() - start
-
-
-def _median(one_round: Callable[[], float], expected: float, budget: float) -> float:
-    return statistics.median(one_round() for _ in range(min(100, max(5, int(budget / expected)))))

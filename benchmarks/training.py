@@ -1,73 +1,110 @@
-"""A training step of a whole denoiser beside its peers: `python -m benchmarks.training --help`.
+"""A training step of a whole denoiser beside its peers.
 
 A step is forward, backward, gradient clipping and AdamW, the same batch and the same optimizer for every peer, at the same
-rank on the same layers. Each round times every peer once, in turn; a figure is the median over the rounds, a ratio the
-median of the rounds' ratios to PEFT's LoRA. The peak of memory is what a fresh process of each peer takes beside the base
-model. No peer is timed before
+rank on the same layers (OFT's rank is, as PEFT has it, the number of its blocks). The peak of memory is what a fresh
+process of each peer takes beside the base model. No peer is timed before
 
 - its prediction at the start is the base model's (of PaRa, which has no such start: every adapted layer's output is
   reference.py's);
-- away from the start, its prediction and all its gradients are its counterpart's: PEFT's LoRA and LoRA here, PEFT's DEFT,
-  patched or not, and DEFT here.
-
-One that is not says RED instead, and the exit status is 1.
+- away from the start, its prediction and all its gradients are its counterpart's: PEFT's LoRA, LyCORIS's LoCon and LoRA
+  here, PEFT's DEFT, patched or not, and DEFT here.
 """
 
-import argparse
+import contextlib
 import copy
+import functools
 import gc
-import json
 import math
-import statistics
-import subprocess
-import sys
-import time
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-import peft
 import torch
 import torch.nn.functional as F
-from deft_diffusers.toyworld import MODEL_DIR
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import deft_kernels as dk
 from benchmarks import measure, shapes
+from benchmarks.peers import DEFT, LORA, LYCORIS, LYCORIS_BYPASS, PARA, PATCHED, PEFT_DEFT, PEFT_LORA, PEFT_OFT
+from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.nn import DeftLayer
 
-PEERS = {
-    "frozen": "frozen model",
-    "deft": "DEFT here",
-    "para": "PaRa here",
-    "lora": "LoRA here",
-    "peft_lora": "LoRA, PEFT",
-    "peft_deft": "DEFT, PEFT",
-    "peft_deft_patched": "DEFT, PEFT patched",
-}
-COUNTERPARTS = {"peft_lora": "lora", "peft_deft": "deft", "peft_deft_patched": "deft"}
-FLOOR, UNIT = "frozen", "peft_lora"
-LATENT = {"toyworld": 4, "sdxl": 8}  # pixels along a latent's side
+FROZEN = "frozen model"
+HERE = (FROZEN, DEFT, PARA, LORA)
+OTHERS = (PEFT_LORA, PEFT_DEFT, PATCHED, PEFT_OFT, LYCORIS, LYCORIS_BYPASS)
+NEEDS = {who: "peft" if "PEFT" in who else "lycoris" for who in OTHERS}
+COUNTERPARTS = dict.fromkeys((PEFT_LORA, LYCORIS, LYCORIS_BYPASS), LORA) | {PEFT_DEFT: DEFT, PATCHED: DEFT}
+MODELS = {"toyworld": "the embedded UNet", "sdxl": "SDXL's UNet"}
+PER_LATENT = {"toyworld": 4, "sdxl": 8}  # pixels along a side
 TOKENS = {"toyworld": 32, "sdxl": 77}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Relative distances that two ways to the same prediction, or gradient of one layer, may have through a whole denoiser
-AGREE = {"float32": (1e-4, 1e-3), "bfloat16": (5e-2, 0.5)}
+AGREE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 0.5)}
+# Numbers that SDXL's step holds: the weights; what LyCORIS makes of the adapted ones; activations at 512 x 512, by a count
+# at 256 x 256
+WEIGHTS, TRAINED, ACTIVATIONS = 2.57e9, 1e9, 2e9
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A denoiser and its batch."""
+
+    device: torch.device
+    dtype: torch.dtype
+    model: str = "toyworld"  # the embedded UNet; or "sdxl", with random weights
+    resolution: int = 64  # pixels along a side
+    batch_size: int = 1
+    gradient_checkpointing: bool = False
+    rank: int = 8
+
+    def __str__(self) -> str:
+        pixels = f"{self.resolution} x {self.resolution}"
+        return f"{MODELS[self.model]}, {pixels}, batch {self.batch_size}" + ", checkpointing" * self.gradient_checkpointing
+
+
+def benches(options: Options) -> Iterator[Bench]:
+    for setting in settings(options):
+        yield Bench(
+            "training", "a training step", str(setting), setting.dtype, floor=PEFT_LORA,
+            peers=functools.partial(peers, setting, options),
+            at={"rank": setting.rank, "batch": setting.batch_size, "pixels": setting.resolution**2},
+            budget=5.0 if options.size == "full" else 1.5, rounds=2 if options.size == "tiny" else None,
+        )  # fmt: skip
+
+
+def settings(options: Options) -> Iterator[Setting]:
+    on_gpu = options.device.type == "cuda"
+    one = functools.partial(Setting, options.device, torch.bfloat16 if on_gpu else torch.float32)
+    for batch_size in (1,) if options.size == "tiny" else (1, 4):
+        yield one(batch_size=batch_size)
+    if options.size == "full":
+        for resolution in (512, 1024) if on_gpu else (256, 512):
+            for checkpointing in (False, True):
+                yield one("sdxl", resolution, gradient_checkpointing=checkpointing)
 
 
 # The model and its batch ----------------------------------------------------------------------------------------------
 
 
-def base_model(options) -> UNet2DConditionModel:
+def base_model(setting: Setting) -> nn.Module:
     """The frozen denoiser, as it trains."""
-    dtype = DTYPES[options.dtype]
-    if options.model == "toyworld":
-        unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet", torch_dtype=dtype).to(options.device)
+    from diffusers import UNet2DConditionModel
+
+    if setting.model == "toyworld":
+        from deft_diffusers.toyworld import MODEL_DIR
+
+        unet = UNet2DConditionModel.from_pretrained(MODEL_DIR, subfolder="unet", torch_dtype=setting.dtype)
+        unet = unet.to(setting.device)
     else:
         with torch.device("meta"):
-            unet = UNet2DConditionModel(**shapes.SDXL_UNET).to(dtype)
-        fill(unet.to_empty(device=options.device))
-    if options.gradient_checkpointing:
+            unet = UNet2DConditionModel(**shapes.SDXL_UNET).to(setting.dtype)
+        fill(unet.to_empty(device=setting.device))
+    if setting.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     return unet.requires_grad_(False).train()
 
@@ -87,50 +124,41 @@ def fill(model: nn.Module) -> None:
                 at = (at + 7919) % most  # no two weights of a shape are alike
 
 
-def make_batch(options, width: int) -> dict:
-    """What a step takes: noisy latents, noise, times and texts of this width; all random."""
-    n, side = options.batch_size, options.resolution // LATENT[options.model]
-    kind = {"device": options.device, "dtype": DTYPES[options.dtype]}
-    texts, extra = torch.randn(n, TOKENS[options.model], width, **kind), None
-    if options.model == "sdxl":
-        ids = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0]], **kind) * options.resolution
+def make_batch(setting: Setting, unet: nn.Module) -> dict:
+    """What a step takes: noisy latents, noise, times and texts; all random."""
+    n, side = setting.batch_size, setting.resolution // PER_LATENT[setting.model]
+    kind = {"device": setting.device, "dtype": setting.dtype}
+    texts, extra = torch.randn(n, TOKENS[setting.model], unet.config.cross_attention_dim, **kind), None
+    if setting.model == "sdxl":
+        ids = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 1.0]], **kind) * setting.resolution
         extra = {"text_embeds": torch.randn(n, 1280, **kind), "time_ids": ids.repeat(n, 1)}
     inputs = {"encoder_hidden_states": texts, "added_cond_kwargs": extra, "return_dict": False}
-    noisy, noise = torch.randn(2, n, 4, side, side, **kind)
-    return {"sample": noisy, "timestep": torch.randint(1000, (n,), device=options.device), "noise": noise} | inputs
+    noisy, noise = torch.randn(2, n, unet.config.in_channels, side, side, **kind)
+    return {"sample": noisy, "timestep": torch.randint(1000, (n,), device=setting.device), "noise": noise} | inputs
 
 
 # The peers ------------------------------------------------------------------------------------------------------------
 
 
-class Peer:
-    """A tree of modules of its own on the base model's weights, with what trains in it."""
+class Trainee:
+    """A tree of modules of its own on the base model's weights, with what trains in it, and its batch."""
 
-    def __init__(self, name: str, base: nn.Module, options):
-        self.options, self.patched = options, name == "peft_deft_patched"
+    def __init__(self, who: str, base: nn.Module, setting: Setting):
+        self.setting, self.patched = setting, who == PATCHED
         self.model = model = copy.deepcopy(base, {id(t): t for t in (*base.parameters(), *base.buffers())})
-        r, targets = options.rank, list(dk.config.TARGETS[type(base).__name__])
-        if name in ("deft", "para"):
-            dk.inject_adapter(model, dk.DeftConfig(r=r, para=name == "para"))
-        elif name == "lora":
-            dk.inject_adapter(model, dk.LoraConfig(r=r))
-        elif name == "peft_lora":
-            peft.inject_adapter_in_model(peft.LoraConfig(r=r, lora_alpha=r, target_modules=targets), model)
-        elif name != FLOOR:
-            config = peft.DeftConfig(r=r, decomposition_method="qr", target_modules=targets)
-            peft.inject_adapter_in_model(config, model)
+        adapt(model, who, setting.rank)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for p in self.trained.values():
-            p.data = p.data.float()  # as diffusers' trainers: masters in float32
+            p.data = p.data.to(setting.device, torch.float32)  # as diffusers' trainers: masters in float32
         self.parameters = list(self.trained.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=True) if self.parameters else None
 
     def loss(self, batch: dict) -> tuple[Tensor, Tensor]:
         """The loss and the prediction."""
-        inputs = {k: v for k, v in batch.items() if k != "noise"}
+        inputs, dtype = {k: v for k, v in batch.items() if k != "noise"}, self.setting.dtype
         if not self.parameters:
             inputs["sample"] = inputs["sample"].clone().requires_grad_()
-        with torch.autocast(self.options.device, DTYPES[self.options.dtype], enabled=self.options.dtype != "float32"):
+        with torch.autocast(self.setting.device.type, dtype, enabled=dtype != torch.float32):
             prediction = self.model(**inputs)[0]
         return F.mse_loss(prediction.float(), batch["noise"].float()), prediction.detach()
 
@@ -147,27 +175,47 @@ class Peer:
         grads = torch.autograd.grad(loss, self.parameters)
         return {"prediction": prediction} | {twin(name): g for name, g in zip(self.trained, grads)}
 
-    def enter(self, batch: dict) -> None:
-        """This peer's turn begins. What a patch keeps beside PEFT's layers is made in the first step after it."""
+    @contextlib.contextmanager
+    def turn(self, batch: dict):
+        """What is of the whole process. What a patch keeps beside PEFT's layers is made in the first step after it."""
         if self.patched:
             dk.patch_peft(self.model)
             self.gradients(batch)
-
-    def leave(self) -> None:
+        yield
         if self.patched:
             dk.unpatch_peft()
 
 
-def seconds(peer: Peer, batch: dict) -> float:
-    wait = torch.cuda.synchronize if peer.options.device == "cuda" else lambda: None
-    peer.enter(batch)
-    wait()
-    start = time.perf_counter()
-    peer.step(batch)
-    wait()
-    taken = time.perf_counter() - start
-    peer.leave()
-    return taken
+def adapt(model: nn.Module, who: str, r: int) -> None:
+    """Give a denoiser the adapters that a peer trains, on the layers that are adapted by default."""
+    targets = list(dk.config.TARGETS[type(model).__name__])
+    if who in (DEFT, PARA):
+        dk.inject_adapter(model, dk.DeftConfig(r=r, para=who == PARA))
+    elif who == LORA:
+        dk.inject_adapter(model, dk.LoraConfig(r=r))
+    elif who in (LYCORIS, LYCORIS_BYPASS):
+        from lycoris.modules.locon import LoConModule
+
+        for layer in [m for name, m in model.named_modules() if name.endswith(tuple(f".{t}" for t in targets))]:
+            layer.lycoris = LoConModule("", layer, lora_dim=r, alpha=r, bypass_mode=who == LYCORIS_BYPASS)
+            layer.lycoris.apply_to()
+    elif who != FROZEN:
+        import peft
+
+        config = {
+            PEFT_LORA: lambda: peft.LoraConfig(r=r, lora_alpha=r, target_modules=targets),
+            PEFT_OFT: lambda: peft.OFTConfig(r=r, oft_block_size=0, target_modules=targets),
+        }.get(who, lambda: peft.DeftConfig(r=r, decomposition_method="qr", target_modules=targets))
+        peft.inject_adapter_in_model(config(), model)
+
+
+def twin(name: str) -> str:
+    """What a parameter of PEFT's or LyCORIS's is called here."""
+    for theirs in ("lora_B.default.weight", "lycoris.lora_up.weight"):
+        name = name.replace(theirs, "deft_P.default")
+    for theirs in ("lora_A.default.weight", "lycoris.lora_down.weight"):
+        name = name.replace(theirs, "deft_R.default")
+    return name
 
 
 # The gate -------------------------------------------------------------------------------------------------------------
@@ -178,7 +226,7 @@ def apart(got: Tensor, expected: Tensor) -> float:
     return ((got.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30)).item()
 
 
-def at_reference(peer: Peer, batch: dict) -> float:
+def at_reference(trainee: Trainee, batch: dict) -> float:
     """How far the outputs of PaRa's layers are from reference.py's, at most."""
     worst = [0.0]
 
@@ -187,162 +235,116 @@ def at_reference(peer: Peer, batch: dict) -> float:
         factors = reference.factors(W, layer.deft_P["default"], None)
         worst.append(apart(y, reference.lowrank_linear(x, W, bias, *factors)))
 
-    hooks = [m.register_forward_hook(compare) for m in peer.model.modules() if isinstance(m, DeftLayer)]
+    hooks = [m.register_forward_hook(compare) for m in trainee.model.modules() if isinstance(m, DeftLayer)]
     with torch.no_grad():
-        peer.loss(batch)
+        trainee.loss(batch)
     for hook in hooks:
         hook.remove()
     return max(worst) if len(worst) > 1 else math.inf
 
 
-def twin(name: str) -> str:
-    """What a parameter of PEFT's is called here."""
-    return name.replace("lora_B.default.weight", "deft_P.default").replace("lora_A.default.weight", "deft_R.default")
-
-
-def gate(peers: dict[str, Peer], batch: dict) -> dict[str, str]:
+def gate(trainees: dict[str, Trainee], batch: dict) -> dict[str, str]:
     """{peer: why it is not to be timed}."""
-    wrong, (same, similar) = {}, AGREE[peers[FLOOR].options.dtype]
+    wrong, (same, similar) = {}, AGREE[trainees[FROZEN].setting.dtype]
     with torch.no_grad():
-        truth = peers[FLOOR].loss(batch)[1]
-    for name, peer in tqdm(peers.items(), desc="checks", leave=False):
-        peer.enter(batch)
-        with torch.no_grad():
-            distance = at_reference(peer, batch) if name == "para" else apart(peer.loss(batch)[1], truth)
-        peer.leave()
+        truth = trainees[FROZEN].loss(batch)[1]
+    for who, trainee in tqdm(trainees.items(), desc="checks", leave=False, disable=None):
+        with trainee.turn(batch), torch.no_grad():
+            distance = at_reference(trainee, batch) if who == PARA else apart(trainee.loss(batch)[1], truth)
         if not distance <= same:
-            wrong[name] = f"its start is {distance:.1e} away from what it has to be"
+            wrong[who] = f"its start is {distance:.1e} away from what it has to be"
     for ours in dict.fromkeys(COUNTERPARTS.values()):
-        rivals = [name for name, other in COUNTERPARTS.items() if other == ours and name in peers]
-        if ours not in peers or not rivals:
+        rivals = [who for who, other in COUNTERPARTS.items() if other == ours and who in trainees]
+        if not rivals:
             continue
-        for p in peers[ours].parameters:
+        for p in trainees[ours].parameters:
             p.data.add_(torch.randn_like(p) * 0.02)
-        expected = peers[ours].gradients(batch)
-        for name in rivals:
-            for key, p in peers[name].trained.items():
-                p.data.copy_(peers[ours].trained[twin(key)])
-            peers[name].enter(batch)
-            distances = {key: apart(value, expected[key]) for key, value in peers[name].gradients(batch).items()}
-            peers[name].leave()
+        expected = trainees[ours].gradients(batch)
+        for who in rivals:
+            for key, p in trainees[who].trained.items():
+                p.data.copy_(trainees[ours].trained[twin(key)])
+            with trainees[who].turn(batch):
+                distances = {key: apart(value, expected[key]) for key, value in trainees[who].gradients(batch).items()}
             first = distances.pop("prediction")
             worst = max(distances, key=distances.get)
             if not (first <= same and distances[worst] <= similar):
-                reason = f"prediction {first:.1e}, gradient of {worst} {distances[worst]:.1e} away"
-                wrong[name], wrong[ours] = f"{reason} from {PEERS[ours]}'s", f"{reason} from {PEERS[name]}'s"
+                wrong[who] = f"prediction {first:.1e}, gradient of {worst} {distances[worst]:.1e} away from {ours}'s"
+        if all(who in wrong for who in rivals):
+            wrong[ours] = f"it agrees with none of {', '.join(rivals)}"
     return wrong
 
 
-# Time and memory ------------------------------------------------------------------------------------------------------
+# Together -------------------------------------------------------------------------------------------------------------
 
 
-def timed(names: list[str], options) -> tuple[dict[str, dict], dict[str, str]]:
-    """{peer: its figures} of those that pass the gate, and {peer: why not} of the others."""
-    base = base_model(options)
-    batch = make_batch(options, base.config.cross_attention_dim)
-    peers = {name: Peer(name, base, options) for name in names}
-    wrong = gate(peers, batch)
-    peers = {name: peer for name, peer in peers.items() if name not in wrong}
-    for peer in peers.values():
-        seconds(peer, batch)
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for i in tqdm(range(options.steps), desc="rounds", leave=False):
-        order = list(peers)
-        for name in order[i % len(order) :] + order[: i % len(order)]:  # so that none always follows the same one
-            times[name].append(seconds(peers[name], batch))
-    figures = {}
-    for name, taken in times.items():
-        low, *_, high = statistics.quantiles(taken, n=5) if len(taken) > 1 else taken * 2
-        median = statistics.median(taken)
-        figures[name] = {
-            "seconds": median, "low": low, "high": high, "images_per_second": options.batch_size / median,
-            "ratio": statistics.median(t / u for t, u in zip(taken, times[UNIT])) if UNIT in times else None,
-            "trained": sum(p.numel() for p in peers[name].parameters), "rounds": taken,
-        }  # fmt: skip
-    return figures, wrong
+def peers(setting: Setting, options: Options) -> dict[str, Peer]:
+    """All of them on the same weights and the same batch."""
+    wanted = [who for who in HERE + OTHERS if who in HERE or who == PEFT_LORA or options.wants(who)]
+    if reason := absent("diffusers") or too_large(setting):
+        return {who: Peer(note=reason) for who in wanted}
+    notes = {who: Peer(note=reason) for who in wanted if (reason := who in NEEDS and absent(NEEDS[who]))}
+    used: dict[str, dict] = {}
+    measured = [] if options.size == "tiny" else [who for who in wanted if who not in notes]
+    for who in tqdm(measured, "memory", leave=False, disable=None):
+        try:
+            used[who] = {"memory": in_fresh_process(who, setting)}
+        except (torch.OutOfMemoryError, BrokenProcessPool):  # the second where the system ends what takes too much
+            notes[who] = Peer(note="out of memory")
+    if FROZEN in notes:
+        return {who: Peer(note="out of memory") for who in wanted}
+    base = base_model(setting)
+    batch = make_batch(setting, base)
+    trainees = {who: Trainee(who, base, setting) for who in wanted if who not in notes}
+    wrong = gate(trainees, batch)
+    found = {}
+    for who, trainee in trainees.items():
+        more = used.get(who, {}) | {"trained": sum(p.numel() for p in trainee.parameters)}
+        if who in wrong:
+            found[who] = Peer(note=f"RED: {wrong[who]}", red=True, more=more)
+            continue
+        step, turn = functools.partial(trainee.step, batch), functools.partial(trainee.turn, batch)
+        found[who] = Peer([step], more=more, around=turn)  # all have one: no step is captured as a CUDA graph
+    return {who: (found | notes)[who] for who in wanted}
 
 
-def memory(name: str, options) -> int:
+def absent(library: str) -> str:
+    return "" if find_spec(library) else f"{library} is not installed"
+
+
+def too_large(setting: Setting) -> str:
+    """Why a setting is left out on this machine, or nothing."""
+    gc.collect()  # the last one's models
+    if setting.model != "sdxl":
+        return ""
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info(setting.device)[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    activations = ACTIVATIONS / (3 if setting.gradient_checkpointing else 1) * (setting.resolution / 512) ** 2
+    needed = setting.dtype.itemsize * (WEIGHTS + TRAINED + activations * setting.batch_size)
+    return "" if needed <= free else f"needs some {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
+
+
+def memory(who: str, setting: Setting, threads: int) -> int:
     """Most bytes that some steps of a peer take beside the base model, in this process."""
-    base = base_model(options)
-    batch = make_batch(options, base.config.cross_attention_dim)
+    torch.set_num_threads(threads)
+    base = base_model(setting)
+    batch = make_batch(setting, base)
     gc.collect()
-    with measure.peak(options.device) as peak:
-        peer = Peer(name, base, options)
-        peer.enter(batch)
-        for _ in range(2):
-            peer.step(batch)
+    with measure.peak(setting.device.type) as peak:
+        trainee = Trainee(who, base, setting)
+        with trainee.turn(batch):
+            for _ in range(2):
+                trainee.step(batch)
     return peak.bytes
 
 
-def in_fresh_process(name: str) -> int:
-    command = [sys.executable, "-m", "benchmarks.training", *sys.argv[1:], "--memory_of", name]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
-
-
-# The command ----------------------------------------------------------------------------------------------------------
-
-
-def table(rows: list[dict]) -> str:
-    columns = "|time per step|20 % to 80 %|images/s|time, LoRA by PEFT = 1|memory beside the model|trained".split("|")
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for row in rows:
-        used = "" if row["memory"] is None else f"{row['memory'] / 1e6:.0f} MB"
-        if "seconds" not in row:
-            lines.append(f"| {row['who']} | RED: {row['red']} | | | | | |")
-            continue
-        ms, low, high = (f"{row[k] * 1e3:.1f}" for k in ("seconds", "low", "high"))
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        lines.append(f"| {row['who']} | {ms} ms | {low} to {high} | {row['images_per_second']:.2f} | {ratio} | {used} "
-                     f"| {row['trained']:,} |")  # fmt: skip
-    return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--model", choices=LATENT, default="toyworld", help="the embedded UNet, or SDXL's at random")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument("--resolution", type=int, help="pixels along a side; default 64, and 256 of sdxl")
-    parser.add_argument("--batch_size", type=int, default=1)
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="bfloat16: weights, and autocast (a GPU's)")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--steps", type=int, help="rounds; default 40, and 3 of sdxl on a CPU")
-    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS),
-                        help="some of them; the frozen model and PEFT's LoRA always run")  # fmt: skip
-    parser.add_argument("--output", type=Path, metavar="FILE.json",
-                        help="default: benchmarks/results/<device>/<commit>-training-…; a .md beside it")  # fmt: skip
-    parser.add_argument("--no-memory", action="store_true", help="time alone")
-    parser.add_argument("--memory_of", choices=PEERS, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    options.resolution = options.resolution or (64 if options.model == "toyworld" else 256)
-    options.steps = options.steps or (3 if options.model == "sdxl" and options.device == "cpu" else 40)
-    torch.manual_seed(0)
-    if options.memory_of:
-        print(memory(options.memory_of, options))
-        return 0
-    names = [name for name in PEERS if name in (FLOOR, UNIT, *options.peers)]
-    found = measure.environment(options.device, ("peft", "diffusers"))
-    setting = {k: getattr(options, k) for k in
-               "model resolution batch_size gradient_checkpointing dtype rank steps".split()}  # fmt: skip
-    figures, wrong = timed(names, options)
-    gc.collect()  # before others take as much
-    turns = tqdm(names, desc="memory", leave=False, disable=options.no_memory)
-    used = {name: None if options.no_memory else in_fresh_process(name) for name in turns}
-    rows = [
-        {"peer": name, "who": PEERS[name], "memory": used[name]} | (figures.get(name) or {"red": wrong[name]})
-        for name in names
-    ]
-    suffix = f"-training-{options.model}-{options.resolution}-batch{options.batch_size}"
-    suffix += "-checkpointing" * options.gradient_checkpointing + "-bfloat16" * (options.dtype == "bfloat16")
-    out = measure.save(found, options.output, suffix, **setting, rows=rows)
-    said = [", ".join(f"{k} {v}" for k, v in part.items()) for part in (found, setting)]
-    text = "\n\n".join([*said, table(rows)]) + "\n"
-    out.with_suffix(".md").write_text(text)
-    print(f"{text}\nwritten to {out}")
-    return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def in_fresh_process(who: str, setting: Setting) -> int:
+    """`memory` in a process that has done nothing but import."""
+    context = multiprocessing.get_context("spawn" if setting.device.type == "cuda" else "forkserver")
+    if setting.device.type == "cpu":  # no device that a fork would break
+        context.set_forkserver_preload(["__main__", __name__, "diffusers", "peft", "lycoris.modules.locon"])
+    with ProcessPoolExecutor(1, context) as one:
+        return one.submit(memory, who, setting, torch.get_num_threads()).result()

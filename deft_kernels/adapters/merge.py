@@ -314,7 +314,8 @@ def check_finite(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float
         (f"{name}.deft_{role}.{adapter}", p.detach())
         for name, layer in layers.items() for adapter in chosen[name] for role, p in layer.adapter_tensors(adapter).items()
     ]  # fmt: skip
-    norms = torch.stack([n.float().cpu() for n in torch._foreach_norm([p for _, p in named], float("inf"))])
+    norms = torch._foreach_norm([p for _, p in named], float("inf"))
+    norms = torch.stack([n.to(norms[0].device, torch.float32) for n in norms])  # to be waited for once
     bad = [key for (key, _), finite in zip(named, norms.isfinite().tolist()) if not finite]
     if bad:
         raise ValueError(f"{bad[0]} has values that are not finite ({len(bad)} such tensors)")

@@ -141,3 +141,27 @@ def force_form(monkeypatch, form: str) -> None:
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Recorder:
+    """Bytes that autograd keeps for the backward, apart from the module's own parameters."""
+
+    def __init__(self, *modules):
+        self.known = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self.saved: dict[int, torch.Tensor] = {}
+
+    def __enter__(self):
+        def pack(t):
+            if t.untyped_storage().data_ptr() not in self.known and t.numel():
+                self.saved[t.untyped_storage().data_ptr()] = t
+            return t
+
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def bytes(self) -> int:
+        return sum(t.untyped_storage().nbytes() for t in self.saved.values())

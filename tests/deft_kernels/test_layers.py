@@ -12,6 +12,7 @@ from common import (
     FORMS,
     LAYERS,
     Opaque,
+    Recorder,
     adapted,
     example,
     force_form,
@@ -172,30 +173,6 @@ def test_several_adapters_at_any_strength(base):
     assert torch.equal(layer(x), base(x))
     layer.delete_adapter("lora")
     assert "lora" not in layer.configs and not any("lora" in name for name in layer.state_dict())
-
-
-class Recorder:
-    """Bytes that autograd keeps for the backward, apart from the module's own parameters."""
-
-    def __init__(self, *modules):
-        self.known = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-        self.saved: dict[int, torch.Tensor] = {}
-
-    def __enter__(self):
-        def pack(t):
-            if t.untyped_storage().data_ptr() not in self.known and t.numel():
-                self.saved[t.untyped_storage().data_ptr()] = t
-            return t
-
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.hooks.__exit__(*error)
-
-    def bytes(self) -> int:
-        return sum(t.untyped_storage().nbytes() for t in self.saved.values())
 
 
 @pytest.mark.parametrize("method", ["qr", "para", "relu", "lora"])

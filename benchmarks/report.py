@@ -1,0 +1,434 @@
+"""What is told of results: tables, plots, README's figures, and what changed between two of them.
+
+All of it comes from the rows of benchmarks/results/<device>/<commit>.json and from nothing else.
+"""
+
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks import measure
+from benchmarks.cases import LOOP
+from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, READY, is_here
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+MARKERS = "os^vDP*X"
+DOES_LESS = FROZEN, MERGED, COPY  # than the work whose bytes and flops are counted
+TIMES = "\N{MULTIPLICATION SIGN}"
+BEGIN, END = "<!-- written by python -m benchmarks --readme: begin -->", "<!-- end -->"
+METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a
+multiple of what the bytes take at the copy rate or the flops at the matrix rate, whichever is more, both from
+the same rounds.
+"""
+
+
+def seconds(value: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e3)):
+        if value * scale >= 1:
+            return f"{value * scale:.3g} {unit}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def size(value: float) -> str:
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if abs(value) >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+# key -> title, how it is said. A column stands where a row has it.
+COLUMNS: dict[str, tuple[str, Callable]] = {
+    "seconds": ("time", seconds),
+    "spread": ("20 % to 80 %", lambda pair: f"{seconds(pair[0])} to {seconds(pair[1])}"),
+    "wall_seconds": ("with the host", seconds),
+    "graph_seconds": ("in a CUDA graph", seconds),
+    "ratio": (TIMES + " {floor}", lambda v: f"{v:.2f}"),
+    "limits": (TIMES + " limit", lambda v: f"{v:.2f}"),
+    "images_per_second": ("images/s", lambda v: f"{v:.3g}"),
+    "saved": ("saved for the backward", size),
+    "memory": ("peak memory", size),
+    "trained": ("parameters", "{:,}".format),
+    "changed": ("weights changed by a cycle", lambda v: f"{v:.2%}"),
+}
+
+
+def key(row: dict) -> tuple:
+    """What of a row says which bench it is of."""
+    return row["suite"], row["what"], row["where"], row["type"]
+
+
+def by_bench(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def told(row: dict) -> dict:
+    """A row, with what is worked out from it."""
+    more = {}
+    if "seconds" in row:
+        more["spread"] = row["low"], row["high"]
+        if "limit_seconds" in row:
+            more["limits"] = row["seconds"] / row["limit_seconds"]
+    return row | more
+
+
+def markdown_table(head: list[str], lines: Iterable[list[str]]) -> str:
+    text = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in text) + "\n"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of some benches, a table for each."""
+    text = []
+    for (_, what, where, kind), some in by_bench(rows).items():
+        some = [told(row) for row in some]
+        used = [name for name in COLUMNS if any(name in row for row in some)]
+        floor = next((row["floor"] for row in some), "")
+        lines = []
+        for row in some:
+            if "note" in row:
+                lines.append([row["who"], row["note"], *[""] * (len(used) - 1)])
+            else:
+                lines.append([row["who"], *(COLUMNS[name][1](row[name]) if name in row else "" for name in used)])
+        head = ["", *(COLUMNS[name][0].format(floor=floor) for name in used)]
+        text.append(f"**{what}**, {where}, {kind}\n\n{markdown_table(head, lines)}")
+    return "\n".join(text)
+
+
+def markdown(file: Path) -> str:
+    """The whole of a result: where it comes from, its tables, and design's targets."""
+    found = json.loads(file.read_text())
+    text = [f"{setting(found)}\n", METHOD, checked([found])]
+    for suite in dict.fromkeys(row["suite"] for row in found["rows"]):
+        text += [f"## {suite}\n", table([row for row in found["rows"] if row["suite"] == suite])]
+    return "\n".join(text)
+
+
+def setting(found: dict) -> str:
+    said = ("device", "driver", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "date", "size")
+    return ", ".join(f"{name} {found[name]}" for name in said if name in found)
+
+
+# Targets --------------------------------------------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """A figure that design asks for: what `who` takes, as a multiple of what `over` takes ("limit": the machine's), is at
+    most `most`."""
+
+    device: str  # cpu or cuda
+    bench: tuple[str, str, str, str]  # suite, what, where, type
+    who: str
+    over: str
+    most: float
+    of: str = "seconds"  # or "saved", less the factors, or "memory"
+
+    def told(self) -> str:
+        _, what, where, kind = self.bench
+        of = {"seconds": "", "saved": ", saved but for the factors", "memory": ", memory"}[self.of]
+        return f"{what}, {where}, {kind}{of}: {self.who} ≤ {self.most:.3g} {TIMES} {self.over}"
+
+    def value(self, rows: Iterable[dict]) -> float | None:
+        by = {row["who"]: told(row) for row in rows if key(row) == self.bench and self.of in row}
+        if self.who not in by or (self.over != "limit" and self.over not in by):
+            return None
+        mine = by[self.who]
+        if self.over == "limit":
+            return mine.get("limits")
+        if self.of == "seconds":
+            return mine["ratio"] / by[self.over]["ratio"]
+        return (mine[self.of] - (mine["factors"] if self.of == "saved" else 0)) / by[self.over][self.of]
+
+
+def _targets() -> Iterator[Target]:
+    for device, kind, layers in (
+        ("cpu", "float32", {"640x640, T 4096, r 16": 1.25, "1280x1280, T 1024, r 16": 1.12}),
+        ("cuda", "bfloat16", {"1280x1280, T 4096, r 16": 1.25, "3072x3072, T 4608, r 16": 1.10}),
+    ):
+        for where, most in layers.items():
+            bench = "layer", "forward + backward", where, kind
+            for over, limit in ((FROZEN, most), (PEFT_DEFT, 1), (PEFT_LORA, 1)):
+                yield Target(device, bench, DEFT, over, limit)
+            yield Target(device, bench, DEFT, PEFT_LORA, 1, "saved")
+    for device, many, backend, loop in (
+        ("cpu", "a tenth of SDXL, 56 layers", "cpp", 5),
+        ("cuda", "SDXL, 560 layers", "triton", 100),
+    ):
+        yield Target(device, ("operations", "orthonormalize", many, "float32"), f"deft_kernels ({backend})", LOOP, 1 / loop)
+        for kind, peft in (("bfloat16", 6), ("float32", 4)):
+            bench = "models", "merge", many, kind
+            yield Target(device, bench, READY, "limit" if device == "cpu" else COPY, 2 if device == "cpu" else 1.2)
+            yield Target(device, bench, READY, PEFT_DEFT, 1 / peft)
+    for device, where, kind in (
+        ("cpu", "the embedded UNet, 64 x 64, batch 1", "float32"),
+        ("cuda", "SDXL's UNet, 1024 x 1024, batch 1", "bfloat16"),
+    ):
+        for of in ("seconds", "memory"):
+            yield Target(device, ("training", "a training step", where, kind), DEFT, PEFT_LORA, 1, of)
+
+
+TARGETS = list(_targets())
+
+
+def checked(results: list[dict]) -> str:
+    """Each target, the figure, and whether it is met."""
+    lines = []
+    for target in TARGETS:
+        values = [target.value(found["rows"]) for found in results if on(found) == target.device]
+        values = [value for value in values if value is not None]
+        if any(on(found) == target.device for found in results):
+            value = values[-1] if values else None
+            verdict = "not measured" if value is None else "met" if value <= target.most else "**missed**"
+            lines.append([target.told(), "" if value is None else f"{value:.2f}", verdict])
+    return f"Asked of this device:\n\n{markdown_table(['', 'seen', ''], lines)}" if lines else ""
+
+
+def on(found: dict) -> str:
+    return "cpu" if found["driver"] == "none" else "cuda"
+
+
+# Plots ----------------------------------------------------------------------------------------------------------------
+
+
+def plot(file: Path) -> list[Path]:
+    """Bars of every peer, a roofline, and curves of what costs grow with, as PNG and SVG beside a result."""
+    from matplotlib.figure import Figure
+
+    found = json.loads(file.read_text())
+    benches = by_bench(told(row) for row in found["rows"] if "seconds" in row)
+    drawn = {}
+    for suite in dict.fromkeys(row["suite"] for row in found["rows"]):
+        some = {k: rows for k, rows in benches.items() if k[0] == suite and len(rows) > 1}
+        if bars := {k: rows for k, rows in some.items() if all("ratio" in row for row in rows)}:
+            drawn[f"bars-{suite}"] = _bars(Figure, bars)
+    counted = [row for rows in benches.values() for row in rows if row.get("flops") and row["who"] not in DOES_LESS]
+    if counted:
+        drawn["roofline"] = _roofline(Figure, counted)
+    if curves := curves_of(benches):
+        drawn["curves"] = _curves(Figure, curves)
+    files = []
+    for name, figure in drawn.items():
+        figure.supxlabel(f"{found['device']}, torch {found['torch']}, commit {found['commit']}", fontsize=7, color="0.4")
+        for kind in ("png", "svg"):
+            files.append(file.with_name(f"{file.stem}-{name}.{kind}"))
+            figure.savefig(files[-1], dpi=150, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
+    return files
+
+
+def colour(who: str) -> str:
+    """Of what is measured here, of PEFT's, of floors and of the rest."""
+    if is_here(who):
+        return "#0b6e4f"
+    return "#c8553d" if "PEFT" in who or "LyCORIS" in who else "#8d99ae"
+
+
+def _bars(figure_class, benches: dict[tuple, list[dict]]):
+    columns = min(3, len(benches))
+    height = max(len(rows) for rows in benches.values())
+    lines = -(-len(benches) // columns)
+    figure = figure_class(figsize=(4.4 * columns, lines * (0.24 * height + 0.9)), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for (_, what, where, kind), rows in benches.items():
+        ax, names = next(axes), [row["who"] for row in rows]
+        ax.barh(names, [row["ratio"] for row in rows], color=[colour(who) for who in names])
+        ax.axvline(1, color="0.3", linewidth=0.8)
+        for at, row in enumerate(rows):
+            ax.text(row["ratio"], at, f" {row['ratio']:.2f}", va="center", fontsize=6)
+        ax.set_title(f"{what}\n{where}, {kind}", fontsize=7)
+        ax.set_xlabel(f"time, {rows[0]['floor']} = 1", fontsize=6)
+        ax.tick_params(labelsize=6)
+        ax.margins(x=0.15)
+        ax.invert_yaxis()
+    for ax in axes:
+        ax.axis("off")
+    return figure
+
+
+def _roofline(figure_class, rows: list[dict]):
+    kinds, works = (list(dict.fromkeys(row[name] for row in rows)) for name in ("type", "what"))
+    figure = figure_class(figsize=(6 * len(kinds), 5), layout="constrained")
+    for ax, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        some = [row for row in rows if row["type"] == kind]
+        copy, matrix = (statistics.median(row[name] for row in some) for name in ("copy_rate", "matrix_rate"))
+        intensities = [row["flops"] / row["bytes"] for row in some]
+        ends = [min(*intensities, matrix / copy) / 2, max(*intensities, matrix / copy) * 2]
+        ax.plot([ends[0], matrix / copy, ends[1]], [ends[0] * copy, matrix, matrix], color="0.3")
+        for row in some:
+            ax.scatter(row["flops"] / row["bytes"], row["flops"] / row["seconds"], s=14, alpha=0.7,
+                       color=colour(row["who"]), marker=MARKERS[works.index(row["what"]) % len(MARKERS)])  # fmt: skip
+        for work in works:
+            ax.scatter([], [], s=14, color="0.3", marker=MARKERS[works.index(work) % len(MARKERS)], label=work)
+        ax.legend(fontsize=6)
+        ax.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second")
+        ax.set_title(f"{kind}: copy {copy / 1e9:.0f} GB/s, matrix {matrix / 1e9:.0f} Gflop/s", fontsize=9)
+    figure.suptitle("green: here; red: PEFT, LyCORIS; grey: plain torch", fontsize=8)
+    return figure
+
+
+def curves_of(benches: dict[tuple, list[dict]]) -> dict[tuple, dict[str, list[tuple[float, float]]]]:
+    """{(suite, what, what else is the same, type, what grows): {who: [(how large, seconds)]}}, of three points or more."""
+    grouped: dict[tuple, dict[str, list]] = {}
+    for (suite, what, _, kind), rows in benches.items():
+        at = rows[0]["at"]
+        for grows in at:
+            same = ", ".join(f"{name} {value}" for name, value in at.items() if name != grows)
+            lines = grouped.setdefault((suite, what, same, kind, grows), {})
+            for row in rows:
+                lines.setdefault(row["who"], []).append((at[grows], row["seconds"]))
+    return {
+        k: {who: sorted(points) for who, points in lines.items()}
+        for k, lines in grouped.items()
+        if max(len({x for x, _ in points}) for points in lines.values()) > 2
+    }
+
+
+def _curves(figure_class, curves: dict):
+    columns = min(3, len(curves))
+    lines = -(-len(curves) // columns)
+    figure = figure_class(figsize=(4.6 * columns, 3.8 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for (_, what, same, kind, grows), peers in curves.items():
+        ax = next(axes)
+        for i, (who, points) in enumerate(peers.items()):
+            ax.plot(*zip(*points), marker=MARKERS[i % len(MARKERS)], markersize=3, linewidth=1, color=colour(who), label=who,
+                    alpha=1 - 0.07 * i)  # fmt: skip
+        ax.set(xscale="log", yscale="log", xlabel=grows, ylabel="seconds")
+        ax.set_title(f"{what}, {kind}\n{same}", fontsize=8)
+        ax.tick_params(labelsize=6)
+        ax.legend(fontsize=5)
+    for ax in axes:
+        ax.axis("off")
+    return figure
+
+
+# README ---------------------------------------------------------------------------------------------------------------
+
+# (suite, what, at most so many columns): what README shows, a table each; all the rest stands in the results
+SHOWN = [
+    ("layer", "forward + backward", 2),
+    ("layer", "forward", 2),
+    ("models", "prepare, forward + backward", 1),
+    ("models", "merge", 1),
+    ("models", "unmerge", 1),
+    ("models", "hot-swap", 1),
+    ("models", "load", 1),
+    ("training", "a training step", 3),
+    ("models", "a training step of layers", 2),
+    ("models", "a forward of layers", 2),
+    ("sampling", "a denoiser's forward", 2),
+    ("operations", "orthonormalize", 1),
+]
+
+
+def write_readme() -> int:
+    """Replace README's figures by those of the newest results of each device."""
+    text = README.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{section(newest())}{END}{after}")
+    return 0
+
+
+def newest() -> list[dict]:
+    """Of each device the newest result of whole suites, on a clean tree."""
+    found: dict[str, dict] = {}
+    for file in sorted(RESULTS.glob("*/*.json")):
+        one = json.loads(file.read_text()) | {"file": f"benchmarks/results/{file.parent.name}/{file.name}"}
+        if one["clean"] and one["size"] != "tiny" and one["date"] > found.get(one["device"], {"date": ""})["date"]:
+            found[one["device"]] = one
+    return list(found.values())
+
+
+def section(results: list[dict]) -> str:
+    text = []
+    for found in results:
+        command = "make bench" if found["size"] == "small" else f"python -m benchmarks --size {found['size']}"
+        text.append(f"### {found['device']}\n\n`{command}` at commit {found['commit']}, {found['date'][:10]}: "
+                    f"{setting({k: v for k, v in found.items() if k not in ('device', 'commit', 'date', 'size')})}. "
+                    f"Everything measured, with plots: [{Path(found['file']).name}]({found['file']}).\n")  # fmt: skip
+        benches = by_bench(told(row) for row in found["rows"])
+        for suite, what, most in SHOWN:
+            for kind in dict.fromkeys(k[3] for k in benches if k[:2] == (suite, what)):
+                some = {k[2]: rows for k, rows in benches.items() if (k[0], k[1], k[3]) == (suite, what, kind)}
+                text.append(pivot(what, kind, dict(list(some.items())[:most])))
+        text.append(checked([found]))
+        absent = {row["who"]: row["note"] for row in found["rows"] if "note" in row}
+        if absent:
+            text.append("Not measured there: " + "; ".join(f"{who} ({why})" for who, why in absent.items()) + ".\n")
+    unseen = [name for name, kind in (("CPU", "cpu"), ("GPU", "cuda")) if kind not in map(on, results)]
+    text += [f"**Not measured on any {name}**: nothing is claimed of it.\n" for name in unseen]
+    return "\n".join(text)
+
+
+def pivot(what: str, kind: str, benches: dict[str, list[dict]]) -> str:
+    """A line for each peer, a column for each place."""
+    whos = dict.fromkeys(row["who"] for rows in benches.values() for row in rows)
+    shown = [name for name in ("seconds", "ratio", "limits", "memory", "saved", "changed")
+             if any(name in row for rows in benches.values() for row in rows)]  # fmt: skip
+    lines = []
+    for who in whos:
+        line = [f"**{who}**" if is_here(who) else who]
+        for rows in benches.values():
+            row = next((row for row in rows if row["who"] == who), {})
+            line += [COLUMNS[name][1](row[name]) if name in row else "" for name in shown]
+        lines.append(line)
+    if all(not any(line[1:]) for line in lines):
+        return ""
+    head = [f"{what}, {kind}"]
+    for where, rows in benches.items():
+        titles = [COLUMNS[name][0].format(floor=rows[0]["floor"]) for name in shown]
+        head += [f"{where}: {titles[0]}", *titles[1:]]
+    return markdown_table(head, lines)
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def find(name: str, device: str | None = None) -> dict:
+    """A result by its file, its commit, or what git calls that commit."""
+    if Path(name).is_file():
+        return json.loads(Path(name).read_text())
+    git = subprocess.run(["git", "rev-parse", name], capture_output=True, text=True, check=False)
+    commit = git.stdout.strip() or name
+    files = [file for file in RESULTS.glob("*/*.json") if commit.startswith(file.stem)]
+    found = [one for one in (json.loads(file.read_text()) for file in files) if device in (None, one["device"])] or [
+        json.loads(file.read_text()) for file in files
+    ]
+    if len(found) != 1:
+        known = ", ".join(sorted(f"{file.parent.name}/{file.stem}" for file in RESULTS.glob("*/*.json"))) or "none"
+        raise SystemExit(f"benchmarks: {len(found)} results are of {name!r}; give its file, or one of: {known}")
+    return found[0]
+
+
+def compare(names: list[str], device: str) -> int:
+    """Print what changed from the first result to the second, and what of that is beyond noise: on one device, times whose
+    20 % to 80 % do not overlap; between devices nothing is, and the multiples of the limit are shown. 1 where something of
+    ours got slower."""
+    here = measure.environment(device)["device"]
+    before = find(names[0], here)
+    after = find(names[1], here) if len(names) > 1 else next((r for r in newest() if r["device"] == here), None)
+    if after is None:
+        raise SystemExit(f"benchmarks: no result of this device ({here}) to compare with; python -m benchmarks makes one")
+    same = before["device"] == after["device"]
+    print(f"before: {setting(before)}\nafter:  {setting(after)}\n")
+    old = {(*key(row), row["who"]): told(row) for row in before["rows"] if "seconds" in row}
+    lines, slower = [], False
+    for row in map(told, after["rows"]):
+        was = old.get((*key(row), row["who"]))
+        if was is None or "seconds" not in row:
+            continue
+        change = row["seconds"] / was["seconds"]
+        apart = same and (row["low"] > was["high"] or row["high"] < was["low"])
+        slower |= apart and change > 1 and is_here(row["who"])
+        limits = [f"{r['limits']:.2f}" if "limits" in r else "" for r in (was, row)]
+        lines.append([", ".join(key(row)[1:]), row["who"], seconds(was["seconds"]), seconds(row["seconds"]), f"{change:.2f}",
+                      ("slower" if change > 1 else "faster") if apart else "", *limits])  # fmt: skip
+    head = ["", "who", "before", "after", "after / before", "beyond noise", f"{TIMES} limit before", "after"]
+    print(markdown_table(head, lines) if lines else "Nothing was measured in both.")
+    return int(slower)
