@@ -1,6 +1,5 @@
 # Everything a fresh machine needs is made here: python3 (3.11 or later), pip, make and gcc are enough.
 #   make demo    personalise the embedded model on a photograph and look at outputs/demo/demo.png
-#   make methods every method on one subject of five pictures, side by side in outputs/methods/bear_plushie.png
 #   make compare the supplement's tables, figures and a report on the embedded model, in outputs/compare; make compare-quick less
 #   make test    every test that this machine can run
 #   make bench   what everything costs beside its peers, in minutes: tables and plots in benchmarks/results/<device>
@@ -11,14 +10,10 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 comma  := ,
 
-.PHONY: demo methods compare compare-quick test bench lint wheel sanitize sanitize-gpu clean
+.PHONY: demo compare compare-quick test bench lint wheel sanitize sanitize-gpu clean
 
 demo: $(READY)
 	$(BIN)/deft demo
-
-methods: $(READY)
-	$(BIN)/python -m deft_diffusers.toyworld.subjects --output_dir outputs/subjects
-	$(BIN)/deft sweep --plan benchmarks/methods.yaml --subject bear_plushie --output_dir outputs/methods
 
 # Two processes share the work; both targets go on where they were.
 compare: PLAN = toyworld
