@@ -23,7 +23,8 @@ def measured(pytestconfig) -> list[dict]:
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.update(measure.environment())
+    own = ("date", "commit")  # which pytest-benchmark tells elsewhere, and which differ on one and the same machine
+    machine_info.update({name: value for name, value in measure.environment().items() if name not in own})
 
 
 def pytest_terminal_summary(terminalreporter, config):
