@@ -54,7 +54,7 @@ def benches(options: Options) -> Iterator[Bench]:
     few = first[:: -(-len(first) // 14)]
     counts = [(first[:: len(first) // n][:n], shapes.RANK) for n in (1, 4, 28, 140, 280) if n < len(first)]
     for layers, r in counts + [(few, r) for r in (shapes.RANKS[:3] if tiny else shapes.RANKS)]:
-        yield merging("merge", layers, f"{len(layers)} layers, r {r}", fast, options, r)
+        yield merging("merge", layers, f"{len(layers)} layers, r {r}", fast, options, r, budget=0.1)
     for stack in shapes.TINY_STACKS if tiny else shapes.STACKS:
         for train in (True, False):
             yield stacked(*stack, fast, options, train)
@@ -272,7 +272,7 @@ def verbs_of(who: str, W: list[Tensor], place: list[Tensor], P: list[Tensor], R:
     return Verbs(merge, unmerge, swap, weights, reset)
 
 
-def merging(verb: str, layers, where: str, draw: Draw, options: Options, r: int = shapes.RANK) -> Bench:
+def merging(verb, layers, where: str, draw: Draw, options: Options, r: int = shapes.RANK, budget: float = 0.3) -> Bench:
     """All layers' W to W' = W + B A, or back. Unmerging tells which share of the weights it does not bring back."""
     case, weights = cases.merge(layers, where, draw, r), sum(m * n for m, n in layers)
 
@@ -309,7 +309,7 @@ def merging(verb: str, layers, where: str, draw: Draw, options: Options, r: int 
 
     moved = {"bytes": 2 * draw.dtype.itemsize * weights} if verb == "unmerge" else {"bytes": case.bytes, "flops": case.flops}
     return Bench("models", verb, where, draw.dtype, COPY, made, at={"rank": r, "layers": len(layers)},
-                 rounds=rounds(options), **moved)  # fmt: skip
+                 budget=budget, rounds=rounds(options), **moved)  # fmt: skip
 
 
 def flat(W: list[Tensor]) -> Tensor:
@@ -424,7 +424,7 @@ def lycoris_loader(file: str, base: nn.Module) -> Loader:
         networks.append(network.to(base.layers[0].weight.device))
 
     def held():
-        loras = networks[-1].loras
+        loras = sorted(networks[-1].loras, key=lambda lora: int(lora.lora_name.rpartition("_")[2]))
         return [lora.lora_up.weight for lora in loras], [lora.lora_down.weight for lora in loras]
 
     return Loader(load, lambda: networks.pop().restore(), held)
