@@ -221,6 +221,10 @@ def test_preparation_in_the_words_of_the_hubs_old_files(load, tiny_encoders, fol
     for name, encoder in load(**asked, dinov2="none").present.items():
         usual = getattr(tiny_encoders, name)
         assert encoder.preprocessing == usual.preprocessing and torch.equal(encoder.images([image]), usual.images([image]))
+    own = clip | old | {"feature_extractor_type": "BitFeatureExtractor", "crop_size": 224, "size": 230}
+    (tmp_path / "dinov1" / "preprocessor_config.json").write_text(json.dumps(own))  # one that crops, as it says
+    told = load(dinov1=asked["dinov1"], clip="none", dinov2="none").dinov1.preprocessing
+    assert told["by"].startswith("transformers' BitImageProcessor") and told["size"] == {"shortest_edge": 230}
 
 
 def test_what_is_not_downloaded_is_named_with_its_command_and_folder(monkeypatch, tmp_path):

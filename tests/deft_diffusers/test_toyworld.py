@@ -24,6 +24,7 @@ from deft_diffusers.toyworld import (
     draw,
     looking,
     sample,
+    steps,
     train,
     world,
 )
@@ -619,6 +620,12 @@ def test_training_runs_every_stage_and_resumes_where_it_stopped(tmp_path):
         assert (tmp_path / "whole" / inner).read_bytes() == (tmp_path / "parts" / inner).read_bytes(), inner
     assert Image.open(tmp_path / "parts" / "grid_000004.png").size[0] > 0
     assert (tmp_path / "parts" / "model" / "model_index.json").exists()
+
+
+def test_every_step_of_every_stage_has_random_numbers_of_its_own():
+    draw = lambda *of: torch.randint(2**62, (1,), generator=steps.generator(*of)).item()
+    asked = list(itertools.product((0, 1), steps.TRAINED, (0, 1, 14999)))
+    assert len({draw(*of) for of in asked}) == len(asked) and draw(0, "unet", 7) == draw(0, "unet", 7)
 
 
 def test_resuming_with_other_arguments_is_refused_and_says_which(tmp_path):
