@@ -14,6 +14,7 @@ import torch
 from benchmarks import measure
 
 SIZES = ("tiny", "small", "full")  # seconds, to try the code; minutes on any machine; everything
+TINY_ROUNDS = 3
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
 
@@ -72,7 +73,8 @@ def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
     amounts = {who: amount for who, (amount, _) in limits.items()}
     calls = running | {who: [call] for who, (_, call) in limits.items()}
     around = {who: peers[who].around for who in running if peers[who].around}
-    times = measure.beside(calls, options.device, bench.budget, bench.rounds, around) if running else {}
+    rounds = TINY_ROUNDS if options.size == "tiny" else bench.rounds
+    times = measure.beside(calls, options.device, bench.budget, rounds, around) if running else {}
     rates = {who: amount / statistics.median(times[who].device) for who, amount in amounts.items()}
     for who, peer in peers.items():
         row = shared | {"who": who} | peer.more

@@ -73,7 +73,7 @@ def benches(options: Options) -> Iterator[Bench]:
             "training", "a training step", str(setting), setting.dtype, floor=PEFT_LORA,
             peers=functools.partial(peers, setting, options),
             at={"rank": setting.rank, "batch": setting.batch_size, "pixels": setting.resolution**2},
-            budget=5.0 if options.size == "full" else 1.5, rounds=2 if options.size == "tiny" else None,
+            budget=5.0 if options.size == "full" else 1.5,
         )  # fmt: skip
 
 
