@@ -3,7 +3,7 @@
 #   make methods every method on one subject of five pictures, side by side in outputs/methods/bear_plushie.png
 #   make compare the supplement's tables, figures and a report on the embedded model, in outputs/compare; make compare-quick less
 #   make test    every test that this machine can run
-#   make bench   one adapted layer, merging and a training step beside their peers
+#   make bench   what everything costs beside its peers, in minutes: tables and plots in benchmarks/results/<device>
 
 PYTHON ?= python3
 TORCH  ?= torch==2.13.0
@@ -33,8 +33,7 @@ test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 bench: $(READY)
-	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
-	$(BIN)/python -m benchmarks.training --output outputs/bench/training.json
+	$(BIN)/python -m benchmarks
 
 lint: $(READY)
 	$(BIN)/ruff check .

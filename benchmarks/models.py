@@ -22,12 +22,12 @@ from benchmarks import cases, measure, shapes
 from benchmarks.cases import CHAIN, COPY, LOOP, Draw
 from benchmarks.layer import patched
 from benchmarks.operations import OURS, PEERS
-from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, is_here
+from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, READY, is_here
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.nn.layers import prepare_layers
 
-READY, SWAPPED = "DEFT, bases ready, here", "DEFT, hot-swapped from its file, here"
+SWAPPED = "DEFT, hot-swapped from its file, here"
 QR_ALONE = f"{PEFT_DEFT}: QR alone"  # all that it makes before it sees x
 READ = "safetensors, the tensors alone"
 LIBRARIES = {PEFT_DEFT: "peft", PEFT_LORA: "peft", PATCHED: "peft", QR_ALONE: "peft", LYCORIS: "lycoris"}

@@ -2,6 +2,7 @@
 
 FROZEN, MERGED = "frozen layer", "merged weight"
 DEFT, PARA, LORA = "DEFT here", "PaRa here", "LoRA here"
+READY = "DEFT, bases ready, here"
 COPY = "Tensor.copy_, all in one"  # of the same bytes
 PLAIN = "plain torch (reference)"
 FACTORS = "factor form, plain torch"  # y = x W^T + (x A^T) B^T by the library's products: the honest rival

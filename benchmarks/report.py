@@ -6,12 +6,13 @@ All of it comes from the rows of benchmarks/results/<device>/<commit>.json and f
 import json
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import measure
-from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA
+from benchmarks.cases import LOOP
+from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, READY, is_here
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
@@ -118,41 +119,61 @@ def setting(found: dict) -> str:
 
 
 class Target(NamedTuple):
-    """A figure that design asks for: time of `who` over that of `over` ("limit": the machine's), at most `most`."""
+    """A figure that design asks for: what `who` takes, as a multiple of what `over` takes ("limit": the machine's), is at
+    most `most`."""
 
     device: str  # cpu or cuda
-    key: tuple
+    bench: tuple[str, str, str, str]  # suite, what, where, type
     who: str
     over: str
     most: float
+    of: str = "seconds"  # or "saved", less the factors, or "memory"
 
     def told(self) -> str:
-        suite, what, where, kind = self.key
-        return f"{what}, {where}, {kind}: {self.who} ≤ {self.most:g} {TIMES} {self.over}"
+        _, what, where, kind = self.bench
+        of = {"seconds": "", "saved": ", saved but for the factors", "memory": ", memory"}[self.of]
+        return f"{what}, {where}, {kind}{of}: {self.who} ≤ {self.most:.3g} {TIMES} {self.over}"
 
     def value(self, rows: Iterable[dict]) -> float | None:
-        by = {row["who"]: told(row) for row in rows if key(row) == self.key and "seconds" in row}
+        by = {row["who"]: told(row) for row in rows if key(row) == self.bench and self.of in row}
         if self.who not in by or (self.over != "limit" and self.over not in by):
             return None
+        mine = by[self.who]
         if self.over == "limit":
-            return by[self.who].get("limits")
-        mine, theirs = by[self.who], by[self.over]
-        return mine["ratio"] / theirs["ratio"] if "ratio" in mine else mine["seconds"] / theirs["seconds"]
+            return mine.get("limits")
+        if self.of == "seconds":
+            return mine["ratio"] / by[self.over]["ratio"]
+        return (mine[self.of] - (mine["factors"] if self.of == "saved" else 0)) / by[self.over][self.of]
 
 
-def _layers(device: str, kind: str, most: dict[str, float]) -> list[Target]:
-    keys = {where: ("layer", "forward + backward", where, kind) for where in most}
-    return [
-        Target(device, keys[where], DEFT, over, limit)
-        for where, times in most.items()
-        for over, limit in ((FROZEN, times), (PEFT_DEFT, 1.0), (PEFT_LORA, 1.0))
-    ]
+def _targets() -> Iterator[Target]:
+    for device, kind, layers in (
+        ("cpu", "float32", {"640x640, T 4096, r 16": 1.25, "1280x1280, T 1024, r 16": 1.12}),
+        ("cuda", "bfloat16", {"1280x1280, T 4096, r 16": 1.25, "3072x3072, T 4608, r 16": 1.10}),
+    ):
+        for where, most in layers.items():
+            bench = "layer", "forward + backward", where, kind
+            for over, limit in ((FROZEN, most), (PEFT_DEFT, 1), (PEFT_LORA, 1)):
+                yield Target(device, bench, DEFT, over, limit)
+            yield Target(device, bench, DEFT, PEFT_LORA, 1, "saved")
+    for device, many, backend, loop in (
+        ("cpu", "a tenth of SDXL, 56 layers", "cpp", 5),
+        ("cuda", "SDXL, 560 layers", "triton", 100),
+    ):
+        yield Target(device, ("operations", "orthonormalize", many, "float32"), f"deft_kernels ({backend})", LOOP, 1 / loop)
+        for kind, peft in (("bfloat16", 6), ("float32", 4)):
+            bench = "models", "merge", many, kind
+            yield Target(device, bench, READY, "limit" if device == "cpu" else COPY, 2 if device == "cpu" else 1.2)
+            yield Target(device, bench, READY, PEFT_DEFT, 1 / peft)
+    for device, where, kind in (
+        ("cpu", "the embedded UNet, 64 x 64, batch 1", "float32"),
+        ("cuda", "SDXL's UNet, 1024 x 1024, batch 1", "bfloat16"),
+    ):
+        for of in ("seconds", "memory"):
+            yield Target(device, ("training", "a training step", where, kind), DEFT, PEFT_LORA, 1, of)
 
 
-TARGETS = [
-    *_layers("cpu", "float32", {"640x640, T 4096, r 16": 1.25, "1280x1280, T 1024, r 16": 1.12}),
-    *_layers("cuda", "bfloat16", {"1280x1280, T 4096, r 16": 1.25, "3072x3072, T 4608, r 16": 1.10}),
-]
+TARGETS = list(_targets())
 
 
 def checked(results: list[dict]) -> str:
@@ -202,7 +223,7 @@ def plot(file: Path) -> list[Path]:
 
 def colour(who: str) -> str:
     """Of what is measured here, of PEFT's, of floors and of the rest."""
-    if who.startswith("deft_kernels") or who.endswith("here"):
+    if is_here(who):
         return "#0b6e4f"
     return "#c8553d" if "PEFT" in who or "LyCORIS" in who else "#8d99ae"
 
@@ -291,11 +312,17 @@ def _curves(figure_class, curves: dict):
 # (suite, what, at most so many columns): what README shows, a table each; all the rest stands in the results
 SHOWN = [
     ("layer", "forward + backward", 2),
-    ("models", "merge", 2),
-    ("models", "orthonormalize", 1),
-    ("models", "prepare", 1),
+    ("layer", "forward", 2),
+    ("models", "prepare, forward + backward", 1),
+    ("models", "merge", 1),
+    ("models", "unmerge", 1),
+    ("models", "hot-swap", 1),
+    ("models", "load", 1),
     ("training", "a training step", 3),
+    ("models", "a training step of layers", 2),
+    ("models", "a forward of layers", 2),
     ("sampling", "a denoiser's forward", 2),
+    ("operations", "orthonormalize", 1),
 ]
 
 
@@ -346,7 +373,7 @@ def pivot(what: str, kind: str, benches: dict[str, list[dict]]) -> str:
              if any(name in row for rows in benches.values() for row in rows)]  # fmt: skip
     lines = []
     for who in whos:
-        line = [f"**{who}**" if who.endswith("here") or who.startswith("deft_kernels") else who]
+        line = [f"**{who}**" if is_here(who) else who]
         for rows in benches.values():
             row = next((row for row in rows if row["who"] == who), {})
             line += [COLUMNS[name][1](row[name]) if name in row else "" for name in shown]
@@ -398,7 +425,7 @@ def compare(names: list[str], device: str) -> int:
             continue
         change = row["seconds"] / was["seconds"]
         apart = same and (row["low"] > was["high"] or row["high"] < was["low"])
-        slower |= apart and change > 1 and row["who"].endswith("here")
+        slower |= apart and change > 1 and is_here(row["who"])
         limits = [f"{r['limits']:.2f}" if "limits" in r else "" for r in (was, row)]
         lines.append([", ".join(key(row)[1:]), row["who"], seconds(was["seconds"]), seconds(row["seconds"]), f"{change:.2f}",
                       ("slower" if change > 1 else "faster") if apart else "", *limits])  # fmt: skip

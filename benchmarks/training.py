@@ -18,6 +18,7 @@ import math
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,15 +30,16 @@ from tqdm import tqdm
 
 import deft_kernels as dk
 from benchmarks import measure, shapes
-from benchmarks.peers import DEFT, LORA, LYCORIS, PARA, PATCHED, PEFT_DEFT, PEFT_LORA, PEFT_OFT
+from benchmarks.peers import DEFT, LORA, LYCORIS, LYCORIS_BYPASS, PARA, PATCHED, PEFT_DEFT, PEFT_LORA, PEFT_OFT
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.nn import DeftLayer
 
 FROZEN = "frozen model"
 HERE = (FROZEN, DEFT, PARA, LORA)
-NEEDS = dict.fromkeys((PEFT_LORA, PEFT_DEFT, PATCHED, PEFT_OFT), "peft") | {LYCORIS: "lycoris"}
-COUNTERPARTS = {PEFT_LORA: LORA, LYCORIS: LORA, PEFT_DEFT: DEFT, PATCHED: DEFT}
+OTHERS = (PEFT_LORA, PEFT_DEFT, PATCHED, PEFT_OFT, LYCORIS, LYCORIS_BYPASS)
+NEEDS = {who: "peft" if "PEFT" in who else "lycoris" for who in OTHERS}
+COUNTERPARTS = dict.fromkeys((PEFT_LORA, LYCORIS, LYCORIS_BYPASS), LORA) | {PEFT_DEFT: DEFT, PATCHED: DEFT}
 MODELS = {"toyworld": "the embedded UNet", "sdxl": "SDXL's UNet"}
 PER_LATENT = {"toyworld": 4, "sdxl": 8}  # pixels along a side
 TOKENS = {"toyworld": 32, "sdxl": 77}
@@ -71,7 +73,7 @@ def benches(options: Options) -> Iterator[Bench]:
             "training", "a training step", str(setting), setting.dtype, floor=PEFT_LORA,
             peers=functools.partial(peers, setting, options),
             at={"rank": setting.rank, "batch": setting.batch_size, "pixels": setting.resolution**2},
-            budget=5.0 if options.size == "full" else 2.0, rounds=2 if options.size == "tiny" else None,
+            budget=5.0 if options.size == "full" else 1.5, rounds=2 if options.size == "tiny" else None,
         )  # fmt: skip
 
 
@@ -191,11 +193,11 @@ def adapt(model: nn.Module, who: str, r: int) -> None:
         dk.inject_adapter(model, dk.DeftConfig(r=r, para=who == PARA))
     elif who == LORA:
         dk.inject_adapter(model, dk.LoraConfig(r=r))
-    elif who == LYCORIS:
+    elif who in (LYCORIS, LYCORIS_BYPASS):
         from lycoris.modules.locon import LoConModule
 
         for layer in [m for name, m in model.named_modules() if name.endswith(tuple(f".{t}" for t in targets))]:
-            layer.lycoris = LoConModule("", layer, lora_dim=r, alpha=r)
+            layer.lycoris = LoConModule("", layer, lora_dim=r, alpha=r, bypass_mode=who == LYCORIS_BYPASS)
             layer.lycoris.apply_to()
     elif who != FROZEN:
         import peft
@@ -246,7 +248,7 @@ def gate(trainees: dict[str, Trainee], batch: dict) -> dict[str, str]:
     wrong, (same, similar) = {}, AGREE[trainees[FROZEN].setting.dtype]
     with torch.no_grad():
         truth = trainees[FROZEN].loss(batch)[1]
-    for who, trainee in tqdm(trainees.items(), desc="checks", leave=False):
+    for who, trainee in tqdm(trainees.items(), desc="checks", leave=False, disable=None):
         with trainee.turn(batch), torch.no_grad():
             distance = at_reference(trainee, batch) if who == PARA else apart(trainee.loss(batch)[1], truth)
         if not distance <= same:
@@ -277,16 +279,19 @@ def gate(trainees: dict[str, Trainee], batch: dict) -> dict[str, str]:
 
 def peers(setting: Setting, options: Options) -> dict[str, Peer]:
     """All of them on the same weights and the same batch."""
-    wanted = [who for who in (*HERE, *NEEDS) if who in HERE or who == PEFT_LORA or options.wants(who)]
+    wanted = [who for who in HERE + OTHERS if who in HERE or who == PEFT_LORA or options.wants(who)]
     if reason := absent("diffusers") or too_large(setting):
         return {who: Peer(note=reason) for who in wanted}
     notes = {who: Peer(note=reason) for who in wanted if (reason := who in NEEDS and absent(NEEDS[who]))}
     used: dict[str, dict] = {}
-    for who in tqdm([] if options.size == "tiny" else [who for who in wanted if who not in notes], "memory", leave=False):
+    measured = [] if options.size == "tiny" else [who for who in wanted if who not in notes]
+    for who in tqdm(measured, "memory", leave=False, disable=None):
         try:
             used[who] = {"memory": in_fresh_process(who, setting)}
-        except torch.OutOfMemoryError:
-            notes[who] = "out of memory"
+        except (torch.OutOfMemoryError, BrokenProcessPool):  # the second where the system ends what takes too much
+            notes[who] = Peer(note="out of memory")
+    if FROZEN in notes:
+        return {who: Peer(note="out of memory") for who in wanted}
     base = base_model(setting)
     batch = make_batch(setting, base)
     trainees = {who: Trainee(who, base, setting) for who in wanted if who not in notes}

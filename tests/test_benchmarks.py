@@ -9,23 +9,105 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import __main__ as command
+from benchmarks import training
+from benchmarks.peers import DEFT, PATCHED, PEFT_DEFT, PEFT_LORA
+from deft_kernels.ops import _dispatch
+from tests.deft_kernels.common import without_native
+
 ROOT = Path(__file__).parent.parent
+needs_native = pytest.mark.skipif(without_native() is not None, reason=f"csrc's CPU kernels: {without_native()}")
 
 
 def run(*command: str):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    environment.pop("DEFT_KERNELS_BACKEND", None)
     return subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
 
 
-def test_operations_are_gated_and_measured(tmp_path):
-    done = run("benchmarks.operations", "--quick", "--device-json", str(tmp_path / "figures.json"))
-    assert done.returncode == 0, done.stderr
-    assert "These are CPU figures" in done.stdout and "RED" not in done.stdout
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    assert {"device", "torch", "triton", "commit"} <= set(figures)
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """Runs suites in size tiny: the exit status, all that was written, and the folder."""
+    monkeypatch.setenv("DEFT_KERNELS_BACKEND", "auto")  # which suites set, and which is put back after
+
+    def measure(*arguments: str):
+        out = tmp_path / "figures.json"
+        words = ["benchmarks", "--size", "tiny", "--device", "cpu", "--output", str(out), *arguments]
+        monkeypatch.setattr(sys, "argv", words)
+        status = command.main()
+        return status, json.loads(out.read_text()), tmp_path
+
+    return measure
+
+
+@pytest.mark.parametrize("suite", command.SUITES)
+def test_a_suite_is_gated_measured_and_written(suite, measured, capsys):
+    status, found, folder = measured("--suite", suite)
+    assert status == 0
+    assert {"device", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "clean", "size", "date"} <= set(found)
+    assert {row["suite"] for row in found["rows"]} == {suite}
+    timed = [row for row in found["rows"] if "seconds" in row]
+    assert timed and all(row["low"] <= row["seconds"] <= row["high"] and row["rounds"] > 1 for row in timed)
+    assert all(row["note"] for row in found["rows"] if row not in timed)
+    assert any("here" in row["who"] or "deft_kernels" in row["who"] for row in timed)
+    tables = (folder / "figures.md").read_text()
+    assert all(row["who"] in tables for row in found["rows"]) and "RED" not in tables
+    plots = {file.suffix for file in folder.glob(f"figures-bars-{suite}.*")}
+    assert plots == {".png", ".svg"} and all(file.stat().st_size > 1000 for file in folder.glob("figures-*"))
+    assert "These are CPU figures" in capsys.readouterr().out
+
+
+@needs_native
+def test_what_is_wrong_is_red_and_never_timed(measured, monkeypatch, capsys):
+    """By one part in a thousand, in one of the layers."""
+    right, *rest = _dispatch._kernels["project"]["cpp"]
+
+    def wrong(*inputs):
+        first, *others = right(*inputs)
+        return [first * 1.001, *others]
+
+    monkeypatch.setitem(_dispatch._kernels["project"], "cpp", (wrong, *rest))
+    status, found, folder = measured("--suite", "operations")
+    assert status == 1
+    red = [row for row in found["rows"] if row.get("red")]
+    assert {(row["what"], row["who"]) for row in red} == {("project", "deft_kernels (cpp)")}
+    assert all(row["note"].startswith("RED: output 0 is ") and "seconds" not in row for row in red)
+    others = [row for row in found["rows"] if row["what"] == "project" and row not in red]
+    assert others and all("seconds" in row for row in others)
+    assert "RED" in (folder / "figures.md").read_text() and "RED" in capsys.readouterr().out
+
+
+def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
+    """PEFT's DEFT with twice the gradient from one layer on. DEFT here agrees with it patched, and stands."""
+    right = training.adapt
+
+    def wrong(model, who, r):
+        right(model, who, r)
+        if who == PEFT_DEFT:
+            model.mid_block.attentions[0].proj_out.register_full_backward_pre_hook(lambda m, g: (g[0] * 2,))
+
+    monkeypatch.setattr(training, "adapt", wrong)
+    status, found, _ = measured("--suite", "training", "--peers", "DEFT")
+    assert status == 1
+    by = {row["who"]: row for row in found["rows"]}
+    assert by[PEFT_DEFT]["note"].startswith("RED: prediction ") and "seconds" not in by[PEFT_DEFT]
+    assert all(by[who]["ratio"] > 0 for who in (DEFT, PEFT_LORA, PATCHED))
+
+
+def test_an_unknown_suite_is_refused():
+    done = run("benchmarks", "--suite", "operations,layers")
+    assert done.returncode == 2 and done.stderr.endswith(
+        "error: no suite is called layers; there are operations, layer, models, sampling, training\n"
+    )
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cuda"])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert "--device cuda: torch.cuda.is_available() is False here" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="CUDA_VISIBLE_DEVICES hides no GPU from ROCm")
