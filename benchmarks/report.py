@@ -75,6 +75,8 @@ def told(row: dict) -> dict:
         more["spread"] = row["low"], row["high"]
         if "limit_seconds" in row:
             more["limits"] = row["seconds"] / row["limit_seconds"]
+        if "batch" in row["at"]:
+            more["images_per_second"] = row["at"]["batch"] / row["seconds"]
     return row | more
 
 
@@ -281,11 +283,8 @@ def curves_of(benches: dict[tuple, list[dict]]) -> dict[tuple, dict[str, list[tu
             lines = grouped.setdefault((suite, what, same, kind, grows), {})
             for row in rows:
                 lines.setdefault(row["who"], []).append((at[grows], row["seconds"]))
-    return {
-        k: {who: sorted(points) for who, points in lines.items()}
-        for k, lines in grouped.items()
-        if max(len({x for x, _ in points}) for points in lines.values()) > 2
-    }
+    grown = {k: {who: sorted(points) for who, points in lines.items() if len(points) > 2} for k, lines in grouped.items()}
+    return {k: lines for k, lines in grown.items() if lines}
 
 
 def _curves(figure_class, curves: dict):
