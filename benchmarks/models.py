@@ -60,10 +60,6 @@ def benches(options: Options) -> Iterator[Bench]:
             yield stacked(*stack, fast, options, train)
 
 
-def rounds(options: Options) -> int | None:
-    return 2 if options.size == "tiny" else None
-
-
 # Who takes part -------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +203,6 @@ def preparing(layers, where: str, draw: Draw, options: Options, backward: bool, 
     return Bench(
         "models", "prepare, forward + backward" if backward else "prepare", where, draw.dtype, COPY, made,
         bytes=(1 + backward) * (weights + small), flops=flops, at={"rank": r, "layers": len(layers)},
-        rounds=rounds(options),
     )  # fmt: skip
 
 
@@ -309,7 +304,7 @@ def merging(verb, layers, where: str, draw: Draw, options: Options, r: int = sha
 
     moved = {"bytes": 2 * draw.dtype.itemsize * weights} if verb == "unmerge" else {"bytes": case.bytes, "flops": case.flops}
     return Bench("models", verb, where, draw.dtype, COPY, made, at={"rank": r, "layers": len(layers)},
-                 budget=budget, rounds=rounds(options), **moved)  # fmt: skip
+                 budget=budget, **moved)  # fmt: skip
 
 
 def flat(W: list[Tensor]) -> Tensor:
@@ -365,7 +360,7 @@ def loading(layers, where: str, draw: Draw, options: Options, r: int = shapes.RA
 
     size = sum(4 * (m + n) * r for m, n in layers)
     return Bench("models", "load", f"{where}, {size / 1e6:.3g} MB", torch.float32, READ, made,
-                 at={"rank": r, "layers": len(layers)}, rounds=rounds(options))  # fmt: skip
+                 at={"rank": r, "layers": len(layers)})  # fmt: skip
 
 
 def written(folder: Path, W: list[Tensor], P: list[Tensor], R: list[Tensor]) -> Path:
@@ -465,7 +460,7 @@ def stacked(count: int, features: int, tokens: int, draw: Draw, options: Options
         return found
 
     what, where = "a training step" if train else "a forward", f"{count} layers {features}x{features}, T {tokens}"
-    return Bench("models", f"{what} of layers", where, draw.dtype, FROZEN, made, rounds=rounds(options))
+    return Bench("models", f"{what} of layers", where, draw.dtype, FROZEN, made)
 
 
 def stack(W: list[Tensor], bias: list[Tensor]) -> nn.Sequential:

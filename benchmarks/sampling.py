@@ -18,7 +18,7 @@ import deft_kernels as dk
 from benchmarks import measure
 from benchmarks.cases import Draw, double
 from benchmarks.layer import patched
-from benchmarks.models import adapt, factors, peer, put, rounds, share_changed, taking_part, whole
+from benchmarks.models import adapt, factors, peer, put, share_changed, taking_part, whole
 from benchmarks.peers import DEFT, LORA, PATCHED, PEFT_DEFT, PEFT_LORA
 from benchmarks.suite import Bench, Options, Peer
 from benchmarks.training import AGREE, Setting, apart, base_model, make_batch
@@ -43,7 +43,7 @@ def benches(options: Options) -> Iterator[Bench]:
 def bench(what: str, setting: Setting, options: Options, work: Callable) -> Bench:
     at = {"rank": setting.rank, "batch": setting.batch_size, "pixels": setting.resolution**2}
     made = functools.partial(peers, setting, options, work)
-    few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else rounds(options)
+    few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else None
     return Bench("sampling", what, str(setting), setting.dtype, BASE, made, at=at, budget=1.0, rounds=few)
 
 
