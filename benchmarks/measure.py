@@ -174,7 +174,9 @@ def _captured(calls: list[Callable]):
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
-    except RuntimeError:
+    except RuntimeError:  # which leaves torch's generator in the capture
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
         return None
     return graph
 

@@ -22,13 +22,12 @@ from benchmarks import cases, measure, shapes
 from benchmarks.cases import CHAIN, COPY, LOOP, Draw
 from benchmarks.layer import patched
 from benchmarks.operations import OURS, PEERS
-from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, READY, is_here
+from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, QR_ALONE, READY, is_here
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.nn.layers import prepare_layers
 
 SWAPPED = "DEFT, hot-swapped from its file, here"
-QR_ALONE = f"{PEFT_DEFT}: QR alone"  # all that it makes before it sees x
 READ = "safetensors, the tensors alone"
 LIBRARIES = {PEFT_DEFT: "peft", PEFT_LORA: "peft", PATCHED: "peft", QR_ALONE: "peft", LYCORIS: "lycoris"}
 VERBS = ("merge", "unmerge", "hot-swap")
@@ -47,14 +46,17 @@ def benches(options: Options) -> Iterator[Bench]:
         where = f"{name}, {len(layers)} layers"
         for backward in (False, True):
             yield preparing(layers, where, fast, options, backward)
+        # the first model ends the curve against layers; the others have layers of other sizes
+        at = {"rank": shapes.RANK, "layers": len(layers)} if layers == first else {}
         for dtype in (torch.float32, torch.bfloat16):
             for verb in VERBS:
-                yield merging(verb, layers, where, Draw(options.device, dtype), options)
+                yield merging(verb, layers, where, Draw(options.device, dtype), options, at=at)
         yield loading(layers, where, fast, options)
     few = first[:: -(-len(first) // 14)]
     counts = [(first[:: len(first) // n][:n], shapes.RANK) for n in (1, 4, 28, 140, 280) if n < len(first)]
-    for layers, r in counts + [(few, r) for r in (shapes.RANKS[:3] if tiny else shapes.RANKS)]:
-        yield merging("merge", layers, f"{len(layers)} layers, r {r}", fast, options, r, budget=0.1)
+    for layers, r in counts + [(few, r) for r in (shapes.RANKS[:2] if tiny else shapes.RANKS)]:
+        where, at = f"{len(layers)} layers, r {r}", {"rank": r, "layers": len(layers)}
+        yield merging("merge", layers, where, fast, options, r, at, budget=0.1)
     for stack in shapes.TINY_STACKS if tiny else shapes.STACKS:
         for train in (True, False):
             yield stacked(*stack, fast, options, train)
@@ -202,7 +204,11 @@ def preparing(layers, where: str, draw: Draw, options: Options, backward: bool, 
 
     return Bench(
         "models", "prepare, forward + backward" if backward else "prepare", where, draw.dtype, COPY, made,
+<<<<<<< HEAD
         bytes=(1 + backward) * (weights + small), flops=flops, at={"rank": r, "layers": len(layers)},
+=======
+        bytes=(1 + backward) * (weights + small), flops=flops, rounds=rounds(options),
+>>>>>>> i8models
     )  # fmt: skip
 
 
@@ -267,7 +273,9 @@ def verbs_of(who: str, W: list[Tensor], place: list[Tensor], P: list[Tensor], R:
     return Verbs(merge, unmerge, swap, weights, reset)
 
 
-def merging(verb, layers, where: str, draw: Draw, options: Options, r: int = shapes.RANK, budget: float = 0.3) -> Bench:
+def merging(
+    verb, layers, where: str, draw: Draw, options: Options, r=shapes.RANK, at: dict | None = None, budget=0.3
+) -> Bench:
     """All layers' W to W' = W + B A, or back. Unmerging tells which share of the weights it does not bring back."""
     case, weights = cases.merge(layers, where, draw, r), sum(m * n for m, n in layers)
 
@@ -303,8 +311,13 @@ def merging(verb, layers, where: str, draw: Draw, options: Options, r: int = sha
         return found
 
     moved = {"bytes": 2 * draw.dtype.itemsize * weights} if verb == "unmerge" else {"bytes": case.bytes, "flops": case.flops}
+<<<<<<< HEAD
     return Bench("models", verb, where, draw.dtype, COPY, made, at={"rank": r, "layers": len(layers)},
                  budget=budget, **moved)  # fmt: skip
+=======
+    return Bench("models", verb, where, draw.dtype, COPY, made, at=at or {}, budget=budget,
+                 rounds=rounds(options), **moved)  # fmt: skip
+>>>>>>> i8models
 
 
 def flat(W: list[Tensor]) -> Tensor:
@@ -359,8 +372,13 @@ def loading(layers, where: str, draw: Draw, options: Options, r: int = shapes.RA
         return found
 
     size = sum(4 * (m + n) * r for m, n in layers)
+<<<<<<< HEAD
     return Bench("models", "load", f"{where}, {size / 1e6:.3g} MB", torch.float32, READ, made,
                  at={"rank": r, "layers": len(layers)})  # fmt: skip
+=======
+    where = f"{where}, {size / 1e6:.3g} MB"
+    return Bench("models", "load", where, torch.float32, READ, made, rounds=rounds(options))
+>>>>>>> i8models
 
 
 def written(folder: Path, W: list[Tensor], P: list[Tensor], R: list[Tensor]) -> Path:

@@ -9,6 +9,7 @@ FACTORS = "factor form, plain torch"  # y = x W^T + (x A^T) B^T by the library's
 PROJECTOR = "m x m projector, plain torch"  # W' = (I - Q Q^T) W + Q R made whole, as the reference's formula is written
 PEFT_DEFT, PEFT_COMPILED, PATCHED = "DEFT, PEFT", "DEFT, PEFT compiled", "DEFT, PEFT patched"
 PEFT_LORA, PEFT_OFT = "LoRA, PEFT", "OFT, PEFT"
+QR_ALONE = f"{PEFT_DEFT}: QR alone"  # all that it makes before it sees x
 LYCORIS, LYCORIS_BYPASS = "LoCon, LyCORIS", "LoCon, LyCORIS bypass"  # W + BA made whole, its default; or the factor form
 
 

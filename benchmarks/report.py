@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from benchmarks import measure
 from benchmarks.cases import LOOP
-from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, READY, is_here
+from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, QR_ALONE, READY, is_here
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = "os^vDP*X"
-DOES_LESS = FROZEN, MERGED, COPY  # than the work whose bytes and flops are counted
+DOES_LESS = FROZEN, MERGED, COPY, QR_ALONE  # than the work whose bytes and flops are counted
 TIMES = "\N{MULTIPLICATION SIGN}"
 BEGIN, END = "<!-- written by python -m benchmarks --readme: begin -->", "<!-- end -->"
 METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a

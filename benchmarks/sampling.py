@@ -41,10 +41,14 @@ def benches(options: Options) -> Iterator[Bench]:
 
 
 def bench(what: str, setting: Setting, options: Options, work: Callable) -> Bench:
-    at = {"rank": setting.rank, "batch": setting.batch_size, "pixels": setting.resolution**2}
     made = functools.partial(peers, setting, options, work)
+<<<<<<< HEAD
     few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else None
     return Bench("sampling", what, str(setting), setting.dtype, BASE, made, at=at, budget=1.0, rounds=few)
+=======
+    few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else rounds(options)
+    return Bench("sampling", what, str(setting), setting.dtype, BASE, made, budget=1.0, rounds=few)
+>>>>>>> i8models
 
 
 def kind(options: Options) -> torch.dtype:
