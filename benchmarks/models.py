@@ -204,11 +204,7 @@ def preparing(layers, where: str, draw: Draw, options: Options, backward: bool, 
 
     return Bench(
         "models", "prepare, forward + backward" if backward else "prepare", where, draw.dtype, COPY, made,
-<<<<<<< HEAD
-        bytes=(1 + backward) * (weights + small), flops=flops, at={"rank": r, "layers": len(layers)},
-=======
-        bytes=(1 + backward) * (weights + small), flops=flops, rounds=rounds(options),
->>>>>>> i8models
+        bytes=(1 + backward) * (weights + small), flops=flops,
     )  # fmt: skip
 
 
@@ -311,13 +307,7 @@ def merging(
         return found
 
     moved = {"bytes": 2 * draw.dtype.itemsize * weights} if verb == "unmerge" else {"bytes": case.bytes, "flops": case.flops}
-<<<<<<< HEAD
-    return Bench("models", verb, where, draw.dtype, COPY, made, at={"rank": r, "layers": len(layers)},
-                 budget=budget, **moved)  # fmt: skip
-=======
-    return Bench("models", verb, where, draw.dtype, COPY, made, at=at or {}, budget=budget,
-                 rounds=rounds(options), **moved)  # fmt: skip
->>>>>>> i8models
+    return Bench("models", verb, where, draw.dtype, COPY, made, at=at or {}, budget=budget, **moved)
 
 
 def flat(W: list[Tensor]) -> Tensor:
@@ -372,13 +362,7 @@ def loading(layers, where: str, draw: Draw, options: Options, r: int = shapes.RA
         return found
 
     size = sum(4 * (m + n) * r for m, n in layers)
-<<<<<<< HEAD
-    return Bench("models", "load", f"{where}, {size / 1e6:.3g} MB", torch.float32, READ, made,
-                 at={"rank": r, "layers": len(layers)})  # fmt: skip
-=======
-    where = f"{where}, {size / 1e6:.3g} MB"
-    return Bench("models", "load", where, torch.float32, READ, made, rounds=rounds(options))
->>>>>>> i8models
+    return Bench("models", "load", f"{where}, {size / 1e6:.3g} MB", torch.float32, READ, made)
 
 
 def written(folder: Path, W: list[Tensor], P: list[Tensor], R: list[Tensor]) -> Path:

@@ -42,13 +42,8 @@ def benches(options: Options) -> Iterator[Bench]:
 
 def bench(what: str, setting: Setting, options: Options, work: Callable) -> Bench:
     made = functools.partial(peers, setting, options, work)
-<<<<<<< HEAD
     few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else None
-    return Bench("sampling", what, str(setting), setting.dtype, BASE, made, at=at, budget=1.0, rounds=few)
-=======
-    few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else rounds(options)
     return Bench("sampling", what, str(setting), setting.dtype, BASE, made, budget=1.0, rounds=few)
->>>>>>> i8models
 
 
 def kind(options: Options) -> torch.dtype:
