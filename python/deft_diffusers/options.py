@@ -309,9 +309,9 @@ class CompareOptions(SweepOptions):
     plan: str = option(
         "What to train", "YAML file as `deft sweep` takes it, and besides: shown (prompts that are not scored), unrelated "
         "(texts that tell what was forgotten), evaluate (options of `deft evaluate`), figures, only (which subjects, and "
-        "their names in the published tables), parts, each with its own of all that; an entry of methods may be a row: "
-        "{PaRa + uncond: {method: para, ranks: [4], caption_dropout: 1}}; benchmarks/quality has examples",
-        metavar="FILE",
+        "their names in the published tables, by which they are shown), parts, each with its own of all that; an entry of "
+        "methods may be a row: {PaRa + uncond: {method: para, ranks: [4], caption_dropout: 1}}; benchmarks/quality has "
+        "examples", metavar="FILE",
     )  # fmt: skip
     output_dir: str = option(
         "What to train", "where each job has its folder, and tables, figures and report.html go, of the jobs asked for each "

@@ -152,8 +152,8 @@ class Plan:
         return _captions(job.subject) if prompts == CAPTIONS else prompts
 
     def prompts(self, job):
-        """All that is drawn of its subject; empty if nothing is."""
-        return self.scored(job) + self.parts[job.part].shown
+        """All that is drawn of its subject, each once; empty if nothing is."""
+        return list(dict.fromkeys(self.scored(job) + self.parts[job.part].shown))
 
     def drawing(self, job):
         """What it is drawn with; empty if it is not."""
@@ -349,7 +349,7 @@ def _read_part(name, given, subjects, options):
         sample=given["sample"],
         prompts=prompts,
         shown=shown,
-        unrelated=unrelated,
+        unrelated=list(dict.fromkeys(unrelated)),
         evaluate=given["evaluate"],
         published=given["only"] if isinstance(given.get("only"), dict) else {},
     ), jobs
@@ -438,6 +438,12 @@ def is_done(result, job, plan):
     return result.get("status") == "done" and result["drawn"] == plan.drawing(job)
 
 
+def status(result, job, plan):
+    """In a word; "waiting" too for what has been done for another plan alone."""
+    found = result.get("status", "waiting")
+    return "waiting" if found == "done" and not is_done(result, job, plan) else found
+
+
 def lock(file, how):
     """Whether a file could be locked: False if another process has it. UserError where nothing can be."""
     try:
@@ -480,18 +486,25 @@ def _call(command, environment, output, claim):
             signal.signal(number, handler)
 
 
+def _devices():
+    """The GPUs that may be used, as `CUDA_VISIBLE_DEVICES` says them."""
+    import torch  # a second or two
+
+    said = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return said.split(",") if said else [str(k) for k in range(torch.cuda.device_count())]
+
+
 def _run(job, plan, root, claim):
     """Trains and draws one job in processes of its own, writes what came of it, and returns that."""
     folder = root / job.name
     before = outcome(folder)
     if before.get("status") == "done":  # for another plan, which must not find it so if this run is killed
-        _note(folder, before | {"status": "stopped", "drawn": {}})
+        _note(folder, before | {"status": "stopped", "drawn": {}, "said": ""})
     has_trained = lambda: job.method == BASE or (folder / CARD).is_file()
     trained = has_trained()
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
-    devices, local = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", 0))
-    if "LOCAL_RANK" in os.environ:  # one GPU for each process of the launcher
-        environment["CUDA_VISIBLE_DEVICES"] = devices.split(",")[local] if devices else str(local)
+    if "LOCAL_RANK" in os.environ and (devices := _devices()):  # one GPU for each process of the launcher, as far as they go
+        environment["CUDA_VISIBLE_DEVICES"] = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
     start, code = time.perf_counter(), 0
     with open(folder / OUTPUT, "a" if trained else "w", encoding="utf-8") as output:
         if not trained:
@@ -518,14 +531,15 @@ def _note(folder, result):
         part.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def table(root, jobs):
+def table(root, plan):
     """What has become of every job, in Markdown."""
     lines = ["| job | status | parameters | seconds | images/s | |", "|---|---|---:|---:|---:|---|"]
-    for job in jobs:
-        found = outcome(root / job.name) or {"status": "waiting", "seconds": "", "training": {}, "said": ""}
-        said = found["said"].replace("|", "/") if found["status"] != "done" else ""
-        parameters, rate = (found["training"].get(key, "") for key in ("parameters", "images_per_second"))
-        lines.append(f"| {job.name} | {found['status']} | {parameters} | {found['seconds']} | {rate} | {said} |")
+    for job in plan.jobs:
+        found = outcome(root / job.name)
+        state, training = status(found, job, plan), found.get("training", {})
+        said = found["said"].replace("|", "/") if state not in ("done", "waiting") else ""
+        parameters, rate = (training.get(key, "") for key in ("parameters", "images_per_second"))
+        lines.append(f"| {job.name} | {state} | {parameters} | {found.get('seconds', '')} | {rate} | {said} |")
     return "\n".join(lines) + "\n"
 
 
@@ -593,7 +607,7 @@ def sweep(options):
     plan = read_plan(options)
     root = Path(options.output_dir).expanduser()
     failed = run(plan, root)
-    report = table(root, plan.jobs)
+    report = table(root, plan)
     with replacing(root / TABLE) as part:
         part.write_text(report)
     print(report, end="")

@@ -1,5 +1,6 @@
 """`deft compare`: the shipped plans from end to end on stand-in folders, resumed, shared, and with what fails named."""
 
+import contextlib
 import csv
 import dataclasses
 import fcntl
@@ -158,7 +159,7 @@ def test_shipped_plans_from_end_to_end(family, plan, tmp_path, commands, capsys,
         row = next(line for line in first.splitlines() if line.startswith("| Textual Inversion"))
         assert re.fullmatch(r"\| Textual Inversion \| 1 \| 0\.\d{4} \| 0\.7421 \| 0\.8048 \| 0\.7432 \|", row), row
         second = (root / "table2.md").read_text().splitlines()
-        row = next(line for line in second if line.startswith("| LoRA (rank=8) | HORSE (live_subject_animal_03_horse) | 1"))
+        row = next(line for line in second if line.startswith("| LoRA (rank=8) | HORSE | 1"))
         ours, printed = (row.split(" | ")[k : k + 4] for k in (3, 7))
         assert all(re.fullmatch(r"-?\d+\.\d\d", one) for one in ours) and printed[1] == "72.2653"
         scored = results["parts"]["table2"], json.loads((root / results["rows"][-1]["folder"] / "scores.json").read_text())
@@ -244,14 +245,16 @@ def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
 
 
 def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands, monkeypatch, tmp_path):
-    o, root = small(), tmp_path / "out"
-    assert compare(o) == 0
+    figure = {"subjects": ["dog8"], "rows": ["base"], "prompts": ["a photo of {}"]}
+    o, root = small(figures={1: figure}), tmp_path / "out"
+    assert compare(o) == 0 and (root / "figures" / "figure1.png").is_file()
     before = results_of(o)
     for scored in root.glob("*/*/scores.json"):
         scored.unlink()
     shutil.rmtree(root / module.FEATURES)
     commands.clear()
     assert compare(small(evaluate={"batch_size": 3})) == 0 and not commands
+    assert not list(root.glob("figures/figure1.*")) and list(root.glob("figures/fidelity_*"))  # this plan has none
     for one, other in zip(results_of(o)["rows"], before["rows"]):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
 
@@ -268,7 +271,7 @@ def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands
     after = results_of(o)
     assert after["parts"][""]["scale"] == 100
     assert para(after)["clip_i"] == pytest.approx(100 * other["clip_i"], abs=1e-3)
-    assert "printed CLIP-T" in (root / "table2.csv").read_text()
+    assert "printed CLIP-T" in (root / "table2.csv").read_text() and not list(root.glob("table1.*"))
 
     fewer = {"prompts": ["a photo of {}"], "shown": ["a {} on a hill"], "unrelated": ["a blue car"],
              "evaluate": evaluate}  # fmt: skip
@@ -277,6 +280,13 @@ def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands
     assert all({s.get("template") for s in file["samples"]} <= {"a photo of {}", None} for file in scored)
     assert [file["samples"][0].get("text") for file in scored].count("a photo of dog") == 4  # all but the base model's
     assert para(results_of(o))["drift"] == pytest.approx(other["drift"], abs=1e-5)
+    (root / "dog8" / "base" / "job.json").unlink()
+    score, again = module._score, []
+    with monkeypatch.context() as counted:
+        counted.setattr(module, "_score", lambda job, *args: again.append(job.row) or score(job, *args))
+        assert compare(small(**fewer)) == 0 and len(commands) == 1
+    assert sorted(again) == ["PaRa + uncond"] * 2 + ["base"] + ["lora"] * 2  # the drift is from the base model's pictures
+    commands.clear()
     load = module._load
     judge = SimpleNamespace(sha256="of another judge")
     monkeypatch.setattr(module, "_load", lambda *asked: dataclasses.replace(load(*asked), judge=judge))
@@ -310,6 +320,44 @@ def test_the_last_process_writes_the_tables(small, commands, monkeypatch, tmp_pa
     assert [name for name, found in scores.items() if not found] == ["dog8/lora-r2-seed0"]
     assert compare(o) == 0 and not commands and all(row["scores"] for row in results_of(o)["rows"])
 
+    scored["lora-r2-seed0"].unlink()
+    lock, another = sweep.lock, contextlib.ExitStack()
+    another.enter_context(sweep.claimed(root / "dog8" / "lora-r2-seed0"))
+
+    def killed_meanwhile(file, how):
+        if how == fcntl.LOCK_UN:
+            another.close()
+        return lock(file, how)
+
+    monkeypatch.setattr(sweep, "lock", killed_meanwhile)
+    assert compare(o) == 0 and not commands and all(row["scores"] for row in results_of(o)["rows"])
+
+
+def test_what_is_done_for_another_plan_waits(small, commands, tmp_path):
+    assert compare(small(seeds=[0])) == 0
+    o, root = small(seeds=[0], prompts=["a {} in a wood"]), tmp_path / "out"
+    with sweep.claimed(root / "dog8" / "lora-r2-seed0"), pytest.raises(UserError, match="1 of 3 jobs failed"):
+        compare(o)
+    (row,) = (row for row in results_of(o)["rows"] if row["method"] == "lora")
+    assert (row["status"], row["said"], row["scores"]) == ("waiting", "", {})
+    assert "| dog8/lora-r2-seed0 | waiting |" in (root / "sweep.md").read_text()
+    assert "dog8/lora-r2-seed0 waiting\n" in (root / "table1.md").read_text().replace("  \n", "\n")
+
+
+def test_what_a_training_took_that_was_stopped_is_not_known(small, commands, tmp_path):
+    o = small(methods=["lora"], seeds=[0, 1])
+    assert compare(o) == 0
+    job = tmp_path / "out" / "dog8" / "lora-r2-seed1" / "job.json"
+    told = json.loads(job.read_text())
+    told["training"]["steps"] = 0  # of the process that went on
+    job.write_text(json.dumps(told))
+    assert compare(o) == 0
+    _, first, second = (row["training"] for row in results_of(o)["rows"])
+    assert first["seconds"] and second["seconds"] is second["memory_gb"] is None and second["steps"] == first["steps"] == 1
+    line = next(line for line in csv.DictReader((tmp_path / "out/scores.csv").open()) if line["method"] == "LoRA (rank=2)")
+    assert (line["n"], line["training s n"], float(line["training s"])) == ("2", "1", pytest.approx(first["seconds"]))
+    assert "training s: dog8/lora-r2-seed1: not known, as it was stopped and went on" in line["notes"]
+
 
 @pytest.mark.parametrize(
     "changes, message",
@@ -333,6 +381,8 @@ def test_the_last_process_writes_the_tables(small, commands, monkeypatch, tmp_pa
         ({"evaluate": {"cache_dir": "x"}}, "`evaluate` cannot set cache_dir: every job has its own"),
         ({"evaluate": {"clip": "nobody/nothing"}}, "nobody/nothing is not downloaded"),
         ({"evaluate": {"device": "gpu"}}, "cannot use --device gpu"),
+        ({"evaluate": {"batch_size": 0}}, "`evaluate`: batch_size is 0, expected a number from 1 up"),
+        ({"evaluate": {"clip": ["a"]}}, "`evaluate`: clip is ['a'], expected a text"),
         ({"figures": {"figure1": {"subjects": ["cat"]}}}, "figure1 says no rows"),
     ],
 )

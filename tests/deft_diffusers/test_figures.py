@@ -26,6 +26,8 @@ from deft_diffusers.evaluation.figures import (
     plots,
     points,
     read_figures,
+    read_samples,
+    remove_all,
 )
 from PIL import Image
 
@@ -118,6 +120,24 @@ def test_a_grid_is_labelled_and_says_how_it_was_made(drawn):
     assert np.array_equal(cells[0].images[0].get_array(), np.asarray(photograph))
 
 
+def test_the_first_picture_of_a_prompt_is_shown_under_the_subjects_name(drawn, tmp_path):
+    root, results, _ = drawn
+    copy = shutil.copytree(root, tmp_path / "copy")
+    record = copy / "dog/base/samples/samples.json"
+    told = json.loads(record.read_text())
+    told["samples"].append(told["samples"][1] | {"file": "9999.png", "seed": 1})
+    record.write_text(json.dumps(told))
+    Image.new("RGB", (64, 64), "red").save(record.parent / "9999.png")
+    results = results | {"parts": {"": results["parts"][""] | {"subjects": {"cat": None, "dog": "DOG8"}}}}
+    spec = {"subjects": ["dog"], "rows": ["base"], "prompts": [SNOW]}
+    with matplotlib.rc_context(STYLE):
+        figure, _ = draw_figure(copy, results, "figure2", spec)
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    assert np.array_equal(shown[1], np.asarray(at_print_size(Image.open(root / "dog/base/samples/0001.png"))))
+    assert "Figure 2. DOG8" in texts(figure) and "DOG8" in texts(figure) and "dog" not in texts(figure)
+    assert {point["subject"] for point in plots(results)["fidelity_prompt"][0]} == {"cat", "DOG8"}
+
+
 def test_what_is_missing_is_named_and_the_rest_is_drawn(drawn, capsys):
     root, results, missing = drawn
     assert missing == [
@@ -155,6 +175,23 @@ def test_pictures_that_are_not_scored_are_shown(drawn, tmp_path):
     assert len(missing) == 1
 
 
+def test_scores_of_a_picture_that_was_drawn_over_are_not_shown(drawn, tmp_path):
+    folder = shutil.copytree(drawn[0] / "dog/base", tmp_path / "base")
+    told = json.loads((folder / "samples/samples.json").read_text())
+    told["samples"][0]["prompt"] = "another"
+    (folder / "samples/samples.json").write_text(json.dumps(told))
+    first, second, _ = read_samples(folder)
+    assert first["prompt"] == "another" and "clip_t" not in first and "clip_t" in second
+
+
+def test_what_was_drawn_of_other_results_is_removed(drawn, tmp_path):
+    root, results, _ = drawn
+    shutil.copytree(root / "figures", tmp_path / "figures")
+    (tmp_path / "figures" / "mine.png").touch()
+    remove_all(tmp_path, results)
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["mine.png"]
+
+
 def test_a_figure_is_the_same_file_each_time(drawn, tmp_path):
     root, results, _ = drawn
     draw_all(tmp_path, results, {})
@@ -168,6 +205,7 @@ WRONG = {
     "no figure": ({2: "DEFT"}, "figure2 is 'DEFT'"),
     "unknown key": ({2: {"promts": []}}, "figure2 has unknown promts, did you mean prompts?"),
     "wrong kind": ({2: {"rows": "DEFT"}}, "figure2: `rows` is 'DEFT', expected a list"),
+    "no text": ({2: {"subjects": ["cat"], "prompts": [3]}}, "figure2: `prompts` has 3, expected texts"),
     "nothing to show": ({2: {"rows": ["DEFT"], "prompts": ["a {}"]}}, "figure2 says no subjects"),
 }
 
@@ -209,7 +247,7 @@ def test_many_subjects_are_one_point():
 
 def test_parts_are_plotted_apart_with_the_scores_they_have():
     rows = [row(part="table1", clip_t=0.3, clip_i=0.8, drift=0.1), row(part="table2", clip_t=30, dinov1=70, clip_i=80)]
-    found = plots({"parts": {"table1": {}, "table2": {}}, "rows": rows})
+    found = plots({"parts": {name: {"subjects": {"cat": None}} for name in ("table1", "table2")}, "rows": rows})
     assert {name: plot[1:3] for name, plot in found.items()} == {
         "table1-fidelity_prompt": ("clip_t", "clip_i"),
         "table1-fidelity_drift": ("drift", "clip_i"),

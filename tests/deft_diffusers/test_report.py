@@ -124,7 +124,7 @@ def test_everything_is_on_the_page(visit, comparison):
     for said in ("c7afd82", "AMD EPYC, 2 threads", "0123456789abcdef", "2.13.0", "learning_rate", "protocol", "dreambooth"):
         assert said in page.locator("main").inner_text()
     costs = page.locator("#costs ~ .scroll tbody tr").all_inner_texts()
-    assert costs[0].split("\t")[:4] == ["DEFT (rank=8)", "4", "987,648", "500"]
+    assert costs[0].split("\t")[:5] == ["DEFT (rank=8)", "4", "987,648", "500", "61.7"]
     assert costs[1].split("\t")[:2] == ["LoRA (rank=4)", "3"]  # the job that failed has told nothing
 
 
@@ -346,6 +346,25 @@ def test_a_page_of_one_seed_claims_no_interval(tmp_path):
     )
 
 
+def test_subjects_models_and_options_are_those_of_the_comparison(tmp_path):
+    spec = {"subjects": ["cat"], "rows": ["base"], "prompts": [PLAIN]}
+    results = write_comparison(tmp_path, ("cat",), ROWS[:2], (0,), {PLAIN: "field"}, figures={1: spec})
+    results["parts"][""]["subjects"] = {"cat": "Kitten 2"}
+    results["settings"]["pretrained_model_name_or_path"] = "mine"  # a flag, which comes before the plan
+    (tmp_path / "cat/base/job.json").unlink()  # has not run
+    page = report.write(tmp_path, results).read_text()
+    for said in ("Kitten 2 · DEFT (rank=8) · training seed 0", '<option value="cat">Kitten 2</option>', "Kitten 2 (cat)",
+                 "Figure 1. Kitten 2", "Kitten 2 · photograph", "<h1>Comparison on mine</h1>"):  # fmt: skip
+        assert said in page
+    assert "cat · " not in page and "photographs of cat" not in page
+    made = "Options of training, where they are not the defaults"
+    assert dict(report._settings(results))[made] == [("DEFT (rank=8)", '{"learning_rate": 0.001}')]
+    results["rows"].append(results["rows"][1] | {"part": "other", "options": {"learning_rate": 1}})
+    assert dict(report._settings(results))[made] == [
+        ("DEFT (rank=8)", '{"": {"learning_rate": 0.001}, "other": {"learning_rate": 1}}')
+    ]
+
+
 SEEDS = {
     "all": ([0, 1, 2], "a mean over 3 training seeds (0, 1, 2); ±", "2.48 standard deviations with 3 seeds. Where"),
     "some": ([0], "a mean over 1 to 3 training seeds (0, 1, 2); ±", "with 3 seeds, and is not known with one. Where"),
@@ -355,7 +374,8 @@ SEEDS = {
 @pytest.mark.parametrize("case", SEEDS)
 def test_the_page_says_how_many_seeds_a_row_has(case):
     others, *wanted = SEEDS[case]
-    jobs = [{"part": "", "subject": "cat", "row": name, "method": "deft", "seed": seed, "scores": {"clip_i": 1}}
+    job = {"part": "", "subject": "cat", "called": "cat", "method": "deft", "scores": {"clip_i": 1}}
+    jobs = [job | {"row": name, "seed": seed}
             for name, seeds in (("DEFT", [0, 1, 2]), ("other", others)) for seed in seeds]  # fmt: skip
     assert all(text in report._noise({"rows": jobs})[0] for text in wanted)
 
@@ -432,8 +452,8 @@ def test_half_a_picture_is_missing(noise):
 # strength -----------------------------------------------------------------------------------------------------------
 
 
-ROW = {"job": "cat/deft", "subject": "cat", "row": "DEFT", "method": "deft", "rank": 2, "seed": 0, "status": "done",
-       "folder": "cat/deft"}  # fmt: skip
+ROW = {"job": "cat/deft", "subject": "cat", "called": "cat", "row": "DEFT", "method": "deft", "rank": 2, "seed": 0,
+       "status": "done", "folder": "cat/deft"}  # fmt: skip
 PLAN = {"strengths": {"subjects": ["cat"], "rows": ["DEFT"], "prompts": ["{} in the snow"]}}
 WEIGHTS = ["0", "0.25", "0.5", "0.75", "1", "1.25"]
 

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from deft_diffusers import UserError, data
 from deft_diffusers import sweep as module
 from deft_diffusers.cli import main
@@ -128,7 +129,7 @@ def test_a_job_that_was_killed_goes_on_from_its_checkpoint(options, tmp_path, co
     assert "from step 2 to 4" in (folder / "output.txt").read_text()
     assert [json.loads(line)["loss"] for line in (folder / "loss.jsonl").read_text().splitlines()] == whole
     assert statuses(root) == {jobs[0].name: "done", jobs[1].name: "waiting"}  # another process has that one
-    assert "waiting" in table(root, jobs)
+    assert "waiting" in table(root, read_plan(o))
     commands.clear()
     assert sweep(o) == 0 and not commands  # its training was whole, which only had not been noted
 
@@ -188,9 +189,11 @@ def test_every_run_draws_and_a_figure_shows_them_side_by_side(options, tmp_path,
 
     commands.clear()
     assert sweep(o) == 0 and not commands  # nothing is drawn twice
+    costs = {file: json.loads(file.read_text())["seconds"] for file in root.glob("vase/deft*/job.json")}
     assert sweep(options(prompt=["an old {}"], subject=["vase"], **changes)) == 0
     assert [words[3] for words in commands] == ["sample"] * 3  # and nothing trained twice
     assert all("/vase/" in words[5] for words in commands)
+    assert costs == {file: json.loads(file.read_text())["seconds"] for file in costs} and all(costs.values())
 
     def kill(*args):
         raise MemoryError
@@ -235,6 +238,26 @@ def test_captions_name_the_subject_of_textual_inversion(options, dreambooth, tmp
     learned = tmp_path / "runs" / "vase" / "textual_inversion-seed0" / "learned_embeds.safetensors"
     with safe_open(learned, "pt") as file:
         assert file.metadata() == {"placeholder_token": "sks vase"} and file.keys() == ["sks vase"]
+
+
+def test_every_prompt_is_drawn_once(options):
+    plan = read_plan(options(prompt=["a {}", "a {}"], plan={"shown": ["the {}", "a {}"], "unrelated": ["x", "x"]}))
+    assert plan.drawing(plan.jobs[0]) == {"subject": "dog", "prompt": ["a {}", "the {}"], "unrelated": ["x"]}
+
+
+@pytest.mark.parametrize(
+    "said, count, local, given",
+    [(None, 4, 2, "2"), ("5,7", 2, 1, "7"), ("5", 1, 1, "5"), (None, 1, 3, "0"), (None, 0, 1, None), ("", 0, 1, "")],
+)
+def test_processes_of_a_launcher_have_a_gpu_each_as_far_as_they_go(said, count, local, given, options, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_call", lambda words, env, *_: seen.append(env.get("CUDA_VISIBLE_DEVICES")) or 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    assert sweep_quietly(options(method=["lora"], subject=["vase"])) == 1 and seen == [given]
 
 
 def test_a_job_that_failed_is_not_repeated_by_the_other_processes(options, tmp_path, dreambooth, commands, monkeypatch):

@@ -17,7 +17,7 @@ DONE = {"status": "done", "said": "", "missing": []}
 def job(row, seed, subject="dog", method="deft", part="table1", scores=None, **more):
     scores = scores or {}
     about = {"job": f"{subject}/{method}-seed{seed}", "subject": subject, "row": row, "method": method, "seed": seed}
-    training = {"parameters": 1234567, "seconds": 20.0 + seed}
+    training = {"parameters": 1234567, "seconds": 20.0 + seed, "memory_gb": None}  # which no column is made of
     return DONE | about | {"part": part, "scores": scores, "by_prompt": {"a {}": scores}, "training": training} | more
 
 
@@ -54,7 +54,7 @@ def test_table_1_has_the_supplements_rows_and_figures():
     lines = lines_of(table)
     assert [cell.text for cell in lines["DEFT (rank=4)"][1:]] == ["0.8339", "0.9280", "0.8721"]  # digits as printed
     assert [cell.text for cell in lines["PaRa (rank=4)"][1:]] == ["0.8271", "0.9315", "0.8780"]
-    assert lines["PaRa (rank=4)"][3].note == "the supplement's prose gives 0.8838"
+    assert lines["PaRa (rank=4)"][3].note == "the supplement's prose gives 0.8838" and not lines["DEFT (rank=4)"][3].note
     assert lines["DEFT (rank=4)"][0].note == "not in this plan" and lines["Mine"][1].note == "not in the supplement"
     assert table.columns == ["dog", "printed BEAR_PLUSHIE", "printed CAT", "printed DOG8"]
     assert "a [V]" in table.caption and "clip a/b_c" in table.caption and "0 to 1" in table.caption
@@ -77,7 +77,7 @@ def test_table_2_puts_an_image_beside_the_one_that_was_printed():
     lines = {tuple(labels[:2]): [cell.shown for cell in cells] for labels, cells in table.lines}
     printed = ["77.8501", "65.0358", "77.6003", "36.7579"]
     for row in ("DEFT (rank=8)", "DEFT (rank=4)"):
-        assert lines[row, "Kitten 2 (live_00_kitten)"] == ["70.00", "60.00", "80.00", "30.00", *printed]
+        assert lines[row, "Kitten 2"] == ["70.00", "60.00", "80.00", "30.00", *printed]
     assert lines["LoRA", "HORSE"] == ["—"] * 4 + ["83.5538", "72.2653", "81.3446", "34.1923"]
     assert len(lines) == 3 * 4  # two ranks, and LoRA
     notes = " ".join(table.notes())
@@ -123,9 +123,10 @@ def test_all_is_the_mean_over_subjects_of_the_seeds_that_all_have():
         ((0.80, 0.81), (0.40, 0.41), "a"),
         ((0.40, 0.41), (0.80, 0.81), "b"),
         ((0.80, 0.81), (0.75, 0.82), None),
+        ((0.80, 0.82), (0.60, 0.62), None),  # ± 0.127 both
         ((0.8,), (0.4,), None),
     ],
-    ids=["first", "second", "overlap", "one-seed"],
+    ids=["first", "second", "overlap", "both-reach", "one-seed"],
 )
 def test_bold_is_what_no_interval_reaches(a, b, best):
     table = tables.build(results(*deft(*a, row="a"), *deft(*b, row="b"), *deft(0.99, row="of one seed")))["table1"]
@@ -133,6 +134,27 @@ def test_bold_is_what_no_interval_reaches(a, b, best):
     low = [job(row, seed, scores={"drift": v}) for row, values in (("a", a), ("b", b)) for seed, v in enumerate(values)]
     lines = {labels[2]: cells for labels, cells in tables.build(results(*low))["scores"].lines}
     assert [name for name, cells in lines.items() if cells[0].best] == ([{"a": "b", "b": "a"}[best]] if best else [])
+
+
+def test_bold_is_of_a_subject_and_of_rows_to_compare():
+    dog, cat = {"subject": "dog"}, {"subject": "cat"}
+    rows = [*deft(0.9, 0.91, row="a", **dog), *deft(0.5, 0.51, row="b", **dog), *deft(0.3, 0.31, row="a", **cat),
+            *deft(0.1, 0.11, row="b", **cat)]  # fmt: skip
+    built = tables.build(results(*rows, subjects=("dog", "cat")))
+    assert [(*labels[1:3],) for labels, cells in built["scores"].lines if cells[0].best] == [
+        ("all", "a"), ("dog", "a"), ("cat", "a")]  # fmt: skip
+    assert [cell.best for cell in lines_of(built["table1"])["a"][:2]] == [True, True]
+    plus = {"part": "table2", "subjects": ("dog", "cat"), "protocol": "dreambench++", "scale": 100.0}
+    second = tables.build(results(*(row | {"part": "table2"} for row in rows), **plus))["table2"]
+    assert [(*labels[:2],) for labels, cells in second.lines if any(c.best for c in cells)] == [("a", "dog"), ("a", "cat")]
+    alone = tables.build(results(*deft(0.9, 0.91), *deft(0.5, row="of one seed")))["table1"]
+    assert not any(cell.best for _, cells in alone.lines for cell in cells)
+
+
+def test_subjects_have_their_published_names():
+    built = tables.build(results(*deft(0.8, subject="live_00"), *deft(0.7), subjects=("dog",), live_00="Kitten"))
+    assert built["table1"].columns[:2] == ["dog", "Kitten"]
+    assert [labels[1] for labels, _ in built["scores"].lines] == ["all", "dog", "Kitten"]
 
 
 def test_csv_has_numbers_and_reasons():
@@ -147,6 +169,10 @@ def test_csv_has_numbers_and_reasons():
     nothing = tables._csv("table1", tables.build(results(subjects=("dog",)))["table1"])
     assert list(csv.DictReader(io.StringIO(nothing)).fieldnames) == list(rows["SVDiff"])  # whatever is there
     assert 'failed: a "quoted", text' in rows["SVDiff"]["notes"]
+
+
+def test_flags_are_no_dashes_in_latex():
+    assert tables.tex("--rank 8 — x") == "-{}-rank 8 --- x"
 
 
 HOSTILE = r"50 % of a_b & c#1 {x} $y$ ~^\ <“…”> | `é`"
@@ -180,7 +206,10 @@ def test_latex_is_balanced_and_escaped():
 
 
 def test_files_are_written_for_each_table(tmp_path):
-    found = results(*deft(0.8), part="")
+    found = results(*deft(0.8, part=""), part="")
+    (tmp_path / "table2.tex").write_text("of another plan")
     assert sorted(path.name for path in tables.write(tmp_path, found)) == sorted(
         f"{name}.{kind}" for name in ("table1", "scores") for kind in ("md", "csv", "tex"))  # fmt: skip
     assert (tmp_path / "table1.md").read_text().startswith("**table1.** CLIP-I of “a [V]”")
+    assert not (tmp_path / "table2.tex").exists()
+    assert "\n| subject | method | n | CLIP-I |" in (tmp_path / "scores.md").read_text()  # there are no parts to tell

@@ -22,9 +22,10 @@ from tqdm import tqdm
 from .. import UserError, data, read_json, sweep
 from ..options import EvaluateOptions
 from ..sample import RECORD
-from ..sweep import BASE, CLAIM, SAMPLES, TABLE, claimed, is_done, outcome
+from ..sweep import BASE, CLAIM, SAMPLES, TABLE, claimed, is_done, outcome, status
 from ..toyworld.world import INDIVIDUALS
 from ..train import RESULTS as WEIGHTS
+from ..train import SETTINGS
 from ..writing import replacing
 from . import figures, report, tables
 from .encoders import load_encoders
@@ -69,6 +70,7 @@ def compare(options):
         raise UserError(f"cannot make --output_dir {root}: {error}") from error
     facts = {}
     for name, part in plan.parts.items():  # what cannot be is said before hours of work
+        _check_evaluate(part.evaluate)
         _own_device(part)
         facts[name] = _encoders(part, root, torch.device("cpu")).facts
     with open(root / CLAIM, "a") as work:
@@ -78,6 +80,7 @@ def compare(options):
         # Whoever lets go of the folder last finds nobody else in it.
         sweep.lock(work, fcntl.LOCK_UN)
         if sweep.lock(work, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            _score_jobs(plan, root, facts)  # of another, what it has left, or what it drew too late for those who scored
             failed = _write(plan, root, options)
         else:
             print("the other processes go on; the last one writes tables, figures and report", file=sys.stderr)
@@ -86,6 +89,14 @@ def compare(options):
 
 
 # scoring ------------------------------------------------------------------------------------------------------------
+
+
+def _check_evaluate(given):
+    """UserError if an option of the plan's `evaluate` is not of its kind."""
+    for name, value in given.items():
+        number = name == "batch_size"
+        if not (type(value) is int and value > 0 if number else isinstance(value, str | None)):
+            raise UserError(f"`evaluate`: {name} is {value!r}, expected a {'number from 1 up' if number else 'text'}")
 
 
 @functools.lru_cache(maxsize=1)
@@ -190,9 +201,11 @@ def _read_samples(folder, job, plan):
 
 
 def _write(plan, root, options):
-    """Writes all that the folder has to show, and returns how many jobs are not done."""
+    """Writes all that the folder has to show in the place of what it showed, and returns how many jobs are not done."""
     results = _results(plan, root, options)
-    for name, text in ((RESULTS, json.dumps(results, indent=2) + "\n"), (TABLE, sweep.table(root, plan.jobs))):
+    if (root / RESULTS).is_file():
+        figures.remove_all(root, read_json(root / RESULTS))
+    for name, text in ((RESULTS, json.dumps(results, indent=2) + "\n"), (TABLE, sweep.table(root, plan))):
         with replacing(root / name) as part:
             part.write_text(text, encoding="utf-8")
     print("\n".join(path.read_text(encoding="utf-8") for path in tables.write(root, results) if path.suffix == ".md"))
@@ -238,13 +251,14 @@ def _row(job, plan, root):
     """A job's entry, and its `scores.json`."""
     folder = root / job.name
     found = outcome(folder)
-    done = is_done(found, job, plan)
-    status = found.get("status", "waiting")
-    scored = read_json(folder / SCORES) if done and (folder / SCORES).is_file() else {}
-    training = found.get("training", {})
-    if training and done:
+    state, training = status(found, job, plan), found.get("training", {})
+    scored = read_json(folder / SCORES) if state == "done" and (folder / SCORES).is_file() else {}
+    if training:
         weights = [path for name in WEIGHTS for path in (folder / name, *(folder / name).rglob("*")) if path.is_file()]
         training |= {"size_mb": round(sum(path.stat().st_size for path in weights) / 1e6, 3)}
+        steps = read_json(folder / SETTINGS)["max_train_steps"]
+        if training["steps"] != steps:  # it was stopped and went on, and tells of its last process alone
+            training |= {"steps": steps, "seconds": None, "images_per_second": None, "memory_gb": None}
     row = {
         "job": job.name,
         "part": job.part,
@@ -253,8 +267,8 @@ def _row(job, plan, root):
         "method": job.method,
         "rank": job.rank,
         "seed": job.seed,
-        "status": "waiting" if status == "done" and not done else status,  # it was done, for another plan
-        "said": "" if done else found.get("said", ""),
+        "status": state,
+        "said": "" if state in ("done", "waiting") else found["said"],
         "scores": scored.get("scores", {}),
         "by_prompt": _by_prompt(scored.get("samples", [])),
         "missing": scored.get("missing", []),

@@ -6,7 +6,7 @@ photograph before them (figures 1 to 5 of the supplement to arXiv 2509.22793 are
     figures:
       figure1:
         title: Fine-tuning strategies in six environments   # optional
-        subjects: [dog]                                     # names
+        subjects: [dog]                                     # as their folders are called
         rows: [base, LoRA (rank=4), DEFT (rank=8)]          # as `row` in results.json says them
         prompts: [a photo of {} on the beach]               # as the plan's prompts say them
         seed: 0                                             # of training; else the first that a row has
@@ -34,7 +34,7 @@ from ..grid import wrap
 from ..sweep import BASE
 from ..writing import replacing
 from .metrics import mean_interval
-from .tables import ALL, OTHERS, SIMILARITIES
+from .tables import ALL, OTHERS, SIMILARITIES, names
 
 FIGURES = "figures"  # folder in the comparison's, and key of the plan
 SPEC = {"title": str, "subjects": list, "rows": list, "prompts": list, "seed": int}
@@ -112,8 +112,9 @@ def read_samples(folder):
         drawn = [*drawn.get("prompt", []), *drawn.get("unrelated", [])]
         templates = dict(zip(record["settings"].get("prompt", []), drawn))
     scored = read_json(folder / "scores.json")["samples"] if (folder / "scores.json").is_file() else []
-    scored = {sample["file"]: sample for sample in scored}
-    return [{"template": templates.get(sample["prompt"])} | sample | scored.get(sample["file"], {}) for sample in samples]
+    which = lambda sample: (sample["file"], sample["prompt"], sample["seed"])  # files are drawn over
+    scored = {which(sample): sample for sample in scored}
+    return [{"template": templates.get(sample["prompt"])} | sample | scored.get(which(sample), {}) for sample in samples]
 
 
 def photographs(folder):
@@ -139,8 +140,11 @@ def read_figures(plan):
     figures = plan.get(FIGURES) or {}
     if not isinstance(figures, dict):
         raise UserError(f"`{FIGURES}` is {figures!r}, expected names with {', '.join(SPEC)}")
-    figures = {f"figure{name}" if str(name).isdigit() else str(name): spec for name, spec in figures.items()}
-    return {name: read_figure(name, spec) for name, spec in figures.items()}
+    return {name: read_figure(name, spec) for name, spec in _by_file(figures).items()}
+
+
+def _by_file(figures):
+    return {f"figure{name}" if str(name).isdigit() else str(name): spec for name, spec in figures.items()}
 
 
 def read_figure(name, spec):
@@ -152,6 +156,8 @@ def read_figure(name, spec):
             raise UserError(f"{name} has unknown {key}{near(key, SPEC)}; expected {', '.join(SPEC)}")
         if not isinstance(value, SPEC[key]):
             raise UserError(f"{name}: `{key}` is {value!r}, expected a {SPEC[key].__name__}")
+        if SPEC[key] is list and (wrong := [one for one in value if not isinstance(one, str)]):
+            raise UserError(f"{name}: `{key}` has {wrong[0]!r}, expected texts")
     if lacking := [key for key in NEEDED if not spec.get(key)]:
         raise UserError(f"{name} says no {lacking[0]}")
     return spec
@@ -265,15 +271,16 @@ def draw_figure(root, results, name, spec):
             else:
                 missing.append(f"{name}: there is no job of {subject}, {label}")
             rows.append((label, pictures))
-        lines.append((subject, photograph, rows))
+        lines.append((names(results).get(subject, subject), photograph, rows))
     note = ", ".join(text.format(" and ".join(said[key])) for key, text in SETTINGS.items() if said[key])
     columns = [prompt.replace("{}", "[V]") for prompt in spec["prompts"]]
-    return draw_grid(lines, columns, heading(name, spec), note), missing
+    return draw_grid(lines, columns, heading(results, name, spec), note), missing
 
 
-def heading(name, spec):
+def heading(results, name, spec):
     """A figure's title."""
-    title, number = spec.get("title", ", ".join(spec["subjects"])), name.removeprefix("figure")
+    called, number = names(results), name.removeprefix("figure")
+    title = spec.get("title", ", ".join(called.get(subject, subject) for subject in spec["subjects"]))
     return f"Figure {number}. {title}" if number.isdigit() else title
 
 
@@ -363,12 +370,13 @@ def tip(point, x, y):
 def plots(results):
     """What can be plotted: {file's name: (points, score on x, on y, title)}, each part of the plan by itself, since
     protocols differ in their scale."""
-    found = {}
+    found, called = {}, names(results)
     for part, (name, (xs, ys, title)) in itertools.product(results["parts"], PLOTS.items()):
         rows = [row for row in results["rows"] if row["part"] == part]
         scored = {key for row in rows for key in row["scores"]}
         x, y = (next((score for score in scores if score in scored), None) for scores in (xs, ys))
         if x and y and (where := points(rows, x, y)):
+            where = [point | {"subject": called.get(point["subject"], point["subject"])} for point in where]
             found[f"{part}-{name}" if part else name] = where, x, y, f"{title} ({part})" if part else title
     return found
 
@@ -391,6 +399,12 @@ def draw_all(root, results, plan):
     for text in missing:
         print(f"warning: {text}", file=sys.stderr)
     return missing
+
+
+def remove_all(root, results):
+    """Removes what `draw_all` has written of other results."""
+    for name, kind in itertools.product((*_by_file(results["plan"].get(FIGURES) or {}), *plots(results)), SAVED):
+        (Path(root) / FIGURES / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def _save(figure, stem, formats, tips=()):

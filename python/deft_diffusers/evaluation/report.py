@@ -141,7 +141,7 @@ def _shot(root, file, title, facts, **filters):
 def _sample(root, row, folder, sample):
     seeds = (_seed(row), f"picture seed {sample['seed']}")
     unrelated = "unrelated to the subject" if sample.get("unrelated") else ""
-    facts = (row["subject"], row["row"], *seeds, unrelated, _scores(sample))
+    facts = (row["called"], row["row"], *seeds, unrelated, _scores(sample))
     filters = {} if row["method"] == BASE else {"seed": row["seed"]}
     return _shot(root, folder / sample["file"], sample["prompt"], " · ".join(filter(None, facts)), subject=row["subject"],
                  row=row["row"], prompt=sample.get("template") or sample["prompt"], **filters)  # fmt: skip
@@ -152,7 +152,7 @@ def _seed(row):
 
 
 def _title(row):
-    return " · ".join(filter(None, (row["subject"], row["row"], _seed(row))))
+    return " · ".join(filter(None, (row["called"], row["row"], _seed(row))))
 
 
 def _jobs(root, results, missing):
@@ -160,11 +160,11 @@ def _jobs(root, results, missing):
     jobs = []
     for subject in dict.fromkeys(row["subject"] for row in results["rows"]):
         rows = [row for row in results["rows"] if row["subject"] == subject]
-        photos = photographs(root / rows[0]["folder"])
+        photos, called = next(filter(None, (photographs(root / row["folder"]) for row in rows)), []), rows[0]["called"]
         if not photos:
             missing.append((f"photographs of {subject}", "they are not where they were when it was trained"))
-        shots = [_shot(root, file, file.name, f"{subject} · photograph", subject=subject) for file in photos]
-        jobs.append({"title": f"{subject} · photographs", "shots": shots})
+        shots = [_shot(root, file, file.name, f"{called} · photograph", subject=subject) for file in photos]
+        jobs.append({"title": f"{called} · photographs", "shots": shots})
         jobs += [_job(root, row, missing) for row in rows]
     return jobs
 
@@ -201,7 +201,7 @@ def _figures(root, results):
     found = []
     for name, spec in read_figures(results["plan"]).items():
         file = root / FIGURES / f"{name}.png"
-        title = heading(name, spec)
+        title = heading(results, name, spec)
         facts = f"lines: {', '.join(spec['rows'])}; columns: {', '.join(spec['prompts'])}".replace("{}", "[V]")
         found.append(_shot(root, file, title, facts) | {"kind": "figure"})
     return found
@@ -239,11 +239,18 @@ def _settings(results):
     made = {key: results[key] for key in ("time", "commit", "device") if results[key]} | results["settings"]
     found = [("This comparison", made), ("Versions", results["versions"])]
     for name, part in results["parts"].items():
-        facts = {"protocol": part["protocol"], "similarities": f"cosines times {part.get('scale', 1):g}"}
+        subjects = [f"{shown} ({subject})" if shown else subject for subject, shown in part["subjects"].items()]
+        facts = {"subjects": ", ".join(subjects), "protocol": part["protocol"]}
+        if "scale" in part:
+            facts["similarities"] = f"cosines times {part['scale']:g}"
         for encoder, told in part.get("encoders", {}).items():
             facts[encoder] = "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in told.items())
         found.append((f"Scores of {name}" if name else "Scores", facts))
-    own = {row["row"]: row["options"] for row in results["rows"] if row["options"]}
+    own = {}
+    for row in results["rows"]:
+        if row["options"]:
+            own.setdefault(row["row"], {})[row["part"]] = row["options"]
+    own = {label: told if len(set(map(say, told.values()))) > 1 else told.popitem()[1] for label, told in own.items()}
     found.append(("Options of training, where they are not the defaults", own))
     return [(heading, [(key, say(value)) for key, value in facts.items()]) for heading, facts in found if facts]
 
@@ -256,7 +263,7 @@ def _noise(results):
             seeds.setdefault((row["part"], row["subject"], row["row"]), set()).add(row["seed"])
     counts = sorted(map(len, seeds.values())) or [0]
     least, most = counts[0], counts[-1]
-    subjects = list(dict.fromkeys(row["subject"] for row in results["rows"]))
+    subjects = list(dict.fromkeys(row["called"] for row in results["rows"]))
     every = sorted({row["seed"] for row in trained})
     named = f"training seed{'s' * (len(every) != 1)} ({', '.join(map(str, every))})"
     if most > 1:
@@ -303,7 +310,8 @@ def _embed(shots, missing, budget=BUDGET):
 
 def write(root, results):
     """Writes `report.html` into a comparison's folder and returns its path. What is missing is told on the page."""
-    root, missing = Path(root), []
+    root, missing, called = Path(root), [], tables.names(results)
+    results = results | {"rows": [row | {"called": called[row["subject"]]} for row in results["rows"]]}
     jobs, strips, figures = _jobs(root, results, missing), _strips(root, results), _figures(root, results)
     drawn = [shot for job in jobs for shot in job["shots"]]
     embedded = _embed([*drawn, *(shot for strip in strips for shot in strip["shots"]), *figures], missing)
@@ -318,11 +326,13 @@ def write(root, results):
         "settings": ("Settings and versions", _settings(results)),
         "missing": (f"What is missing ({len(missing)})", missing),
     }
+    model = (results["plan"] | results["settings"]).get("pretrained_model_name_or_path", "several models")
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     page = environment.get_template(REPORT).stream(
-        title=f"Comparison on {results['plan'].get('pretrained_model_name_or_path', 'several models')}",
+        title=f"Comparison on {model}",
         parts={name: heading for name, (heading, content) in said.items() if content or name == "missing"},
         filters={name: list(dict.fromkeys(shot[name] for shot in drawn if name in shot)) for name in FILTERS},
+        called=called,
         embedded=embedded,
         plan=yaml.safe_dump(results["plan"], sort_keys=False, allow_unicode=True),
         **{name: content for name, (_, content) in said.items()},

@@ -28,7 +28,6 @@ BETTER = dict.fromkeys((*SIMILARITIES, "individual", "scene"), max) | {"drift": 
 PRINTED = "printed "  # before a column of the supplement's
 ALL = "all"  # in a subject's place: the mean over the subjects, seed by seed
 BOLD = "Bold: the best of those with an interval, where it overlaps with no other's."
-FILES = {"md": "_markdown", "csv": "_csv", "tex": "_latex"}
 
 
 @dataclass
@@ -80,6 +79,11 @@ class Table:
         return max((cell.n for cell in cells), default=0)
 
 
+def names(results):
+    """{subject: what readers are shown}: its name in the published tables, or else its own."""
+    return {subject: name or subject for part in results["parts"].values() for subject, name in part["subjects"].items()}
+
+
 def build(results):
     """{name: `Table`} of what the plan was for: table1, table2, and scores."""
     made = {}
@@ -93,13 +97,16 @@ def build(results):
 
 
 def write(root, results):
-    """Writes `table1.md`, `.csv` and `.tex` and so on; returns the files."""
-    written = []
-    for name, table in build(results).items():
-        for kind, how in FILES.items():
-            with replacing(Path(root) / f"{name}.{kind}") as part:
-                part.write_text(globals()[how](name, table), encoding="utf-8")
-            written.append(Path(root) / f"{name}.{kind}")
+    """Writes `table1.md`, `.csv` and `.tex` and so on, and removes those of another plan; returns the files."""
+    written, made = [], build(results)
+    for name, (kind, how) in itertools.product((*MAKERS, "scores"), FILES.items()):
+        file = Path(root) / f"{name}.{kind}"
+        if name not in made:
+            file.unlink(missing_ok=True)
+            continue
+        with replacing(file) as part:
+            part.write_text(how(name, made[name]), encoding="utf-8")
+        written.append(file)
     return written
 
 
@@ -176,7 +183,8 @@ def _table1(part, rows, published, source):
         f"CLIP-I of {said} by method and subject, and what the supplement printed (its table 1). {_about({'': part})} "
         f"{BOLD} Printed: {source}."
     )
-    table = Table(caption, ["method", "n"], [*subjects, *(PRINTED + name for name in published["columns"])])
+    shown = [name or subject for subject, name in part["subjects"].items()]
+    table = Table(caption, ["method", "n"], [*shown, *(PRINTED + name for name in published["columns"])])
     for name in _order(rows, printed):
         cells = []
         for subject in subjects:
@@ -193,8 +201,7 @@ def _table1(part, rows, published, source):
 def _table2(part, rows, published, source):
     """Method and image × DINOv1, DINOv2, CLIP-I and CLIP-T."""
     keys = [key for title in published["columns"] for key, name in SIMILARITIES.items() if name == title]
-    names = {subject: name or subject for subject, name in part["subjects"].items()}
-    own = {name: subject for subject, name in names.items()}
+    own = {name or subject: subject for subject, name in part["subjects"].items()}
     images = list(dict.fromkeys([*(entry["image"] for entry in published["rows"]), *own]))
     methods = {}  # ours, by the supplement's name, which tells no rank
     for row in rows:
@@ -214,10 +221,9 @@ def _table2(part, rows, published, source):
                 _over_seeds(its, lambda row, key=key: row["scores"].get(key), _digits(part), f"no {SIMILARITIES[key]}")
                 for key in keys
             ]
-            shown = image if own.get(image, image) == image else f"{image} ({own[image]})"
             printed_cells = _printed(published, printed.get((method, image)), rows=method, images=image)
             if its or (method, image) in printed:
-                table.lines.append(([name, shown, str(table.seeds(cells) or "")], cells + printed_cells))
+                table.lines.append(([name, image, str(table.seeds(cells) or "")], cells + printed_cells))
     for image, k in itertools.product({labels[1] for labels, _ in table.lines}, range(len(keys))):
         table.mark([cells[k] for labels, cells in table.lines if labels[1] == image], max)
     return table
@@ -231,18 +237,19 @@ def _scores(results):
     rows = results["rows"]
     scored = {key for row in rows for key in row["scores"]}
     known = {key: name for key, name in (SIMILARITIES | OTHERS).items() if key in scored}
-    costs = {key: kind for key, kind in COSTS.items() if any(key in row["training"] for row in rows)}
-    parts = results["parts"]
+    costs = {key: kind for key, kind in COSTS.items() if any(row["training"].get(key) is not None for row in rows)}
+    parts, called = results["parts"], names(results)
+    head = ["part"] * (list(parts) != [""])  # a plan without parts has one, without a name
     caption = (
-        f"All scores by part, subject ({ALL}: mean over the part's subjects, of the seeds that all of them have) and "
-        f"method; drift: less is better. {_about(parts)} {BOLD}"
+        f"All scores by {'part, ' * len(head)}subject ({ALL}: mean over the {'part' if head else 'plan'}'s subjects, of the "
+        f"seeds that all of them have) and method; drift: less is better. {_about(parts)} {BOLD}"
     )
-    table = Table(caption, ["part", "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())])
+    table = Table(caption, [*head, "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())])
     for name, part in parts.items():
-        its = [row for row in rows if row["part"] == name]
+        its, where = [row for row in rows if row["part"] == name], [name] * len(head)
         labels = list(dict.fromkeys(row["row"] for row in its))
         subjects = list(part["subjects"])
-        blocks = [(ALL, subjects)] * (len(subjects) > 1) + [(subject, [subject]) for subject in subjects]
+        blocks = [(ALL, subjects)] * (len(subjects) > 1) + [(called[subject], [subject]) for subject in subjects]
         for shown, among in blocks:
             start = len(table.lines)
             for label in labels:
@@ -251,7 +258,7 @@ def _scores(results):
                     continue  # a row of some subjects alone
                 cells = [_mean_of_subjects(own, "scores", key, _digits(part) if key in SIMILARITIES else 4) for key in known]
                 cells += [_mean_of_subjects(own, "training", key, digits) for key, (_, digits) in costs.items()]
-                table.lines.append(([name, shown, label, str(table.seeds(cells) or "")], cells))
+                table.lines.append(([*where, shown, label, str(table.seeds(cells) or "")], cells))
             for k, key in enumerate(known):
                 if key in BETTER:
                     table.mark([cells[k] for _, cells in table.lines[start:]], BETTER[key])
@@ -266,7 +273,11 @@ def _mean_of_subjects(rows, kind, key, digits):
     for seed in dict.fromkeys(row["seed"] for row in rows):
         same = [row for row in rows if row["seed"] == seed]
         values = [row[kind].get(key) for row in same]
-        why += [_why(row, value, "does not apply") for row, value in zip(same, values) if kind == "scores" or value is None]
+        for row, value in zip(same, values):
+            if kind == "scores":
+                why.append(_why(row, value, "does not apply"))
+            elif value is None:  # whatever its pictures lack
+                why.append(_why(row | {"missing": []}, value, f"{row['job']}: not known, as it was stopped and went on"))
         if None not in values:
             whole.append(sum(values) / len(values))
     cell = _cell(whole, digits, why)
@@ -319,6 +330,7 @@ def _csv(name, table):
 
 
 _TEX = {
+    "--": "-{}-",
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "`": r"\textasciigrave{}",
@@ -326,8 +338,8 @@ _TEX = {
 
 
 def tex(text):
-    """Text for LaTeX, every special character escaped."""
-    return re.sub(".", lambda found: _TEX.get(found[0], found[0] if found[0].isprintable() else " "), text, flags=re.DOTALL)
+    """Text for LaTeX, every special character escaped, and no flag's -- a dash."""
+    return re.sub("(?s)--|.", lambda found: _TEX.get(found[0], found[0] if found[0].isprintable() else " "), text)
 
 
 def _latex(name, table):
@@ -352,3 +364,6 @@ def _latex(name, table):
     lines += [r"\hline", r"\end{tabular}"]
     lines += [rf"\par\raggedright $^{{{number}}}$ {tex(note)}" for note, number in notes.items()]
     return "\n".join([*lines, r"\end{table*}"]) + "\n"
+
+
+FILES = {"md": _markdown, "csv": _csv, "tex": _latex}
