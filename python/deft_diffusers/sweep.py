@@ -513,7 +513,9 @@ def _run(job, plan, root, claim):
         if code == 0 and plan.prompts(job):
             code = _call(_sample_command(job, plan, folder), environment, output, claim)
     last = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
+    where = os.path.abspath(job.subject.instance_data_dir)  # as it is found from any folder
     result = dataclasses.asdict(job) | {
+        "subject": dataclasses.asdict(job.subject) | {"instance_data_dir": where},
         "status": "done" if code == 0 else "stopped" if code in STOPPED else "failed",
         "trained": has_trained(),
         "seconds": seconds,  # of training, from start to end of the process

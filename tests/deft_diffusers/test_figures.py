@@ -175,6 +175,15 @@ def test_pictures_that_are_not_scored_are_shown(drawn, tmp_path):
     assert len(missing) == 1
 
 
+def test_a_photograph_that_is_gone_is_named(drawn, tmp_path):
+    root, results, _ = drawn
+    copy = shutil.copytree(root, tmp_path / "copy")
+    for file in copy.glob("dog/*/job.json"):
+        file.write_text(file.read_text().replace("subjects/dog", "nowhere"))
+    _, missing = draw_figure(copy, results, "figure1", FIGURES[1])
+    assert missing[1:] == ["figure1: there is no photograph of dog"]
+
+
 def test_scores_of_a_picture_that_was_drawn_over_are_not_shown(drawn, tmp_path):
     folder = shutil.copytree(drawn[0] / "dog/base", tmp_path / "base")
     told = json.loads((folder / "samples/samples.json").read_text())

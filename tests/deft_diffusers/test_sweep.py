@@ -240,6 +240,14 @@ def test_captions_name_the_subject_of_textual_inversion(options, dreambooth, tmp
         assert file.metadata() == {"placeholder_token": "sks vase"} and file.keys() == ["sks vase"]
 
 
+def test_a_job_tells_where_its_photographs_are_from_any_folder(options, dreambooth, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_call", lambda *_: 1)
+    assert sweep_quietly(options(subjects=dreambooth.name, method=["lora"], subject=["vase"])) == 1
+    (job,) = tmp_path.glob("runs/vase/*/job.json")
+    assert json.loads(job.read_text())["subject"]["instance_data_dir"] == str(dreambooth / "vase")
+
+
 def test_every_prompt_is_drawn_once(options):
     plan = read_plan(options(prompt=["a {}", "a {}"], plan={"shown": ["the {}", "a {}"], "unrelated": ["x", "x"]}))
     assert plan.drawing(plan.jobs[0]) == {"subject": "dog", "prompt": ["a {}", "the {}"], "unrelated": ["x"]}

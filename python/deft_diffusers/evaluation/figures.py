@@ -271,6 +271,8 @@ def draw_figure(root, results, name, spec):
             else:
                 missing.append(f"{name}: there is no job of {subject}, {label}")
             rows.append((label, pictures))
+        if photograph is None:
+            missing.append(f"{name}: there is no photograph of {subject}")
         lines.append((names(results).get(subject, subject), photograph, rows))
     note = ", ".join(text.format(" and ".join(said[key])) for key, text in SETTINGS.items() if said[key])
     columns = [prompt.replace("{}", "[V]") for prompt in spec["prompts"]]
