@@ -114,7 +114,7 @@ def markdown(file: Path) -> str:
 
 def setting(found: dict) -> str:
     said = ("device", "driver", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "date", "size")
-    return ", ".join(f"{name} {found[name]}" for name in said if name in found)
+    return ", ".join(f"{name} {found[name]}" for name in said if found.get(name, "none") != "none")
 
 
 # Targets --------------------------------------------------------------------------------------------------------------
@@ -339,6 +339,7 @@ def newest() -> list[dict]:
     found: dict[str, dict] = {}
     for file in sorted(RESULTS.glob("*/*.json")):
         one = json.loads(file.read_text()) | {"file": f"benchmarks/results/{file.parent.name}/{file.name}"}
+        one["plots"] = sorted(file.parent.glob(f"{file.stem}-*.png"))
         if one["clean"] and one["size"] != "tiny" and one["date"] > found.get(one["device"], {"date": ""})["date"]:
             found[one["device"]] = one
     return list(found.values())
@@ -348,9 +349,12 @@ def section(results: list[dict]) -> str:
     text = []
     for found in results:
         command = "make bench" if found["size"] == "small" else f"python -m benchmarks --size {found['size']}"
-        text.append(f"### {found['device']}\n\n`{command}` at commit {found['commit']}, {found['date'][:10]}: "
-                    f"{setting({k: v for k, v in found.items() if k not in ('device', 'commit', 'date', 'size')})}. "
-                    f"Everything measured, with plots: [{Path(found['file']).name}]({found['file']}).\n")  # fmt: skip
+        stem = Path(found["file"]).with_suffix("")
+        plots = {file.stem.removeprefix(f"{stem.name}-"): f"{stem.parent}/{file.name}" for file in found["plots"]}
+        links = {"all tables": f"{stem}.md", "rows": f"{stem}.json"} | plots
+        versions = setting({k: v for k, v in found.items() if k not in ("device", "commit", "date", "size")})
+        text.append(f"### {found['device']}\n\n`{command}` at commit {found['commit']}, {found['date'][:10]}: {versions}. "
+                    f"{', '.join(f'[{name}]({where})' for name, where in links.items())}.\n")  # fmt: skip
         benches = by_bench(told(row) for row in found["rows"])
         for suite, what, most in SHOWN:
             for kind in dict.fromkeys(k[3] for k in benches if k[:2] == (suite, what)):
