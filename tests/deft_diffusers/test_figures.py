@@ -284,6 +284,14 @@ def test_a_plan_may_come_from_json(drawn):
     assert read_figures(json.loads(json.dumps(results["plan"]))) == read_figures({"figures": FIGURES})
 
 
+def test_the_highest_rank_of_a_method_is_filled():
+    found = [{"row": f"DEFT {rank}", "subject": "dog", "method": "deft", "rank": rank, "n": 1, "x": 0.1, "y": 0.5, "dx": None,
+              "dy": None} for rank in (4, 8)]  # fmt: skip
+    legend = draw_plot(found, "clip_t", "dinov2", "").axes[0].artists[0]
+    shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == {"DEFT 8": "full", "DEFT 4": "none"}
+
+
 def test_shares_are_plotted_between_none_and_all():
     found = [
         {"row": "DEFT", "subject": "dog", "method": "deft", "rank": 8, "n": 2, "x": 1.0, "y": 0.5, "dx": 3.0, "dy": 2.0}
