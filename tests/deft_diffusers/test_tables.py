@@ -171,8 +171,9 @@ def test_csv_has_numbers_and_reasons():
     assert 'failed: a "quoted", text' in rows["SVDiff"]["notes"]
 
 
-def test_flags_are_no_dashes_in_latex():
+def test_latex_takes_no_text_for_its_own():
     assert tables.tex("--rank 8 — x") == "-{}-rank 8 --- x"
+    assert tables.tex("[a] *") == "{[}a] {*}"  # either may begin a line, after the end of one
 
 
 HOSTILE = r"50 % of a_b & c#1 {x} $y$ ~^\ <“…”> | `é`"

@@ -330,7 +330,7 @@ def _csv(name, table):
 
 
 _TEX = {
-    "--": "-{}-",
+    "--": "-{}-", "[": "{[}", "*": "{*}",  # the last two could belong to a line's end
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
     "±": r"$\pm$", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "`": r"\textasciigrave{}",
