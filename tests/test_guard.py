@@ -169,6 +169,7 @@ def test_a_compiled_step_follows_strengths_without_recompilation():
     model, x = adapted(chain(2, 64), init_weights=False), torch.randn(5, 64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     seen = []
+    torch._dynamo.utils.counters.clear()
     for strength in (1.0, 0.5, -3.0):
         dk.set_adapters(model, "default", strength)
         with torch._dynamo.config.patch(error_on_recompile=strength != 1.0):
