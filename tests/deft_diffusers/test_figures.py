@@ -285,8 +285,8 @@ def test_a_plan_may_come_from_json(drawn):
 
 
 def test_the_highest_rank_of_a_method_is_filled():
-    found = [{"row": f"DEFT {rank}", "subject": "dog", "method": "deft", "rank": rank, "n": 1, "x": 0.1, "y": 0.5, "dx": None,
-              "dy": None} for rank in (4, 8)]  # fmt: skip
+    same = {"subject": "dog", "method": "deft", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
+    found = [same | {"row": f"DEFT {rank}", "rank": rank} for rank in (4, 8)]
     legend = draw_plot(found, "clip_t", "dinov2", "").axes[0].artists[0]
     shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
     assert shown == {"DEFT 8": "full", "DEFT 4": "none"}
