@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 import deft_kernels as dk
 from benchmarks import measure, peers, shapes
-from benchmarks.cases import Draw, double, wrong
-from benchmarks.operations import OURS, PEERS
+from benchmarks.cases import OURS, PEERS, Draw, double, wrong
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.ops.lowrank_linear import activation_is_cheaper

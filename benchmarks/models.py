@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 import deft_kernels as dk
 from benchmarks import cases, measure, shapes
-from benchmarks.cases import CHAIN, COPY, LOOP, Draw
+from benchmarks.cases import CHAIN, COPY, LOOP, OURS, PEERS, Draw
 from benchmarks.layer import patched
-from benchmarks.operations import OURS, PEERS
 from benchmarks.peers import DEFT, FROZEN, LORA, LYCORIS, PATCHED, PEFT_DEFT, PEFT_LORA, QR_ALONE, READY, is_here
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference

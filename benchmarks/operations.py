@@ -8,10 +8,8 @@ import torch
 
 import deft_kernels as dk
 from benchmarks import cases, measure, peers, shapes
-from benchmarks.cases import Case, Draw
+from benchmarks.cases import OURS, PEERS, Case, Draw
 from benchmarks.suite import Bench, Options, Peer
-
-OURS, PEERS = 2, 8  # how often plain torch's own error is allowed: peers round in other places than the reference
 
 
 def benches(options: Options) -> Iterator[Bench]:
