@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from deft_diffusers.evaluation import tables
 from deft_diffusers.evaluation.metrics import mean_interval
 
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = json.loads((Path(tables.__file__).with_name("published.json")).read_text())
 DONE = {"status": "done", "said": "", "missing": []}
 
@@ -186,7 +189,8 @@ def test_latex_is_balanced_and_escaped():
     text = tables._latex("table1", tables.build(found)["table1"])
     assert re.findall(r"\\(begin|end)\{([a-z*]+)\}", text) == [
         ("begin", "table*"), ("begin", "tabular"), ("end", "tabular"), ("end", "table*")]  # fmt: skip
-    bare = re.sub(r"\\[\\{}$&%#_]", "", text)  # without what is escaped
+    scaled = next(line for line in text.splitlines() if line.startswith(r"\resizebox"))
+    bare = re.sub(r"\\[\\{}$&%#_]", "", text.replace(scaled, "{"))  # without what is escaped
     depth = 0
     for letter in bare:
         depth += {"{": 1, "}": -1}.get(letter, 0)
@@ -200,10 +204,29 @@ def test_latex_is_balanced_and_escaped():
     lines = [line for line in body.splitlines() if line.endswith(r" \\")]
     assert len(lines) == 11 and all(len(re.findall(r"(?<!\\)&", line)) == count - 1 for line in lines)
     assert r"\textbf{0.9050 $\pm$ 0.0635}" in text and r"$^{" in text
-    commands = set(re.findall(r"\\([a-zA-Z]+)", text))
+    commands = set(re.findall(r"\\([a-zA-Z]+)", text.replace(scaled, "")))
     assert commands <= {"begin", "end", "centering", "footnotesize", "caption", "label", "hline", "textbf", "pm", "par",
                         "raggedright", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
                         "textbar", "ldots", "textasciigrave"}  # fmt: skip
+
+
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
+def test_latex_compiles_and_fits_the_page(tmp_path):
+    found = results(*deft(0.1, 0.11, row=HOSTILE), job("SVDiff", 0, status="failed", said=HOSTILE), dog_8=None)
+    for name, table in tables.build(found).items():
+        (tmp_path / f"hostile-{name}.tex").write_text(tables._latex(name, table))
+    for path in (ROOT / "benchmarks" / "quality" / "toyworld").glob("*.tex"):
+        shutil.copy(path, tmp_path)
+    inputs = "".join(rf"\input{{{path.stem}}}" for path in sorted(tmp_path.glob("*.tex")))
+    assert inputs.count("input") == 5
+    (tmp_path / "paper.tex").write_text(
+        rf"\documentclass[twocolumn]{{article}}\usepackage{{graphicx}}\begin{{document}}{inputs}\end{{document}}"
+    )
+    said = subprocess.run(
+        ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
+    assert "Output written on paper.pdf" in said, said[-3000:]
+    assert not re.search(r"Overfull|too large|Missing|Undefined", said), said
 
 
 def test_files_are_written_for_each_table(tmp_path):

@@ -343,13 +343,14 @@ def tex(text):
 
 
 def _latex(name, table):
-    """A `table*` that needs no package; to be \\input."""
+    """A `table*` to be \\input, no wider than the page."""
     notes = table.notes()
     lines = [
         r"\begin{table*}",
         r"\centering\footnotesize",
         rf"\caption{{{tex(table.caption)}}}",
         rf"\label{{tab:{name}}}",
+        r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{% of the package graphicx",
         rf"\begin{{tabular}}{{{'l' * len(table.labels)}{'r' * len(table.columns)}}}",
         r"\hline",
         " & ".join(tex(text) for text in (*table.labels, *table.columns)) + r" \\",
@@ -361,7 +362,7 @@ def _latex(name, table):
             text = tex(_shown(table, labels, cell))
             said.append((rf"\textbf{{{text}}}" if cell.best else text) + (f"$^{{{notes[cell.note]}}}$" if cell.note else ""))
         lines.append(" & ".join([*map(tex, labels), *said]) + r" \\")
-    lines += [r"\hline", r"\end{tabular}"]
+    lines += [r"\hline", r"\end{tabular}}"]
     lines += [rf"\par\raggedright $^{{{number}}}$ {tex(note)}" for note, number in notes.items()]
     return "\n".join([*lines, r"\end{table*}"]) + "\n"
 
