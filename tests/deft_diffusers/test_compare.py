@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -288,7 +287,8 @@ def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands
     assert sorted(again) == ["PaRa + uncond"] * 2 + ["base"] + ["lora"] * 2  # the drift is from the base model's pictures
     commands.clear()
     load = module._load
-    judge = SimpleNamespace(sha256="of another judge")
+    judge = lambda images: [{"individual": None, "scene": None} for _ in images]
+    judge.sha256 = "of another judge"
     monkeypatch.setattr(module, "_load", lambda *asked: dataclasses.replace(load(*asked), judge=judge))
     assert compare(small(**fewer)) == 0 and not commands
     scored = [json.loads(file.read_text()) for file in root.glob("*/*/scores.json")]

@@ -490,7 +490,8 @@ def test_the_judge_of_the_drawn_world(tiny_encoders, pictures, monkeypatch):
         (True, True), (False, True), (True, False), (False, False)]  # fmt: skip
     assert "individual" not in result["samples"][4]
     assert result["encoders"]["judge"] == {"id": "toyworld/judge", "revision_or_sha256": "abc"}
-    assert "individual" not in score(images, prompts, references, found, **settings)["scores"]
+    scores = score(images, prompts, references, found, **settings)["scores"]  # whoever it is
+    assert "individual" not in scores and scores["scene"] == 2 / 4
 
 
 # protocols --------------------------------------------------------------------------------------------------------------
@@ -793,7 +794,10 @@ def test_dreambench_plus_keeps_the_prompts_numbers_and_names_what_it_lacks(flags
 def test_dreambench_plus_by_the_command(flags, pictures, tmp_path, capsys):
     images, _, references, _ = pictures
     protocols.write_dreambench_plus(tmp_path / "deft", "mug", images[:2], ["a mug", "a red mug"], references[0])
-    code, out, err = run(flags | {"--images": tmp_path / "deft"}, capsys)
+    words = flags | {"--images": tmp_path / "deft"}
+    code, _, err = run(words | {"--references": references[0]}, capsys)
+    assert code == 2 and "--references does not apply to" in err and "deft: it has one beside each picture" in err
+    code, out, err = run(words, capsys)
     assert code == 0, err
     result = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert result["scale"] == 100 and f"| DINOv2 | {result['scores']['dinov2']:.2f} | 2 |" in out
@@ -844,7 +848,8 @@ def test_who_and_where_is_counted_on_the_embedded_world(by, tmp_path, monkeypatc
         code, _, err = run(words | {"--individual": "dogs", "--overwrite_output_dir": None}, capsys)
         assert code == 2 and "--individual dogs, did you mean dog?: there are bear_plushie, cat, dog" in err
         code, _, err = run(words | {"--overwrite_output_dir": None}, capsys)  # nobody's name
-        assert code == 0 and "this individual" not in (tmp_path / "out" / "scores.md").read_text()
+        table = (tmp_path / "out" / "scores.md").read_text()
+        assert code == 0 and "this individual" not in table and "| the scene asked for | 0.8000 | 5 |" in table
 
 
 @pytest.mark.parametrize(

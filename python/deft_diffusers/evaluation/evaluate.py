@@ -57,7 +57,7 @@ def score(images, prompts, references, encoders, protocol=protocols.DREAMBOOTH, 
         text = _without_token(prompt, subject, class_name)
         pictures.append(Picture(Path(image), prompt, text, [Path(p) for p in own], more, base and Path(base)))
     paths = dict.fromkeys(path for p in pictures for path in (p.path, *p.references, *filter(None, [p.base])))
-    found, verdicts, sizes = _look(list(paths), encoders, individual is not None, miss, progress)
+    found, verdicts, sizes = _look(list(paths), encoders, miss, progress)
     texts = _read_texts([p.text for p in pictures if p.text], encoders.clip, miss)
     _say_what_is_lacking(pictures, base_images is not None, miss)
     samples = [_score_one(p, found, texts, verdicts, individual, scale) for p in pictures]
@@ -104,7 +104,7 @@ def _without_token(prompt, subject, class_name):
     return say(prompt.replace(subject, "{}"), class_name) if prompt and subject and class_name else prompt
 
 
-def _look(paths, encoders, judging, miss, progress):
+def _look(paths, encoders, miss, progress):
     """({encoder: {path: feature}}, {path: verdict}, {path: size}) of all pictures that can be read and have finite features;
     each is read once, and but a batch of them is held."""
     found, verdicts, sizes = {name: {} for name in encoders.present}, {}, {}
@@ -125,7 +125,7 @@ def _look(paths, encoders, judging, miss, progress):
                 for path, good in zip(read, finite):
                     if not good:
                         miss(path, f"{name} gives features that are not finite")
-            if judging and encoders.judge and read:
+            if encoders.judge and read:
                 verdicts |= zip(read, encoders.judge(list(read.values())))
             bar.update(len(paths[start : start + size]))
     return found, verdicts, sizes
@@ -184,9 +184,8 @@ def _judged(verdict, prompt, individual):
     """What the judge of the drawn world says of a picture: is it this one, is it where it was asked for."""
     from ..toyworld.judge import asked
 
-    scene = asked(prompt)["scene"] if prompt else None
-    found = {"individual": verdict["individual"] == individual}
-    return found | ({"scene": verdict["scene"] == scene} if scene else {})
+    wanted = {"individual": individual, "scene": asked(prompt)["scene"] if prompt else None}
+    return {what: verdict[what] == name for what, name in wanted.items() if name}
 
 
 def _totals(pictures, samples, found):
@@ -235,6 +234,8 @@ def evaluate(options):
     collection = _collection(options, references) if options.dreambench_plus_dir else None
     individual, found = _individual(options), _read(options) if options.images else None
     plus = found is not None and found[0].references is not None
+    if plus and references:
+        raise UserError(f"--references does not apply to {options.images}: it has one beside each picture")
     protocol = options.protocol or (protocols.DREAMBENCH_PLUS if plus else protocols.DREAMBOOTH)
     encoders = load_encoders(
         options.encoders, options.clip, options.dinov1, options.dinov2, protocol=protocol, batch_size=options.batch_size,
