@@ -1,7 +1,84 @@
-// orthonormalize: Householder's thin QR, stable for any P, with LAPACK's signs, in panels of a few columns that the
-// first-level cache holds. In the workspace a column lies as a column, so that no lane is idle. A panel is read once for
-// each of its reflectors: while one acts on the rows, the products for the next are summed. On other panels its reflectors
-// act together as I - V T V^T (Schreiber and Van Loan 1989, compact WY).
+// orthonormalize, with LAPACK's signs: by P's Gram matrix where that shows its columns to be far from dependent, as random
+// ones and what training makes of them are; by Householder's reflections for every other P.
+
+// By the Gram matrix: Q = P S with the inverse S of the Cholesky factor of P^T P, two products that read P in place.
+
+constexpr double MOST_INVERSE = 20;         // norm of the inverse, columns having length one: so much does round-off grow
+constexpr float SHORT = 1e-20f, LONG = 1e20f;  // squared lengths between which a column's entries can be squared
+constexpr float WHOLE = 1 - 1e-5f;          // square of an entry of such a column that leaves nothing for those below it
+
+// The signs that Householder gives the columns of a Q with positive R, from its top block Y (r, r), which is destroyed
+// (Ballard, Demmel, Grigori, Jacquelin, Knight, Nguyen 2015). False where a column has nothing below its diagonal, which
+// Householder does not reflect.
+inline bool signs(float* Y, int64_t ld, int64_t r, float* sign) {
+  for (int64_t k = 0; k < r; ++k) {
+    const float *row = Y + k * ld, pivot = row[k];
+    if (!(pivot * pivot < WHOLE)) return false;
+    sign[k] = pivot >= 0 ? -1 : 1;
+    for (int64_t i = k + 1; i < r; ++i) {
+      float* below = Y + i * ld;
+      const float factor = below[k] / (pivot - sign[k]);
+      for (int64_t c = k / LANES * LANES; c < ld; c += LANES) store(below + c, load(below + c) - factor * load(row + c));
+    }
+  }
+  return true;
+}
+
+inline int64_t by_gram_scratch(int64_t r) { return 2 * r * whole(r) + 2 * r * whole(2 * r) + 2 * r; }
+
+inline bool by_gram(const Orthonormalize& layer, float* scratch) {
+  using dvec = double __attribute__((vector_size(LANES * 4)));
+  constexpr int64_t HALF = LANES / 2;
+  const int64_t m = layer.m, r = layer.r, ld = whole(r), lde = whole(2 * r);
+  float *S = scratch, *G = S + r * ld;                // upper triangles
+  double* E = reinterpret_cast<double*>(G + r * ld);  // (r, 2r): the Gram matrix of columns of length one, and the identity
+  float *scale = reinterpret_cast<float*>(E + r * lde), *sign = scale + r;
+  __builtin_memset(S, 0, 2 * r * ld * sizeof(float));
+  for (int64_t c = 0; c < r; c += LANES)
+    down<float>({layer.P, r}, {layer.P + c, r}, m, least(LANES, r - c), least(c + LANES, r), {G + c, ld});
+  for (int64_t c = 0; c < r; ++c) {
+    const float length2 = G[c * ld + c];
+    if (!(length2 > SHORT && length2 < LONG)) return false;
+    scale[c] = 1 / __builtin_sqrtf(length2);
+  }
+  for (int64_t i = 0; i < r; ++i) {
+    double* row = E + i * lde;
+    for (int64_t c = 0; c < r; ++c) row[c] = double(G[i * ld + c]) * scale[i] * scale[c];
+    for (int64_t c = r; c < lde; ++c) row[c] = c == r + i;
+  }
+
+  // Elimination makes L D L^T into D L^T, and beside it the identity into L^-1; S = L^-T D^-1/2. The eigenvalues of the
+  // inverse have a sum, |S|^2, and their inverses have the sum r: the largest is at most |S|^2 - r + 2.
+  double largest = 2 - double(r);
+  for (int64_t k = 0; k < r; ++k) {
+    const double *row = E + k * lde, pivot = row[k];
+    if (!(pivot > 0)) return false;
+    for (int64_t i = k + 1; i < r; ++i) {
+      double* below = E + i * lde;
+      const double factor = row[i] / pivot;
+      for (int64_t c = i / HALF * HALF; c <= r + k; c += HALF) write(below + c, read<dvec>(below + c) - factor * read<dvec>(row + c));
+    }
+    const double root = 1 / __builtin_sqrt(pivot);
+    for (int64_t i = 0; i <= k; ++i) {
+      const double entry = row[r + i] * root;
+      S[i * ld + k] = float(entry * scale[i]), largest += entry * entry;
+    }
+  }
+  if (!(largest < MOST_INVERSE)) return false;
+
+  up<false, float>({layer.P, r}, {S, ld}, {nullptr, 0}, {G, ld}, r, r, r);
+  if (!signs(G, ld, r, sign)) return false;
+  for (int64_t k = 0; k < r; ++k)
+    for (int64_t c = k; c < r; ++c) S[k * ld + c] *= sign[c];
+  for (int64_t c = 0; c < r; c += LANES)
+    up<false, float>({layer.P, r}, {S + c, ld}, {nullptr, 0}, {layer.Q + c, r}, m, least(LANES, r - c), least(c + LANES, r));
+  return true;
+}
+
+// Householder's thin QR, stable for any P, in panels of a few columns that the first-level cache holds. In the workspace a
+// column lies as a column, so that no lane is idle. A panel is read once for each of its reflectors: while one acts on the
+// rows, the products for the next are summed. On other panels its reflectors act together as I - V T V^T (Schreiber and Van
+// Loan 1989, compact WY).
 
 constexpr int WIDTH = 4;             // columns of a panel
 constexpr int64_t PAIR = 2 * LANES;  // rows that are taken together, two vectors of each column
@@ -207,10 +284,11 @@ inline int64_t rows_in_workspace(int64_t m) { return (m + PAIR - 1) / PAIR * PAI
 
 inline int64_t orthonormalize_scratch(int64_t m, int64_t r) {
   const int64_t panels = (r + WIDTH - 1) / WIDTH, size = (sizeof(Panel) + 63) / 64 * 16;
-  return panels * (WIDTH * rows_in_workspace(m) + size);
+  const int64_t by_householder = panels * (WIDTH * rows_in_workspace(m) + size), other = by_gram_scratch(r);
+  return by_householder > other ? by_householder : other;
 }
 
-inline void orthonormalize(const Orthonormalize& layer, float* scratch) {
+inline void by_householder(const Orthonormalize& layer, float* scratch) {
   const int64_t m = layer.m, r = layer.r, count = (r + WIDTH - 1) / WIDTH, rows = rows_in_workspace(m);
   Panel* panels = reinterpret_cast<Panel*>(scratch + count * WIDTH * rows);
   for (int64_t i = 0; i < count; ++i)
@@ -226,6 +304,10 @@ inline void orthonormalize(const Orthonormalize& layer, float* scratch) {
     own_columns(panels[i]);
   }
   for (int64_t c = 0; c < r; c += LANES) copy_out(panels, layer.Q, m, r, c);
+}
+
+inline void orthonormalize(const Orthonormalize& layer, float* scratch) {
+  if (!by_gram(layer, scratch)) by_householder(layer, scratch);
 }
 
 // orthonormalize_backward: dP T^T = dQ - Q S with T = triu(Q^T P), X = triu(Q^T dQ), S = X + X^T - diag X.
