@@ -106,10 +106,18 @@ void down(Floats k, Rows<const T> w, int64_t rows, int64_t width, int64_t r, Row
   }
 }
 
-// M rows and V vectors of `up`
+// M rows and V vectors of `up`. The sums begin with a W of a half type, whose own rounding hides theirs; a float32 one joins
+// them at the end, when the small terms have been summed.
 template <int M, int V, bool PART, bool STREAM, class T>
 inline void up_tile(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t r, int part) {
+  constexpr bool FIRST = sizeof(T) < sizeof(float);
+  const auto row_of_w = [&](int i, vec (&x)[V]) {
+    if constexpr (PART) x[0] = load(w.p + i * w.ld, part);
+    else load_columns(w.p + i * w.ld, x);
+  };
   vec sums[M][V] = {};
+  if (FIRST && w.p)
+    UNROLLED for (int i = 0; i < M; ++i) row_of_w(i, sums[i]);
   if constexpr (!STREAM)
     UNROLLED for (int i = 0; i < M; ++i)
       UNROLLED for (int v = 0; v < V; ++v) __builtin_prefetch(out.p + (i + 16) * out.ld + v * LANES, 1);  // to be written
@@ -120,10 +128,9 @@ inline void up_tile(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t r,
       UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += b.p[i * b.ld] * x[v];
   }
   UNROLLED for (int i = 0; i < M; ++i) {
-    if (w.p) {
+    if (!FIRST && w.p) {
       vec x[V];
-      if constexpr (PART) x[0] = load(w.p + i * w.ld, part);
-      else load_columns(w.p + i * w.ld, x);
+      row_of_w(i, x);
       UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += x[v];
     }
     if constexpr (PART) store(out.p + i * out.ld, sums[i][0], part);

@@ -15,8 +15,12 @@ inline void store(float* p, vec v) { write(p, v); }
 
 inline vec widen(hvec h, bfloat16) { return (vec)(__builtin_convertvector(h, uvec) << 16); }
 inline uvec rounded(vec v) {  // to bfloat16 in the upper half of each word: to the nearest, ties to even; NaN stays NaN
-  uvec u = bits(v);
-  return select((uvec)(v != v), uvec{} + 0x7fc00000, u + 0x7fff + ((u >> 16) & 1));
+  const uvec u = bits(v), up = 0x7fff + ((u >> 16) & 1), nan = uvec{} + 0x7fc00000;
+#if LANES == 16
+  return (uvec)_mm512_mask_add_epi32((__m512i)nan, _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_ORD_Q), (__m512i)u, (__m512i)up);
+#else
+  return select((uvec)(v != v), nan, u + up);
+#endif
 }
 inline hvec narrow(vec v, bfloat16) { return __builtin_convertvector(rounded(v) >> 16, hvec); }
 
