@@ -95,7 +95,7 @@ void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB,
   constexpr int64_t ROWS = 128;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t rows = std::max<int64_t>(1, (T + 4 * threads * ROWS - 1) / (4 * threads * ROWS)) * ROWS;
-  const int64_t parts = (T + rows - 1) / rows, size_B = r * best.padded(m), size_A = r * best.padded(n);
+  const int64_t parts = std::max<int64_t>(1, (T + rows - 1) / rows), size_B = r * best.padded(m), size_A = r * best.padded(n);
   const Memory sums = floats(parts * (size_B + size_A));
   const double work = double(T) * r * (m * (1 + p.dB) + n * (p.dA + (p.dx != nullptr) + again));
   run(parts, best.lowrank_backward_scratch(r), work, [&](int64_t part, float* scratch) {
@@ -103,17 +103,22 @@ void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB,
     std::memset(own_B, 0, (size_B + size_A) * sizeof(float));
     best.lowrank_backward(p, part * rows, std::min(rows, T - part * rows), own_B, own_A, scratch);
   });
-  auto total = [&](int64_t from, int64_t e) {
-    float sum = 0;
-    for (int64_t part = 0; part < parts; ++part) sum += sums[part * (size_B + size_A) + from + e];
-    return sum;
-  };
-  if (p.dA)
-    for (int64_t j = 0; j < r; ++j)
-      for (int64_t c = 0; c < n; ++c) out_A.as<float>()[j * n + c] = total(size_B, j * best.padded(n) + c);
-  if (p.dB)
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < r; ++j) out_B.as<float>()[i * r + j] = total(0, j * best.padded(m) + i);
+  // Some columns of dB^T or dA: the parts' sums join the first part's, in their order, and go to their place.
+  constexpr int64_t BLOCK = 64;
+  const int64_t blocks_B = p.dB ? (m + BLOCK - 1) / BLOCK : 0, blocks_A = p.dA ? (n + BLOCK - 1) / BLOCK : 0;
+  run(blocks_B + blocks_A, 0, double(parts) * (size_B + size_A), [&](int64_t job, float*) {
+    const bool is_B = job < blocks_B;
+    const int64_t width = is_B ? m : n, ld = best.padded(width), c = (is_B ? job : job - blocks_B) * BLOCK;
+    const int64_t count = std::min(BLOCK, width - c);
+    for (int64_t j = 0; j < r; ++j) {
+      float* sum = sums.get() + (is_B ? 0 : size_B) + j * ld + c;
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t s = 0; s < count; ++s) sum[s] += sum[part * (size_B + size_A) + s];
+      if (is_B)
+        for (int64_t s = 0; s < count; ++s) out_B.as<float>()[(c + s) * r + j] = sum[s];
+      else std::memcpy(out_A.as<float>() + j * n + c, sum, count * sizeof(float));
+    }
+  });
 }
 
 }  // namespace

@@ -29,18 +29,18 @@ struct Rows {  // a matrix by its first element, null for none, and how far its 
 };
 using Floats = Rows<const float>;
 
-// What a pass over a block of rows fetches of the block after it: a row's cache lines every `every` rows, so that all
-// passes together fetch it once, and memory is asked for the same all the time.
+// What the passes over a block of rows fetch of the block that comes after it: `lines` cache lines of each of its rows, spread
+// over all rows of all `passes`, so that memory is asked for the same all the time.
 struct Fetch {
-  const char* next;
-  int64_t step;  // bytes from row to row
-  int lines, every, left;
+  const char* row;  // null: nothing comes after
+  int64_t step;     // bytes from row to row
+  int lines, passes, line = 0, due = 0;
 
-  void row() {
-    if (--left > 0) return;
-    left = every;
-    for (int l = 0; l < lines; ++l) __builtin_prefetch(next + 64 * l, 0, 2);
-    next += step;
+  void some() {
+    for (due += lines; due >= passes && row; due -= passes) {
+      __builtin_prefetch(row + 64 * line, 0, 2);
+      if (++line == lines) line = 0, row += step;
+    }
   }
 };
 
@@ -60,7 +60,7 @@ template <int J, int V, bool PART, bool KEEP, class T>
 inline void down_tile(Floats k, Rows<const T> w, T* kept, int64_t rows, Rows<float> a, int part, Fetch& fetch) {
   vec sums[J][V] = {};
   for (int64_t i = 0; i < rows; ++i, k.p += k.ld, w.p += w.ld) {
-    fetch.row();
+    fetch.some();
     vec x[V];
     if constexpr (PART) x[0] = load(w.p, part);
     else load_columns(w.p, x);
@@ -91,14 +91,15 @@ inline void down_ranks(Floats k, Rows<const T> w, T* kept, int64_t rows, int64_t
 
 // Rows of `a` hold width rounded up to whole vectors: the lanes beside the last column receive zeros. Where `packed` is
 // given, W's strip is copied there on the way, rows of STRIP after one another: in W itself, rows that lie a power of two
-// apart push one another out of the cache.
+// apart push one another out of the cache. `after`: what is used after W, to be fetched meanwhile.
 template <class T>
-void down(Floats k, Rows<const T> w, int64_t rows, int64_t width, int64_t r, Rows<float> a, T* packed = nullptr) {
+void down(Floats k, Rows<const T> w, int64_t rows, int64_t width, int64_t r, Rows<float> a, T* packed = nullptr,
+          Rows<const T> after = {nullptr, 0}) {
   const int passes = int((width + WIDE<T> * LANES - 1) / (WIDE<T> * LANES) * ((r + RANKS - 1) / RANKS));
   for (int64_t i = 0; i < rows; i += BLOCK) {
     const int64_t here = least(BLOCK, rows - i);
-    Fetch fetch{(const char*)w.from(i + BLOCK).p, w.ld * int64_t(sizeof(T)), int(width * sizeof(T) + 63) / 64, passes, passes};
-    if (i + BLOCK >= rows) fetch.left = 1 << 30;  // nothing comes after
+    const Rows<const T> next = i + BLOCK < rows ? w.from(i + BLOCK) : after;
+    Fetch fetch{(const char*)next.p, next.ld * int64_t(sizeof(T)), int(width * sizeof(T) + 63) / 64, passes};
     columns<T>(width, [&]<int V, bool PART>(int64_t c, int part) {
       if (packed) down_ranks<RANKS, V, PART, true>(k.from(i), w.from(i, c), packed + i * STRIP<T> + c, here, r, a.from(0, c), part, fetch);
       else down_ranks<RANKS, V, PART, false>(k.from(i), w.from(i, c), packed, here, r, a.from(0, c), part, fetch);
@@ -120,7 +121,7 @@ inline void up_tile(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t r,
     UNROLLED for (int i = 0; i < M; ++i) row_of_w(i, sums[i]);
   if constexpr (!STREAM)
     UNROLLED for (int i = 0; i < M; ++i)
-      UNROLLED for (int v = 0; v < V; ++v) __builtin_prefetch(out.p + (i + 16) * out.ld + v * LANES, 1);  // to be written
+      UNROLLED for (int v = 0; v < V; ++v) __builtin_prefetch(out.p + (i + RANKS) * out.ld + v * LANES, 1, 2);  // of the next rows
   _Pragma("GCC unroll 4") for (int64_t j = 0; j < r; ++j, ++b.p, a.p += a.ld) {
     vec x[V];
     UNROLLED for (int v = 0; v < V; ++v) x[v] = PART ? load(a.p, part) : load(a.p + v * LANES);
@@ -154,15 +155,19 @@ void up(Floats b, Floats a, Rows<const T> w, Rows<T> out, int64_t rows, int64_t 
   up_rows<RANKS, STREAM>(b, a, w, out, rows, width, r);
 }
 
-// RANKS rows and V vectors of ranks of `across`: total (RANKS, MOST)
-template <int V>
-inline void across_tile(const float (&tile)[RANKS][COLUMNS], Floats d, int64_t columns, float* total) {
+// RANKS rows and V vectors of ranks of `across`: total (RANKS, MOST). Meanwhile the rows of the tile after it are fetched.
+template <int V, class T>
+inline void across_tile(const float (&tile)[RANKS][COLUMNS], Floats d, int64_t columns, float* total, const T* const (&next)[RANKS]) {
+  constexpr int64_t LINE = 64 / sizeof(T);
   vec sums[RANKS][V] = {};
-  for (int64_t c = 0; c < columns; ++c, d.p += d.ld) {
-    vec x[V];
-    UNROLLED for (int v = 0; v < V; ++v) x[v] = load(d.p + v * LANES);
-    UNROLLED for (int i = 0; i < RANKS; ++i)
-      UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += tile[i][c] * x[v];
+  for (int64_t line = 0; line < columns; line += LINE) {
+    UNROLLED for (int i = 0; i < RANKS; ++i) __builtin_prefetch(next[i] + line, 0, 2);
+    for (int64_t c = line; c < least(line + LINE, columns); ++c, d.p += d.ld) {
+      vec x[V];
+      UNROLLED for (int v = 0; v < V; ++v) x[v] = load(d.p + v * LANES);
+      UNROLLED for (int i = 0; i < RANKS; ++i)
+        UNROLLED for (int v = 0; v < V; ++v) sums[i][v] += tile[i][c] * x[v];
+    }
   }
   UNROLLED for (int i = 0; i < RANKS; ++i)
     UNROLLED for (int v = 0; v < V; ++v) {
@@ -176,23 +181,26 @@ inline void across_tile(const float (&tile)[RANKS][COLUMNS], Floats d, int64_t c
 template <class T>
 void across(Rows<const T> w, int64_t rows, int64_t n, Floats d, int64_t r, Rows<float> h) {
   float tile[RANKS][COLUMNS], total[RANKS * MOST];
+  const int64_t pieces = (n + COLUMNS - 1) / COLUMNS, step = n > COLUMNS ? whole((n + pieces - 1) / pieces) : n;  // alike
   for (int64_t j = 0; j < r; j += MOST) {
     const int64_t ranks = least(MOST, d.ld - j);
     for (int64_t i = 0; i < rows; i += RANKS) {
       const int64_t here = least(RANKS, rows - i);
       __builtin_memset(total, 0, sizeof total);
-      for (int64_t c = 0; c < n; c += COLUMNS) {
-        const int64_t width = least(COLUMNS, n - c), full = width / LANES * LANES;
+      for (int64_t c = 0; c < n; c += step) {
+        const int64_t width = least(step, n - c), full = width / LANES * LANES;
+        const T* next[RANKS];
         for (int64_t q = 0; q < RANKS; ++q) {
           const T* row = w.from(i + least(q, here - 1), c).p;  // a row that is not there: the last one again
+          next[q] = c + step < n ? row + step : w.from(i + RANKS + q).p;
           for (int64_t s = 0; s < full; s += LANES) store(tile[q] + s, load(row + s));
           if (full < width) store(tile[q] + full, load(row + full, int(width - full)));
         }
         Floats right = d.from(c, j);
         int64_t v = 0;
-        for (; v + 3 * LANES <= ranks; v += 3 * LANES) across_tile<3>(tile, right.from(0, v), width, total + v);
-        if (v + 2 * LANES <= ranks) across_tile<2>(tile, right.from(0, v), width, total + v), v += 2 * LANES;
-        if (v < ranks) across_tile<1>(tile, right.from(0, v), width, total + v);
+        for (; v + 3 * LANES <= ranks; v += 3 * LANES) across_tile<3>(tile, right.from(0, v), width, total + v, next);
+        if (v + 2 * LANES <= ranks) across_tile<2>(tile, right.from(0, v), width, total + v, next), v += 2 * LANES;
+        if (v < ranks) across_tile<1>(tile, right.from(0, v), width, total + v, next);
       }
       for (int64_t q = 0; q < here; ++q)
         __builtin_memcpy(h.from(i + q, j).p, total + q * MOST, least(ranks, r - j) * sizeof(float));
