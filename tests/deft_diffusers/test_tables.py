@@ -172,6 +172,16 @@ def test_csv_has_numbers_and_reasons():
     nothing = tables._csv("table1", tables.build(results(subjects=("dog",)))["table1"])
     assert list(csv.DictReader(io.StringIO(nothing)).fieldnames) == list(rows["SVDiff"])  # whatever is there
     assert 'failed: a "quoted", text' in rows["SVDiff"]["notes"]
+    assert [rows["SVDiff"][name] for name in tables.FACTS] == ["dreambooth", "1.0", "clip a/b_c"]
+
+
+def test_csv_tells_the_scale_of_every_line():
+    plus = {"part": "table2", "protocol": "dreambench++", "scale": 100.0}
+    one, other = results(*deft(0.8)), results(*deft(80.0, part="table2"), **plus)
+    both = one | {"parts": one["parts"] | other["parts"], "rows": one["rows"] + other["rows"]}
+    rows = csv.DictReader(io.StringIO(tables._csv("scores", tables.build(both)["scores"])))
+    found = {row["part"]: (row["protocol"], row["scale"], row["CLIP-I"]) for row in rows}
+    assert found == {"table1": ("dreambooth", "1.0", "0.8"), "table2": ("dreambench++", "100.0", "80")}
 
 
 def test_latex_takes_no_text_for_its_own():

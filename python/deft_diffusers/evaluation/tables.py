@@ -27,6 +27,7 @@ COSTS = {  # of result.json: what they are called, digits
 BETTER = dict.fromkeys((*SIMILARITIES, "individual", "scene"), max) | {"drift": min}
 PRINTED = "printed "  # before a column of the supplement's
 ALL = "all"  # in a subject's place: the mean over the subjects, seed by seed
+FACTS = ("protocol", "scale", "encoders")  # without which no score can be compared
 BOLD = "Bold: the best of those with an interval, where it overlaps with no other's."
 
 
@@ -59,6 +60,11 @@ class Table:
     labels: list[str]
     columns: list[str]
     lines: list[tuple[list[str], list[Cell]]] = field(default_factory=list)
+    facts: dict[str, list[str]] = field(default_factory=dict)  # of each part: `FACTS`
+
+    def facts_of(self, labels):
+        """`FACTS` of a line, whose first label is the part where there are several."""
+        return self.facts[labels[0] if len(self.facts) > 1 else next(iter(self.facts))]
 
     def mark(self, cells, better):
         """Marks the best of some cells, where no other's interval reaches its own."""
@@ -154,6 +160,12 @@ def _about(parts):
     return said[0].upper() + said[1:] if len(by_protocol) == 1 else said
 
 
+def _facts(parts):
+    """`Table.facts` of parts."""
+    id_of = lambda part: "; ".join(f"{name} {facts['id']}" for name, facts in part.get("encoders", {}).items())
+    return {name: [part["protocol"], f"{part.get('scale', '')}", id_of(part)] for name, part in parts.items()}
+
+
 def _order(rows, published):
     """Names of rows: the supplement's in its order, then the others in the plan's."""
     ours = [row["row"] for row in rows if row["method"] != BASE]
@@ -184,7 +196,8 @@ def _table1(part, rows, published, source):
         f"{BOLD} Printed: {source}."
     )
     shown = [name or subject for subject, name in part["subjects"].items()]
-    table = Table(caption, ["method", "n"], [*shown, *(PRINTED + name for name in published["columns"])])
+    columns = [*shown, *(PRINTED + name for name in published["columns"])]
+    table = Table(caption, ["method", "n"], columns, facts=_facts({"": part}))
     for name in _order(rows, printed):
         cells = []
         for subject in subjects:
@@ -213,7 +226,7 @@ def _table2(part, rows, published, source):
         f"no rank). {_about({'': part})} {BOLD} Printed: {source}."
     )
     columns = [*published["columns"], *(PRINTED + name for name in published["columns"])]
-    table = Table(caption, ["method", "image", "n"], columns)
+    table = Table(caption, ["method", "image", "n"], columns, facts=_facts({"": part}))
     for method in dict.fromkeys([*(entry["row"] for entry in published["rows"]), *methods]):
         for name, image in itertools.product(methods.get(method, {method: None}), images):
             its = [row for row in rows if (row["row"], row["subject"]) == (name, own.get(image))]
@@ -244,7 +257,8 @@ def _scores(results):
         f"All scores by {'part, ' * len(head)}subject ({ALL}: mean over the {'part' if head else 'plan'}'s subjects, of the "
         f"seeds that all of them have) and method; drift: less is better. {_about(parts)} {BOLD}"
     )
-    table = Table(caption, [*head, "subject", "method", "n"], [*known.values(), *(title for title, _ in costs.values())])
+    columns = [*known.values(), *(title for title, _ in costs.values())]
+    table = Table(caption, [*head, "subject", "method", "n"], columns, facts=_facts(parts))
     for name, part in parts.items():
         its, where = [row for row in rows if row["part"] == name], [name] * len(head)
         labels = list(dict.fromkeys(row["row"] for row in its))
@@ -311,21 +325,21 @@ def _markdown(name, table):
 
 
 def _csv(name, table):
-    """Figures with two digits more than are shown."""
+    """Figures with two digits more than are shown, and on every line what they cannot be compared without."""
     printed = [column.startswith(PRINTED) for column in table.columns]
     head = list(table.labels)
     for column, plain in zip(table.columns, printed):
         head += [column] if plain else [column, f"{column} ±", f"{column} n"]
     file = io.StringIO()
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow([*head, "notes"])
+    rows.writerow([*head, *FACTS, "notes"])
     number = lambda value, digits: "" if value is None else f"{round(value, digits + 2):.15g}"
     for labels, cells in table.lines:
         line = list(labels)
         for cell, plain in zip(cells, printed):
             line += [cell.text] if plain else [number(cell.mean, cell.digits), number(cell.half, cell.digits), cell.n or ""]
         notes = [f"{column}: {cell.note}" for column, cell in zip(table.columns, cells) if cell.note]
-        rows.writerow([*line, "; ".join(notes)])
+        rows.writerow([*line, *table.facts_of(labels), "; ".join(notes)])
     return file.getvalue()
 
 
