@@ -5,13 +5,16 @@ import json
 import re
 import shutil
 import struct
+import textwrap
 import zlib
 
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 from comparison import PROMPTS, ROWS, write_comparison
 from deft_diffusers import UserError
+from deft_diffusers.evaluation import figures, report
 from deft_diffusers.evaluation.figures import (
     CELL,
     DPI,
@@ -25,6 +28,7 @@ from deft_diffusers.evaluation.figures import (
     find_job,
     plots,
     points,
+    read_figure,
     read_figures,
     read_samples,
     remove_all,
@@ -277,6 +281,13 @@ def test_every_point_of_a_plot_says_what_it_is(drawn):
     assert any(title.startswith("base, cat: CLIP-T") and "±" not in title for _, title in titles)
     for text in ("CLIP-T", "DINOv2", "LoRA (rank=4)", "Fidelity against following the prompt"):
         assert f">{text}</text>" in svg
+
+
+@pytest.mark.parametrize("module, key", [(figures, "figures"), (report, "strengths")])
+def test_the_example_of_the_documentation_can_be_read(module, key):
+    example = yaml.safe_load(textwrap.dedent(re.search(rf"(?m)^ +{key}:.*\n(?: +.*\n)*", module.__doc__)[0]))
+    for name, spec in (example[key] if key == "figures" else example).items():
+        assert read_figure(name, spec)["prompts"] == ["a photo of {} on the beach"]
 
 
 def test_a_plan_may_come_from_json(drawn):

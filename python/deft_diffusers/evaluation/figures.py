@@ -8,7 +8,7 @@ photograph before them (figures 1 to 5 of the supplement to arXiv 2509.22793 are
         title: Fine-tuning strategies in six environments   # optional
         subjects: [dog]                                     # as their folders are called
         rows: [base, LoRA (rank=4), DEFT (rank=8)]          # as `row` in results.json says them
-        prompts: [a photo of {} on the beach]               # as the plan's prompts say them
+        prompts: ["a photo of {} on the beach"]             # as the plan's prompts say them
         seed: 0                                             # of training; else the first that a row has
 
 What a figure asks for and no job has drawn is an empty cell that says so.

@@ -3,7 +3,7 @@
 It is made of `results.json`, the figures beside it, and the jobs' folders; `report.html` is its template. A plan may ask for
 the same pictures at several weights of what was learned, as it asks for a figure, one strip for each line and prompt:
 
-    strengths: {subjects: [dog], rows: [DEFT (rank=8), LoRA (rank=8)], prompts: [a photo of {} on the beach]}
+    strengths: {subjects: [dog], rows: [DEFT (rank=8), LoRA (rank=8)], prompts: ["a photo of {} on the beach"]}
 """
 
 import base64
