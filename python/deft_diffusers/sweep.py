@@ -522,10 +522,16 @@ def _run(job, plan, root, claim):
         "training": read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {},
         "options": plan.training(job),
         "drawn": plan.drawing(job) if code == 0 else {},
-        "said": last[-1] if last else "",
+        "said": _killed(code) if code < 0 and code not in STOPPED else last[-1] if last else "",
     }
     _note(folder, result)
     return result
+
+
+def _killed(code):
+    """What there is to say of a process that a signal has ended, whose last line is that of a progress bar."""
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
 
 
 def _note(folder, result):

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,18 @@ def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
     assert compare(o) == 0
     (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
     assert base["missing"][0]["what"] == "references" and "no pictures in" in base["missing"][0]["why"]
+
+
+def test_a_job_that_was_killed_says_so(small, monkeypatch, tmp_path):
+    def killed(command, environment, output, claim):
+        output.write("\rsteps:  45%|████▌     | 226/500")
+        return -signal.SIGKILL
+
+    monkeypatch.setattr(sweep, "_call", killed)
+    with pytest.raises(UserError, match="jobs failed"):
+        compare(small(seeds=[0]))
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "failed: killed by SIGKILL, as the system does where memory runs out" in text and "█" not in text
 
 
 def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands, monkeypatch, tmp_path):
