@@ -186,10 +186,11 @@ def test_csv_tells_the_scale_of_every_line():
 
 def test_latex_takes_no_text_for_its_own():
     assert tables.tex("--rank 8 — x") == "-{}-rank 8 --- x"
+    assert tables.tex("45%|████▌ → é") == r"45\%\textbar{}????? $\to$ é"  # pdflatex has no such signs
     assert tables.tex("[a] *") == "{[}a] {*}"  # either may begin a line, after the end of one
 
 
-HOSTILE = r"50 % of a_b & c#1 {x} $y$ ~^\ <“…”> | `é`"
+HOSTILE = r"50 % of a_b & c#1 {x} $y$ ~^\ <“…”> | `é` ██▌ →"
 
 
 def test_latex_is_balanced_and_escaped():
@@ -217,7 +218,7 @@ def test_latex_is_balanced_and_escaped():
     commands = set(re.findall(r"\\([a-zA-Z]+)", text.replace(scaled, "")))
     assert commands <= {"begin", "end", "centering", "footnotesize", "caption", "label", "hline", "textbf", "pm", "par",
                         "raggedright", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
-                        "textbar", "ldots", "textasciigrave"}  # fmt: skip
+                        "textbar", "ldots", "textasciigrave", "to", "setlength", "belowcaptionskip"}  # fmt: skip
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")

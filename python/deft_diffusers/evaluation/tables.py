@@ -347,13 +347,20 @@ _TEX = {
     "--": "-{}-", "[": "{[}", "*": "{*}",  # the last two could belong to a line's end
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "%": r"\%", "#": r"\#", "_": r"\_",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
-    "±": r"$\pm$", "—": "---", "…": r"\ldots{}", "“": "``", "”": "''", "`": r"\textasciigrave{}",
+    "±": r"$\pm$", "—": "---", "…": r"\ldots{}", "→": r"$\to$", "“": "``", "”": "''", "`": r"\textasciigrave{}",
 }  # fmt: skip
 
 
 def tex(text):
-    """Text for LaTeX, every special character escaped, and no flag's -- a dash."""
-    return re.sub("(?s)--|.", lambda found: _TEX.get(found[0], found[0] if found[0].isprintable() else " "), text)
+    """Text for LaTeX, every special character escaped, and no flag's -- a dash. Signs that pdflatex stops at, such as those
+    of a progress bar, become a question mark."""
+
+    def one(found):
+        sign = found[0]
+        known = sign < "ƀ" or sign.isalpha()  # letters of other scripts are for LaTeX that has them
+        return _TEX.get(sign, " " if not sign.isprintable() else sign if known else "?")
+
+    return re.sub("(?s)--|.", one, text)
 
 
 def _latex(name, table):
@@ -361,7 +368,7 @@ def _latex(name, table):
     notes = table.notes()
     lines = [
         r"\begin{table*}",
-        r"\centering\footnotesize",
+        r"\centering\footnotesize\setlength{\belowcaptionskip}{1ex}",  # else the caption touches the first line
         rf"\caption{{{tex(table.caption)}}}",
         rf"\label{{tab:{name}}}",
         r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{% of the package graphicx",
