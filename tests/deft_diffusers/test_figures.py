@@ -259,14 +259,16 @@ def test_many_subjects_are_one_point():
 
 
 def test_parts_are_plotted_apart_with_the_scores_they_have():
-    rows = [row(part="table1", clip_t=0.3, clip_i=0.8, drift=0.1), row(part="table2", clip_t=30, dinov1=70, clip_i=80)]
-    found = plots({"parts": {name: {"subjects": {"cat": None}} for name in ("table1", "table2")}, "rows": rows})
+    rows = [row(part="table1", label=label, clip_t=0.3, clip_i=0.8, drift=0.1) for label in ("DEFT", "LoRA")]
+    rows += [row(subject, part="table2", clip_t=30, dinov1=70, clip_i=80) for subject in ("cat", "dog")]
+    rows += [row(part="rock", clip_t=0.3, clip_i=k) | {"method": m, "row": m} for k, m in enumerate(("base", "deft"))]  # one
+    found = plots({"parts": {name: {"subjects": {"cat": None}} for name in ("table1", "table2", "rock")}, "rows": rows})
     assert {name: plot[1:3] for name, plot in found.items()} == {
         "table1-fidelity_prompt": ("clip_t", "clip_i"),
         "table1-fidelity_drift": ("drift", "clip_i"),
         "table2-fidelity_prompt": ("clip_t", "dinov1"),
     }
-    assert [len(plot[0]) for plot in found.values()] == [1, 1, 1]
+    assert [len(plot[0]) for plot in found.values()] == [2, 2, 2]
 
 
 def test_every_point_of_a_plot_says_what_it_is(drawn):
@@ -297,10 +299,18 @@ def test_a_plan_may_come_from_json(drawn):
 
 def test_the_highest_rank_of_a_method_is_filled():
     same = {"subject": "dog", "method": "deft", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
-    found = [same | {"row": f"DEFT {rank}", "rank": rank} for rank in (4, 8)]
+    found = [same | {"row": f"DEFT (rank={rank})", "rank": rank} for rank in (4, 8)]
     legend = draw_plot(found, "clip_t", "dinov2", "").axes[0].artists[0]
     shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
-    assert shown == {"DEFT 8": "full", "DEFT 4": "none"}
+    assert shown == {"DEFT (rank=8)": "full", "DEFT (rank=4)": "none"}
+
+
+def test_a_rank_looks_the_same_beside_a_method_of_another_name():
+    same = {"subject": "dog", "method": "para", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
+    rows = (("PaRa (rank=8)", 8), ("PaRa (rank=4)", 4), ("PaRa + uncond (rank=8)", 8))
+    legend = draw_plot([same | {"row": row, "rank": rank} for row, rank in rows], "clip_t", "dinov2", "").axes[0].artists[0]
+    shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == {"PaRa (rank=8)": "full", "PaRa (rank=4)": "none", "PaRa + uncond (rank=8)": "bottom"}
 
 
 def test_shares_are_plotted_between_none_and_all():

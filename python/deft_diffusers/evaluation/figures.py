@@ -333,10 +333,12 @@ def points(rows, x, y):
 def draw_plot(found, x, y, title):
     """A matplotlib figure of `points`: colours for rows, shapes for subjects, bars for the intervals.
 
-    Of several rows of a method the one of the highest rank is filled, the next hollow. The group id of point k is `point-k`.
+    Of several rows of a method the one of the highest rank is filled, the next hollow, then what it is called otherwise.
+    The group id of point k is `point-k`.
     """
     markers = dict(zip(dict.fromkeys(p["subject"] for p in found), itertools.cycle(MARKERS)))
-    rows = {p["row"]: (p["method"], -(p["rank"] or 0)) for p in found}
+    called = list(dict.fromkeys(p["row"].partition(" (rank=")[0] for p in found))
+    rows = {p["row"]: (p["method"], called.index(p["row"].partition(" (rank=")[0]), -(p["rank"] or 0)) for p in found}
     faces = {}
     for method, labels in itertools.groupby(sorted(rows, key=rows.get), lambda label: rows[label][0]):
         for label, fill in zip(labels, itertools.cycle(FILLS)):
@@ -377,7 +379,8 @@ def plots(results):
         rows = [row for row in results["rows"] if row["part"] == part]
         scored = {key for row in rows for key in row["scores"]}
         x, y = (next((score for score in scores if score in scored), None) for scores in (xs, ys))
-        if x and y and (where := points(rows, x, y)):
+        where = points(rows, x, y) if x and y else []
+        if sum(point["method"] != BASE for point in where) > 1:  # one alone shows nothing
             where = [point | {"subject": called.get(point["subject"], point["subject"])} for point in where]
             found[f"{part}-{name}" if part else name] = where, x, y, f"{title} ({part})" if part else title
     return found
@@ -405,7 +408,8 @@ def draw_all(root, results, plan):
 
 def remove_all(root, results):
     """Removes what `draw_all` has written of other results."""
-    for name, kind in itertools.product((*_by_file(results["plan"].get(FIGURES) or {}), *plots(results)), SAVED):
+    drawn = [f"{part}-{name}" if part else name for part, name in itertools.product(results["parts"], PLOTS)]
+    for name, kind in itertools.product((*_by_file(results["plan"].get(FIGURES) or {}), *drawn), SAVED):
         (Path(root) / FIGURES / f"{name}.{kind}").unlink(missing_ok=True)
 
 
