@@ -8,6 +8,11 @@ import math
 
 from scipy.special import stdtrit
 
+# The encoder that each score is of, "judge" for the drawn world's. DINO's features see another picture where CLIP's see the
+# same thing said: diversity and drift are of them.
+ENCODER_OF = {"clip_i": "clip", "clip_t": "clip", "dinov1": "dinov1", "dinov2": "dinov2", "diversity": "dinov1",
+              "drift": "dinov2", "individual": "judge", "scene": "judge"}  # fmt: skip
+
 
 def pairwise(generated, references):
     """(n,) float64 for (n, d) and (m, d): each generated picture's mean cosine with all references.
