@@ -124,6 +124,18 @@ def test_a_grid_is_labelled_and_says_how_it_was_made(drawn):
     assert np.array_equal(cells[0].images[0].get_array(), np.asarray(photograph))
 
 
+def test_steps_stand_beside_the_rows_where_these_differ(drawn):
+    root, results, _ = drawn
+    longer = lambda row: row | {"training": row["training"] | {"steps": 1000}} if row["method"] == "lora" else row
+    rows = [longer(row) for row in results["rows"]]
+    spec = {"subjects": ["dog"], "rows": ["base", "DEFT (rank=8)", "LoRA (rank=4)"], "prompts": [SNOW]}
+    with matplotlib.rc_context(STYLE):
+        figure, _ = draw_figure(root, results | {"rows": rows}, "figure1", spec)
+    said = " ".join(texts(figure))
+    assert "base DEFT (rank=8), 500 steps LoRA (rank=4), 1000 steps" in said
+    assert "training steps" not in said and "30 denoising steps" in said
+
+
 def test_the_first_picture_of_a_prompt_is_shown_under_the_subjects_name(drawn, tmp_path):
     root, results, _ = drawn
     copy = shutil.copytree(root, tmp_path / "copy")
@@ -281,8 +293,18 @@ def test_every_point_of_a_plot_says_what_it_is(drawn):
     mean = sum(s["clip_t"] for s in scores) / 2
     assert any(f"DEFT (rank=8), dog: CLIP-T {mean:.4g} ± " in title and "; 2 seeds" in title for _, title in titles)
     assert any(title.startswith("base, cat: CLIP-T") and "±" not in title for _, title in titles)
-    for text in ("CLIP-T", "DINOv2", "LoRA (rank=4)", "Fidelity against following the prompt"):
+    axes = ("CLIP-T (toyworld), 0 to 1", "DINOv2 (toyworld), 0 to 1")
+    for text in (*axes, "LoRA (rank=4)", "Fidelity against following the prompt"):
         assert f">{text}</text>" in svg
+
+
+def test_an_axis_names_encoder_and_scale():
+    part = {"scale": 100.0, "encoders": {"dinov2": {"id": "a/b"}, "judge": {"id": "toyworld/judge"}}}
+    axes = draw_plot([], "individual", "dinov2", "", part).axes[0]
+    assert axes.get_ylabel() == "DINOv2 (a/b), times 100"
+    assert axes.get_xlabel() == "share that shows this individual (toyworld/judge)"  # a share, whatever the scale
+    drift, clip = (draw_plot([], x, "dinov2", "", part).axes[0].get_xlabel() for x in ("drift", "clip_t"))
+    assert drift == "drift on unrelated prompts, less is better (a/b)" and clip == "CLIP-T, times 100"
 
 
 @pytest.mark.parametrize("module, key", [(figures, "figures"), (report, "strengths")])
@@ -300,7 +322,7 @@ def test_a_plan_may_come_from_json(drawn):
 def test_the_highest_rank_of_a_method_is_filled():
     same = {"subject": "dog", "method": "deft", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
     found = [same | {"row": f"DEFT (rank={rank})", "rank": rank} for rank in (4, 8)]
-    legend = draw_plot(found, "clip_t", "dinov2", "").axes[0].artists[0]
+    legend = draw_plot(found, "clip_t", "dinov2", "", {}).axes[0].artists[0]
     shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
     assert shown == {"DEFT (rank=8)": "full", "DEFT (rank=4)": "none"}
 
@@ -308,7 +330,8 @@ def test_the_highest_rank_of_a_method_is_filled():
 def test_a_rank_looks_the_same_beside_a_method_of_another_name():
     same = {"subject": "dog", "method": "para", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
     rows = (("PaRa (rank=8)", 8), ("PaRa (rank=4)", 4), ("PaRa + uncond (rank=8)", 8))
-    legend = draw_plot([same | {"row": row, "rank": rank} for row, rank in rows], "clip_t", "dinov2", "").axes[0].artists[0]
+    found = [same | {"row": row, "rank": rank} for row, rank in rows]
+    legend = draw_plot(found, "clip_t", "dinov2", "", {}).axes[0].artists[0]
     shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
     assert shown == {"PaRa (rank=8)": "full", "PaRa (rank=4)": "none", "PaRa + uncond (rank=8)": "bottom"}
 
@@ -317,8 +340,8 @@ def test_shares_are_plotted_between_none_and_all():
     found = [
         {"row": "DEFT", "subject": "dog", "method": "deft", "rank": 8, "n": 2, "x": 1.0, "y": 0.5, "dx": 3.0, "dy": 2.0}
     ]
-    axes = draw_plot(found, "scene", "individual", "").axes[0]
+    axes = draw_plot(found, "scene", "individual", "", {}).axes[0]
     for low, high in (axes.get_xlim(), axes.get_ylim()):
         assert -0.1 < low < 0 and 1 < high < 1.1
-    low, high = draw_plot(found, "clip_t", "dinov2", "").axes[0].get_xlim()
+    low, high = draw_plot(found, "clip_t", "dinov2", "", {}).axes[0].get_xlim()
     assert low < -2 and high > 4

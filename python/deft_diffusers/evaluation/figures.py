@@ -34,7 +34,7 @@ from ..grid import wrap
 from ..sweep import BASE
 from ..writing import replacing
 from .metrics import mean_interval
-from .tables import ALL, OTHERS, SIMILARITIES, names
+from .tables import ALL, OTHERS, SIMILARITIES, names, said_encoder, said_scale
 
 FIGURES = "figures"  # folder in the comparison's, and key of the plan
 SPEC = {"title": str, "subjects": list, "rows": list, "prompts": list, "seed": int}
@@ -43,7 +43,7 @@ NEEDED = ("subjects", "rows", "prompts")
 DPI = 300
 SETTINGS = {  # what the note under a title says
     "pretrained_model_name_or_path": "base model {}",
-    "steps": "{} training steps",
+    "steps": "{} training steps",  # where rows differ, beside each
     "num_inference_steps": "{} denoising steps",
     "guidance_scale": "guidance {}",
     "training": "training seed {}",
@@ -79,7 +79,8 @@ PLOTS = {  # file -> scores to put on x and y, the first that any job has, and t
     "fidelity_drift": (("drift",), FIDELITY, "Fidelity against forgetting"),
     "individual_scene": (("scene",), ("individual",), "Share of pictures that show this individual, and that scene"),
 }
-AXES = {"drift": "drift on unrelated prompts (less is better)"}
+AXES = {"drift": "drift on unrelated prompts, less is better", "individual": "share that shows this individual",
+        "scene": "share that shows that scene"}  # fmt: skip
 COLOURS = {  # of methods: Okabe and Ito's, told apart by colour-blind eyes too
     "deft": "#d55e00",
     "para": "#009e73",
@@ -270,10 +271,15 @@ def draw_figure(root, results, name, spec):
                             for prompt, picture in zip(spec["prompts"], pictures) if picture is None]  # fmt: skip
             else:
                 missing.append(f"{name}: there is no job of {subject}, {label}")
-            rows.append((label, pictures))
+            rows.append((label, pictures, job and job["training"].get("steps")))
         if photograph is None:
             missing.append(f"{name}: there is no photograph of {subject}")
         lines.append((names(results).get(subject, subject), photograph, rows))
+    if differ := len(said["steps"]) > 1:
+        said["steps"].clear()
+    beside = lambda label, steps: f"{label}, {steps} steps" if differ and steps else label
+    lines = [(name, photograph, [(beside(label, steps), pictures) for label, pictures, steps in rows])
+             for name, photograph, rows in lines]  # fmt: skip
     note = ", ".join(text.format(" and ".join(said[key])) for key, text in SETTINGS.items() if said[key])
     columns = [prompt.replace("{}", "[V]") for prompt in spec["prompts"]]
     return draw_grid(lines, columns, heading(results, name, spec), note), missing
@@ -330,8 +336,16 @@ def points(rows, x, y):
     return found
 
 
-def draw_plot(found, x, y, title):
-    """A matplotlib figure of `points`: colours for rows, shapes for subjects, bars for the intervals.
+def said_axis(score, part):
+    """What stands beside an axis: a part's score, its encoder and, of a similarity, its scale."""
+    encoder = said_encoder(part, score)
+    scale = f", {said_scale(part)}" if score in SIMILARITIES else ""
+    return AXES.get(score, SCORES[score]) + (f" ({encoder})" if encoder else "") + scale
+
+
+def draw_plot(found, x, y, title, part):
+    """A matplotlib figure of `points` of a part of the plan, as `results["parts"]` has it: colours for rows, shapes for
+    subjects, bars for the intervals.
 
     Of several rows of a method the one of the highest rank is filled, the next hollow, then what it is called otherwise.
     The group id of point k is `point-k`.
@@ -346,8 +360,8 @@ def draw_plot(found, x, y, title):
     figure = Figure((6.4, 3.6))
     axes = figure.add_axes((0.09, 0.13, 0.6, 0.77))
     axes.set_title(title, loc="left", fontsize=TITLE, weight="bold")
-    axes.set_xlabel(AXES.get(x, SCORES[x]))
-    axes.set_ylabel(AXES.get(y, SCORES[y]))
+    axes.set_xlabel(said_axis(x, part))
+    axes.set_ylabel(said_axis(y, part))
     how = {"markersize": 5.5, "markeredgewidth": 1.2}
     for k, p in enumerate(found):
         bars = axes.errorbar(p["x"], p["y"], p["dy"], p["dx"], marker=markers[p["subject"]], elinewidth=0.7,
@@ -372,7 +386,7 @@ def tip(point, x, y):
 
 
 def plots(results):
-    """What can be plotted: {file's name: (points, score on x, on y, title)}, each part of the plan by itself, since
+    """What can be plotted: {file's name: (points, score on x, on y, title, part)}, each part of the plan by itself, since
     protocols differ in their scale."""
     found, called = {}, names(results)
     for part, (name, (xs, ys, title)) in itertools.product(results["parts"], PLOTS.items()):
@@ -382,7 +396,8 @@ def plots(results):
         where = points(rows, x, y) if x and y else []
         if sum(point["method"] != BASE for point in where) > 1:  # one alone shows nothing
             where = [point | {"subject": called.get(point["subject"], point["subject"])} for point in where]
-            found[f"{part}-{name}" if part else name] = where, x, y, f"{title} ({part})" if part else title
+            title = f"{title} ({part})" if part else title
+            found[f"{part}-{name}" if part else name] = where, x, y, title, results["parts"][part]
     return found
 
 
@@ -398,8 +413,8 @@ def draw_all(root, results, plan):
             figure, lacking = draw_figure(root, results, name, spec)
             missing += lacking
             _save(figure, folder / name, ("png", "pdf"))
-        for name, (found, x, y, title) in plots(results).items():
-            figure = draw_plot(found, x, y, title)
+        for name, (found, x, y, title, part) in plots(results).items():
+            figure = draw_plot(found, x, y, title, part)
             _save(figure, folder / name, ("png", "pdf", "svg"), [tip(point, x, y) for point in found])
     for text in missing:
         print(f"warning: {text}", file=sys.stderr)
