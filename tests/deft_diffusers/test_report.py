@@ -127,7 +127,8 @@ def test_everything_is_on_the_page(visit, comparison):
     assert costs[0].split("\t") == ["DEFT (rank=8)", "2", "987,648", "0.400", "500", "62 ± 6", "8.2"]
     assert costs[1].split("\t")[:2] == ["LoRA (rank=4)", "1"]  # the job that failed has told nothing
     made = page.locator("dl").first.inner_text()
-    assert "b5e1f00" in made.split("tables, figures and this page")[0] and "c7afd82" in made.split("this page")[1]
+    assert "commit: b5e1f00; jobs: 2; first: 2026-11-22; last: 2026-11-23\ndrawn\ncommit: not recorded; jobs: 2\n" in made
+    assert "tables, figures and this page\ncommit: c7afd82; time: 2026-11-23T22:40:00+00:00" in made
 
 
 def test_what_is_missing_is_said_with_the_reason(visit):

@@ -277,7 +277,7 @@ def draw_figure(root, results, name, spec):
         lines.append((names(results).get(subject, subject), photograph, rows))
     if differ := len(said["steps"]) > 1:
         said["steps"].clear()
-    beside = lambda label, steps: f"{label}, {steps} steps" if differ and steps else label
+    beside = lambda label, steps: f"{label}, {steps} training steps" if differ and steps else label
     lines = [(name, photograph, [(beside(label, steps), pictures) for label, pictures, steps in rows])
              for name, photograph, rows in lines]  # fmt: skip
     note = ", ".join(text.format(" and ".join(said[key])) for key, text in SETTINGS.items() if said[key])

@@ -224,7 +224,8 @@ def _settings(results):
     """What everything was made with: (heading, [(name, text) …]) each."""
     say = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     told = lambda facts: "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in facts.items())
-    made = {name: " · ".join(map(told, entries)) for name, entries in results["made"].items()}
+    known = lambda entry: {"commit": "not recorded"} | {key: value for key, value in entry.items() if value is not None}
+    made = {name: " · ".join(told(known(entry)) for entry in entries) for name, entries in results["made"].items()}
     made["tables, figures and this page"] = made.pop("tables")
     made |= {"device": results["device"]} | results["settings"]
     found = [("This comparison", made), ("Versions", results["versions"])]

@@ -36,6 +36,7 @@ BOLD = "Bold: the best of those with an interval, where it overlaps with no othe
 UNMOVED = "0 by construction: a new word changes no weight, and these prompts do not say it"
 TEX_WIDTH, TEX_LINES = 130, 46  # letters and lines that a page holds in footnotesize
 TEX_SEPARATOR = 2  # letters that the room between two columns takes
+TEX_RULE = r"\hline\noalign{\vskip .4ex}"  # else it touches what is below
 
 
 @dataclass
@@ -179,19 +180,25 @@ def _about(part, rows, keys, prompt=None):
     if printed and "judge" in part.get("encoders", {}):  # which looks at drawings alone
         own, theirs = ", ".join(printed), ", ".join(printed.values())
         said.append(f"The subjects are drawings of the embedded world ({own}), stand-ins for the printed ones ({theirs}).")
-    return " ".join([*said, _of_pictures(rows, set(keys), prompt), "Mean ± 95 % t-interval over n seeds."])
+    return " ".join([*said, _of_pictures(rows, keys, prompt), "Mean ± 95 % t-interval over n seeds."])
 
 
-def _of_pictures(rows, keys, prompt=None):
-    """Of how many pictures a job's figures are, drift by itself, since it is of others."""
-    said, drift = [], {"drift"}
-    for own, text in ((keys - drift, "of {} pictures"), (keys & drift, "its drift of {} of unrelated prompts")):
-        numbers = {_counts(row, prompt).get(key) for row in rows for key in own & row["scores"].keys()}
+def _of_pictures(rows, keys, prompt):
+    """Of how many pictures a job's figures are: what most scores have, and which have others."""
+    scores = {}  # span -> names
+    for key in keys:
+        numbers = {_counts(row, prompt).get(key) for row in rows if row["scores"].get(key) is not None}
         known = sorted(numbers - {None})
+        span = [" to ".join(dict.fromkeys(map(str, (known[0], known[-1]))))] if known else []
         if numbers:
-            span = " to ".join(dict.fromkeys(map(str, (known[0], known[-1])))) if known else ""
-            said.append(text.format(" or ".join(filter(None, [span, "an unknown number of" * (None in numbers)]))))
-    return f"A job's figures are {', '.join(said)}." if said else "Nothing is scored."
+            name = (SIMILARITIES | OTHERS)[key] + " on unrelated prompts" * (key == "drift")
+            scores.setdefault(" or ".join(span + ["an unknown number"] * (None in numbers)), []).append(name)
+    if not scores:
+        return "Nothing is scored."
+    most = max(scores, key=lambda span: len(scores[span]))
+    others = [f"{' and '.join(names)} of {span}" for span, names in scores.items() if span != most]
+    pictures = f"{most}{' of' * ('unknown' in most)} pictures"
+    return f"A job's figures are of {', '.join([pictures, *others])}."
 
 
 def _facts(part):
@@ -471,9 +478,9 @@ def _tex_table(table, lines, columns, notes, label, caption):
         rf"\label{{{label}}}",
         r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{% of the package graphicx",
         rf"\begin{{tabular}}{{{'l' * len(table.labels)}{'r' * len(columns)}}}",
-        r"\hline",
+        TEX_RULE,
         " & ".join(heads) + r" \\",
-        r"\hline",
+        TEX_RULE,
     ]
     used = {}
     for labels, cells in lines:
