@@ -60,7 +60,9 @@ COMMANDS = (
         "compare",
         CompareOptions,
         "Train, draw and score subjects by many methods: tables with intervals, figures, a report; it goes on where it was.",
-        """deft compare --plan benchmarks/quality/toyworld.yaml --output_dir outputs/compare
+        """python -m deft_diffusers.toyworld.subjects --output_dir outputs/subjects
+  python -m deft_diffusers.toyworld.subjects --output_dir outputs/plus --layout dreambench++
+  deft compare --plan benchmarks/quality/toyworld.yaml --output_dir outputs/compare
 
   on two cores, or every GPU: torchrun --standalone --nproc-per-node 2 -m deft_diffusers compare …
   go on after a stop, or only write tables, figures and report again: the same command""",

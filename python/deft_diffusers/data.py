@@ -215,7 +215,8 @@ def _read(path):
             # the second picture in a phone's JPEG is a thumbnail, or how far away things are
             return to_rgb(image), 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     except Exception as error:  # PIL's decoders raise many kinds of error for a damaged file
-        raise UserError(f"cannot read the picture {path}: {error}") from error
+        reason = str(error).replace(repr(str(path)), "").rstrip(": ")  # which most of them name again
+        raise UserError(f"cannot read the picture {path}: {reason}") from error
 
 
 def read_image(path):

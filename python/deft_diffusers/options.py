@@ -308,10 +308,14 @@ class CompareOptions(SweepOptions):
 
     plan: str = option(
         "What to train", "YAML file as `deft sweep` takes it, and besides: shown (prompts that are not scored), unrelated "
-        "(texts that tell what was forgotten), evaluate (options of `deft evaluate`), figures, only (which subjects, and "
-        "their names in the published tables, by which they are shown), parts, each with its own of all that; an entry of "
-        "methods may be a row: {PaRa + uncond: {method: para, ranks: [4], caption_dropout: 1}}; benchmarks/quality has "
-        "examples", metavar="FILE",
+        "(texts that tell what was forgotten), evaluate (options of `deft evaluate`), figures, strengths (what to draw at "
+        "several weights), only (which subjects, and their names in the published tables, by which they are shown), parts, "
+        "each with its own of all that but figures and strengths; an entry of methods may be a row: {PaRa + uncond: "
+        "{method: para, ranks: [4], caption_dropout: 1}}; benchmarks/quality has examples", metavar="FILE",
+    )  # fmt: skip
+    prompt: list[str] = option(  # noqa: RUF009
+        "What to draw", "'a photo of {} in the snow', {} being the subject, in the place of the plan's prompts; repeat for "
+        "several: every run draws them, and the base model its class", repeat=True, metavar="TEXT",
     )  # fmt: skip
     output_dir: str = option(
         "What to train", "where each job has its folder, and tables, figures and report.html go, of the jobs asked for each "

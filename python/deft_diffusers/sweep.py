@@ -23,6 +23,7 @@ from tqdm import tqdm
 from . import UserError, data, near, read_json, read_text
 from .grid import grid
 from .options import METHODS, EvaluateOptions, SampleOptions, TrainOptions
+from .origin import origin
 from .writing import replacing
 
 RESULT, CLAIM, OUTPUT, SAMPLES, TABLE = "job.json", ".claim", "output.txt", "samples", "sweep.md"
@@ -505,12 +506,14 @@ def _run(job, plan, root, claim):
     environment = {k: v for k, v in os.environ.items() if k not in LAUNCHER}
     if "LOCAL_RANK" in os.environ and (devices := _devices()):  # one GPU for each process of the launcher, as far as they go
         environment["CUDA_VISIBLE_DEVICES"] = devices[int(os.environ["LOCAL_RANK"]) % len(devices)]
-    start, code = time.perf_counter(), 0
+    start, code, made = time.perf_counter(), 0, before.get("made", {}) if trained else {}
     with open(folder / OUTPUT, "a" if trained else "w", encoding="utf-8") as output:
         if not trained:
+            made["trained"] = origin()
             code = _call(_train_command(job, plan, folder), environment, output, claim)
         seconds = before.get("seconds", 0.0) if trained else round(time.perf_counter() - start, 1)
         if code == 0 and plan.prompts(job):
+            made["drawn"] = origin()
             code = _call(_sample_command(job, plan, folder), environment, output, claim)
     last = (folder / OUTPUT).read_text(encoding="utf-8", errors="replace").replace("\r", "\n").strip().splitlines()
     where = os.path.abspath(job.subject.instance_data_dir)  # as it is found from any folder
@@ -522,10 +525,17 @@ def _run(job, plan, root, claim):
         "training": read_json(folder / TRAINING) if (folder / TRAINING).is_file() else {},
         "options": plan.training(job),
         "drawn": plan.drawing(job) if code == 0 else {},
-        "said": last[-1] if last else "",
+        "made": made,  # by which commit it was trained and drawn, and when that began
+        "said": _killed(code) if code < 0 and code not in STOPPED else last[-1] if last else "",
     }
     _note(folder, result)
     return result
+
+
+def _killed(code):
+    """What there is to say of a process that a signal has ended, whose last line is that of a progress bar."""
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (", as the system does where memory runs out" if name == "SIGKILL" else "")
 
 
 def _note(folder, result):

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -102,13 +103,8 @@ def results_of(options):
 
 
 def texts_of(options):
-    """The tables, without what no two runs have in common: the costs in `scores`."""
-    root = Path(options.output_dir)
-    texts = {p.name: p.read_text() for name in TABLES[:2] for p in root.glob(f"{name}.*")}
-    rows = list(csv.DictReader((root / "scores.csv").open()))
-    costs = ("training s", "memory GB")
-    texts["scores"] = [{k: v for k, v in row.items() if not k.startswith(costs)} for row in rows]
-    return texts
+    """The tables, without those of the costs."""
+    return {p.name: p.read_text() for name in TABLES for p in Path(options.output_dir).glob(f"{name}.*")}
 
 
 @pytest.mark.parametrize("name, jobs", [("toyworld", 117), ("toyworld-quick", 25), ("sdxl", 112), ("omnigen", 9)])
@@ -156,7 +152,7 @@ def test_shipped_plans_from_end_to_end(family, plan, tmp_path, commands, capsys,
     assert "| DEFT (rank=8) | 1 |" in first and "| 0.8415 | 0.9504 | 0.8882 |" in first
     if family == "sdxl":
         row = next(line for line in first.splitlines() if line.startswith("| Textual Inversion"))
-        assert re.fullmatch(r"\| Textual Inversion \| 1 \| 0\.\d{4} \| 0\.7421 \| 0\.8048 \| 0\.7432 \|", row), row
+        assert re.fullmatch(r"\| Textual Inversion \| 1 \| 0\.\d{4} \| 0\.7421 \[\d\] \| 0\.8048 \| 0\.7432 \|", row), row
         second = (root / "table2.md").read_text().splitlines()
         row = next(line for line in second if line.startswith("| LoRA (rank=8) | HORSE | 1"))
         ours, printed = (row.split(" | ")[k : k + 4] for k in (3, 7))
@@ -230,6 +226,11 @@ def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
     assert there == [True, False, False, True, True, True]  # base, lora and para: of both subjects, and of one
     (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
     assert base["scores"]["clip_i"] and "00.png" in base["missing"][0]["what"]  # of the one reference that can be read
+    assert base["missing"][0]["why"] == "cannot read the picture: cannot identify image file"  # which is named once
+    scored = (root / "cat" / "base" / "scores.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="2 of 6 jobs failed"):
+        compare(o)
+    assert (root / "cat" / "base" / "scores.json").stat().st_mtime_ns == scored  # what is missing is so still
     assert (root / "report.html").is_file() and not (root / "cat" / "lora-r2-seed0" / "scores.json").exists()
 
     kept.write_bytes(picture)
@@ -241,6 +242,42 @@ def test_what_fails_is_named_and_the_rest_is_whole(small, commands, tmp_path):
     assert compare(o) == 0
     (base,) = (row for row in results_of(o)["rows"] if row["job"] == "cat/base")
     assert base["missing"][0]["what"] == "references" and "no pictures in" in base["missing"][0]["why"]
+
+
+def test_who_trained_drew_scored_and_wrote_is_told(small, commands, monkeypatch, tmp_path):
+    commit = iter(f"c{k}" for k in itertools.count())
+    for where in (sweep, module):
+        monkeypatch.setattr(where, "origin", lambda: {"commit": next(commit), "time": "2026-11-24"})
+    o, root = small(methods=["lora"], seeds=[0]), tmp_path / "out"
+    assert compare(o) == 0
+    one = lambda commit, jobs=1: {"commit": commit, "jobs": jobs, "first": "2026-11-24", "last": "2026-11-24"}
+    made = {"trained": [one("c1")], "drawn": [one("c0"), one("c2")], "scored": [one("c3"), one("c4")]}
+    assert results_of(o)["made"] == made | {"tables": [{"commit": "c5", "time": "2026-11-24"}]}
+    assert compare(o) == 0 and results_of(o)["made"] == made | {"tables": [{"commit": "c6", "time": "2026-11-24"}]}
+    job = root / "dog8" / "lora-r2-seed0" / "job.json"
+    told = json.loads(job.read_text())
+    assert {step: made["commit"] for step, made in told["made"].items()} == {"trained": "c1", "drawn": "c2"}
+    commands.clear()
+    changed = small(methods=["lora"], seeds=[0], prompts=["a {} in a wood"])
+    assert compare(changed) == 0 and {words[3] for words in commands} == {"sample"}
+    assert results_of(o)["made"]["trained"] == [one("c1")]  # which is what it was
+    told.pop("made")
+    job.write_text(json.dumps(told | {"drawn": json.loads(job.read_text())["drawn"]}))
+    assert compare(changed) == 0
+    unknown = {"commit": None, "jobs": 1, "first": None, "last": None}
+    assert results_of(o)["made"]["trained"] == [unknown]  # by an earlier version, which told nothing
+
+
+def test_a_job_that_was_killed_says_so(small, monkeypatch, tmp_path):
+    def killed(command, environment, output, claim):
+        output.write("\rsteps:  45%|████▌     | 226/500")
+        return -signal.SIGKILL
+
+    monkeypatch.setattr(sweep, "_call", killed)
+    with pytest.raises(UserError, match="jobs failed"):
+        compare(small(seeds=[0]))
+    text = (tmp_path / "out" / "table1.md").read_text()
+    assert "failed: killed by SIGKILL, as the system does where memory runs out" in text and "█" not in text
 
 
 def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands, monkeypatch, tmp_path):
@@ -288,7 +325,7 @@ def test_scores_follow_what_is_drawn_and_asked_and_not_the_batch(small, commands
     commands.clear()
     load = module._load
     judge = lambda images: [{"individual": None, "scene": None} for _ in images]
-    judge.sha256 = "of another judge"
+    judge.sha256, judge.preprocessing = "of another judge", {}
     monkeypatch.setattr(module, "_load", lambda *asked: dataclasses.replace(load(*asked), judge=judge))
     assert compare(small(**fewer)) == 0 and not commands
     scored = [json.loads(file.read_text()) for file in root.glob("*/*/scores.json")]
@@ -354,7 +391,7 @@ def test_what_a_training_took_that_was_stopped_is_not_known(small, commands, tmp
     assert compare(o) == 0
     _, first, second = (row["training"] for row in results_of(o)["rows"])
     assert first["seconds"] and second["seconds"] is second["memory_gb"] is None and second["steps"] == first["steps"] == 1
-    line = next(line for line in csv.DictReader((tmp_path / "out/scores.csv").open()) if line["method"] == "LoRA (rank=2)")
+    line = next(line for line in csv.DictReader((tmp_path / "out/costs.csv").open()) if line["method"] == "LoRA (rank=2)")
     assert (line["n"], line["training s n"], float(line["training s"])) == ("2", "1", pytest.approx(first["seconds"]))
     assert "training s: dog8/lora-r2-seed1: not known, as it was stopped and went on" in line["notes"]
 

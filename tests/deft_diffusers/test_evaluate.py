@@ -479,7 +479,7 @@ def test_the_judge_of_the_drawn_world(tiny_encoders, pictures, monkeypatch):
     said = {Image.open(path).tobytes(): dict(zip(("individual", "scene"), words)) for path, words in zip(images, said)}
     nothing = {"individual": None, "scene": None}
     judge = lambda pictures: [said.get(picture.tobytes(), nothing) for picture in pictures]
-    judge.sha256 = "abc"
+    judge.sha256, judge.preprocessing = "abc", {"by": "PIL"}
 
     asked = lambda prompt: {"scene": "snow" if "snow" in prompt else "rain" if "rain" in prompt else None}
     monkeypatch.setitem(sys.modules, "deft_diffusers.toyworld.judge", types.SimpleNamespace(asked=asked))
@@ -489,7 +489,8 @@ def test_the_judge_of_the_drawn_world(tiny_encoders, pictures, monkeypatch):
     assert [(s["individual"], s["scene"]) for s in result["samples"][:4]] == [
         (True, True), (False, True), (True, False), (False, False)]  # fmt: skip
     assert "individual" not in result["samples"][4]
-    assert result["encoders"]["judge"] == {"id": "toyworld/judge", "revision_or_sha256": "abc"}
+    assert result["encoders"]["judge"] == {
+        "id": "toyworld/judge", "revision_or_sha256": "abc", "preprocessing": {"by": "PIL"}}  # fmt: skip
     scores = score(images, prompts, references, found, **settings)["scores"]  # whoever it is
     assert "individual" not in scores and scores["scene"] == 2 / 4
 

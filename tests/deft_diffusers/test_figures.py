@@ -5,13 +5,16 @@ import json
 import re
 import shutil
 import struct
+import textwrap
 import zlib
 
 import matplotlib
 import numpy as np
 import pytest
+import yaml
 from comparison import PROMPTS, ROWS, write_comparison
 from deft_diffusers import UserError
+from deft_diffusers.evaluation import figures, report
 from deft_diffusers.evaluation.figures import (
     CELL,
     DPI,
@@ -25,6 +28,7 @@ from deft_diffusers.evaluation.figures import (
     find_job,
     plots,
     points,
+    read_figure,
     read_figures,
     read_samples,
     remove_all,
@@ -118,6 +122,18 @@ def test_a_grid_is_labelled_and_says_how_it_was_made(drawn):
     assert [t.get_text() for axes in figure.axes for t in axes.texts] == ["missing"]
     photograph = at_print_size(Image.open(root / "subjects/dog/0.png"))
     assert np.array_equal(cells[0].images[0].get_array(), np.asarray(photograph))
+
+
+def test_steps_stand_beside_the_rows_where_these_differ(drawn):
+    root, results, _ = drawn
+    longer = lambda row: row | {"training": row["training"] | {"steps": 1000}} if row["method"] == "lora" else row
+    rows = [longer(row) for row in results["rows"]]
+    spec = {"subjects": ["dog"], "rows": ["base", "DEFT (rank=8)", "LoRA (rank=4)"], "prompts": [SNOW]}
+    with matplotlib.rc_context(STYLE):
+        figure, _ = draw_figure(root, results | {"rows": rows}, "figure1", spec)
+    said = " ".join(texts(figure))
+    assert "base DEFT (rank=8), 500 training steps LoRA (rank=4), 1000 training steps" in said
+    assert said.count("training steps") == 2 and "30 denoising steps" in said
 
 
 def test_the_first_picture_of_a_prompt_is_shown_under_the_subjects_name(drawn, tmp_path):
@@ -255,14 +271,16 @@ def test_many_subjects_are_one_point():
 
 
 def test_parts_are_plotted_apart_with_the_scores_they_have():
-    rows = [row(part="table1", clip_t=0.3, clip_i=0.8, drift=0.1), row(part="table2", clip_t=30, dinov1=70, clip_i=80)]
-    found = plots({"parts": {name: {"subjects": {"cat": None}} for name in ("table1", "table2")}, "rows": rows})
+    rows = [row(part="table1", label=label, clip_t=0.3, clip_i=0.8, drift=0.1) for label in ("DEFT", "LoRA")]
+    rows += [row(subject, part="table2", clip_t=30, dinov1=70, clip_i=80) for subject in ("cat", "dog")]
+    rows += [row(part="rock", clip_t=0.3, clip_i=k) | {"method": m, "row": m} for k, m in enumerate(("base", "deft"))]  # one
+    found = plots({"parts": {name: {"subjects": {"cat": None}} for name in ("table1", "table2", "rock")}, "rows": rows})
     assert {name: plot[1:3] for name, plot in found.items()} == {
         "table1-fidelity_prompt": ("clip_t", "clip_i"),
         "table1-fidelity_drift": ("drift", "clip_i"),
         "table2-fidelity_prompt": ("clip_t", "dinov1"),
     }
-    assert [len(plot[0]) for plot in found.values()] == [1, 1, 1]
+    assert [len(plot[0]) for plot in found.values()] == [2, 2, 2]
 
 
 def test_every_point_of_a_plot_says_what_it_is(drawn):
@@ -275,8 +293,25 @@ def test_every_point_of_a_plot_says_what_it_is(drawn):
     mean = sum(s["clip_t"] for s in scores) / 2
     assert any(f"DEFT (rank=8), dog: CLIP-T {mean:.4g} ± " in title and "; 2 seeds" in title for _, title in titles)
     assert any(title.startswith("base, cat: CLIP-T") and "±" not in title for _, title in titles)
-    for text in ("CLIP-T", "DINOv2", "LoRA (rank=4)", "Fidelity against following the prompt"):
+    axes = ("CLIP-T (toyworld), 0 to 1", "DINOv2 (toyworld), 0 to 1")
+    for text in (*axes, "LoRA (rank=4)", "Fidelity against following the prompt"):
         assert f">{text}</text>" in svg
+
+
+def test_an_axis_names_encoder_and_scale():
+    part = {"scale": 100.0, "encoders": {"dinov2": {"id": "a/b"}, "judge": {"id": "toyworld/judge"}}}
+    axes = draw_plot([], "individual", "dinov2", "", part).axes[0]
+    assert axes.get_ylabel() == "DINOv2 (a/b), times 100"
+    assert axes.get_xlabel() == "share that shows this individual (toyworld/judge)"  # a share, whatever the scale
+    drift, clip = (draw_plot([], x, "dinov2", "", part).axes[0].get_xlabel() for x in ("drift", "clip_t"))
+    assert drift == "drift on unrelated prompts, less is better (a/b)" and clip == "CLIP-T, times 100"
+
+
+@pytest.mark.parametrize("module, key", [(figures, "figures"), (report, "strengths")])
+def test_the_example_of_the_documentation_can_be_read(module, key):
+    example = yaml.safe_load(textwrap.dedent(re.search(rf"(?m)^ +{key}:.*\n(?: +.*\n)*", module.__doc__)[0]))
+    for name, spec in (example[key] if key == "figures" else example).items():
+        assert read_figure(name, spec)["prompts"] == ["a photo of {} on the beach"]
 
 
 def test_a_plan_may_come_from_json(drawn):
@@ -286,18 +321,27 @@ def test_a_plan_may_come_from_json(drawn):
 
 def test_the_highest_rank_of_a_method_is_filled():
     same = {"subject": "dog", "method": "deft", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
-    found = [same | {"row": f"DEFT {rank}", "rank": rank} for rank in (4, 8)]
-    legend = draw_plot(found, "clip_t", "dinov2", "").axes[0].artists[0]
+    found = [same | {"row": f"DEFT (rank={rank})", "rank": rank} for rank in (4, 8)]
+    legend = draw_plot(found, "clip_t", "dinov2", "", {}).axes[0].artists[0]
     shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
-    assert shown == {"DEFT 8": "full", "DEFT 4": "none"}
+    assert shown == {"DEFT (rank=8)": "full", "DEFT (rank=4)": "none"}
+
+
+def test_a_rank_looks_the_same_beside_a_method_of_another_name():
+    same = {"subject": "dog", "method": "para", "n": 1, "x": 0.1, "y": 0.5, "dx": None, "dy": None}
+    rows = (("PaRa (rank=8)", 8), ("PaRa (rank=4)", 4), ("PaRa + uncond (rank=8)", 8))
+    found = [same | {"row": row, "rank": rank} for row, rank in rows]
+    legend = draw_plot(found, "clip_t", "dinov2", "", {}).axes[0].artists[0]
+    shown = {text.get_text(): line.get_fillstyle() for text, line in zip(legend.get_texts(), legend.get_lines())}
+    assert shown == {"PaRa (rank=8)": "full", "PaRa (rank=4)": "none", "PaRa + uncond (rank=8)": "bottom"}
 
 
 def test_shares_are_plotted_between_none_and_all():
     found = [
         {"row": "DEFT", "subject": "dog", "method": "deft", "rank": 8, "n": 2, "x": 1.0, "y": 0.5, "dx": 3.0, "dy": 2.0}
     ]
-    axes = draw_plot(found, "scene", "individual", "").axes[0]
+    axes = draw_plot(found, "scene", "individual", "", {}).axes[0]
     for low, high in (axes.get_xlim(), axes.get_ylim()):
         assert -0.1 < low < 0 and 1 < high < 1.1
-    low, high = draw_plot(found, "clip_t", "dinov2", "").axes[0].get_xlim()
+    low, high = draw_plot(found, "clip_t", "dinov2", "", {}).axes[0].get_xlim()
     assert low < -2 and high > 4

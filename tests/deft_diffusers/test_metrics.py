@@ -40,6 +40,8 @@ def test_drift_is_none_for_the_same_and_one_for_the_opposite():
     assert metrics.drift(same, same) == pytest.approx(0)
     assert metrics.drift(same, half) == pytest.approx((1 - (1 + math.sqrt(0.5)) / 2) / 2)
     assert metrics.drift(same, -same) == pytest.approx(1)
+    longer = torch.tensor([[1.0 + 1e-6, 0.0]])  # as float32 rounds a unit row
+    assert f"{metrics.drift(longer, longer):.4f}" == "0.0000"  # and not -0.0000
 
 
 @pytest.mark.parametrize("degrees, expected", [(1, 12.7062047362), (2, 4.3026527297), (3, 3.1824463053),

@@ -25,13 +25,18 @@ def job(row, seed, subject="dog", method="deft", part="table1", scores=None, **m
 
 
 def results(*rows, subjects=("dog",), part="table1", protocol="dreambooth", scale=1.0, **names):
-    about = {"protocol": protocol, "scale": scale, "subjects": dict.fromkeys(subjects) | names, "prompts": ["a {}"],
+    about = {"model": "a model", "protocol": protocol, "scale": scale,
+             "subjects": dict.fromkeys(subjects) | names, "prompts": ["a {}"],
              "unrelated": [], "encoders": {"clip": {"id": "a/b_c"}}}  # fmt: skip
     return {"parts": {part: about}, "rows": list(rows), "published": PUBLISHED}
 
 
 def deft(*values, row="DEFT (rank=8)", **more):
     return [job(row, seed, scores={"clip_i": value}, **more) for seed, value in enumerate(values)]
+
+
+def one(how, found, name):
+    return how({name: tables.build(found)[name]})
 
 
 def lines_of(table):
@@ -100,7 +105,7 @@ def test_what_is_missing_is_a_dash_with_its_reason():
     assert (lines["LoRA (rank=8)"][0].n, lines["LoRA (rank=8)"][0].note) == (1, "dog/lora-seed1 failed: out of | memory")
     assert (lines["DEFT (rank=8)"][0].n, lines["DEFT (rank=8)"][0].note) == (2, "dog/deft-seed1: 0001.png: cannot be read")
     assert lines["DreamBooth"][0].note == "no CLIP-I"
-    text = tables._markdown("table1", tables.build(found)["table1"])
+    text = one(tables._markdown, found, "table1")
     (row,) = (line for line in text.splitlines() if line.startswith("| SVDiff"))
     number = re.match(r"\| SVDiff \|  \| — \[(\d)\] \| 0.7818", row)[1]
     assert f"[{number}] dog/svdiff-seed0 failed: out of | memory" in text and row.count("|") == 7
@@ -110,15 +115,53 @@ def test_all_is_the_mean_over_subjects_of_the_seeds_that_all_have():
     rows = [*deft(0.8, 0.6, 0.7), *deft(0.4, 0.2, subject="cat"), job("DEFT (rank=8)", 2, "cat", status="failed"),
             *deft(0.9, row="only dog")]  # fmt: skip
     table = tables.build(results(*rows, subjects=("dog", "cat")))["scores"]
-    lines = {tuple(labels[1:3]): cells for labels, cells in table.lines}
+    lines = {tuple(labels[:2]): cells for labels, cells in table.lines}
     assert (
         lines["all", "DEFT (rank=8)"][0].mean == pytest.approx((0.6 + 0.4) / 2) and lines["all", "DEFT (rank=8)"][0].n == 2
     )
     assert "cat/deft-seed2 failed" in lines["all", "DEFT (rank=8)"][0].note
     assert ("all", "only dog") not in lines and lines["dog", "only dog"][0].mean == 0.9
-    assert table.columns == ["CLIP-I", "parameters", "training s"]
-    assert [cell.shown for cell in lines["dog", "DEFT (rank=8)"][1:]] == ["1,234,567", "21 ± 2"]
+    assert table.columns == ["CLIP-I"]
 
+
+def test_costs_are_of_every_trained_row():
+    rows = [*deft(0.8, 0.6, 0.7), *deft(0.4, 0.2, row="only dog"), job("base", 0, method="base", training={})]
+    table = tables.build(results(*rows))["costs"]
+    assert table.columns == ["parameters", "training s"] and list(lines_of(table)) == ["DEFT (rank=8)", "only dog"]
+    assert [cell.shown for cell in lines_of(table)["DEFT (rank=8)"]] == ["1,234,567", "21 ± 2"]
+    assert one(tables._csv, results(*rows), "costs").startswith("method,n,parameters,parameters ±,parameters n,training s,")
+
+
+def test_a_word_that_changes_no_weight_is_not_the_best_at_forgetting_nothing():
+    word = {"row": "Textual Inversion", "method": "textual_inversion"}
+    rows = [job(scores={"drift": drift}, seed=seed, **about)
+            for about, drift in ((word, 1e-9), ({"row": "a"}, 0.1), ({"row": "b"}, 0.2)) for seed in (0, 1)]  # fmt: skip
+    lines = {labels[1]: cells[0] for labels, cells in tables.build(results(*rows))["scores"].lines}
+    assert lines["Textual Inversion"].shown == "0.0000" and lines["Textual Inversion"].note == tables.UNMOVED
+    assert [name for name, cell in lines.items() if cell.best] == ["a"]
+
+
+def test_a_caption_tells_model_stand_ins_and_how_many_pictures():
+    counts = {"clip_i": 8, "drift": 3}
+    rows = [job("DEFT (rank=8)", seed, scores={"clip_i": 0.5, "drift": 0.1}, counts=counts,
+                counts_by_prompt={"a {}": {"clip_i": 4}}) for seed in (0, 1)]  # fmt: skip
+    found = results(*rows, subjects=(), dog="DOG8")
+    found["parts"]["table1"]["encoders"]["judge"] = {"id": "toyworld/judge"}
+    built = tables.build(found)
+    for table in (built["table1"], built["scores"]):
+        assert "Base model a model; protocol dreambooth, scale 0 to 1" in table.caption
+        assert "drawings of the embedded world (dog), stand-ins for the printed ones (DOG8)." in table.caption
+    assert "A job's figures are of 4 pictures. Mean" in built["table1"].caption
+    assert "A job's figures are of 8 pictures, drift on unrelated prompts of 3. Mean" in built["scores"].caption
+    assert [cell.pictures for cell in built["scores"].lines[0][1]] == [16, 6]
+    (line,) = csv.DictReader(io.StringIO(one(tables._csv, found, "scores")))
+    assert (line["CLIP-I pictures"], line["drift pictures"]) == ("16", "6")
+    rows[0]["counts"] = {"clip_i": 7, "drift": 3}
+    del rows[1]["counts"]
+    said = "are of 7 or an unknown number of pictures, drift on unrelated prompts of 3 or an unknown number. Mean"
+    assert said in tables.build(found)["scores"].caption
+    del found["parts"]["table1"]["encoders"]["judge"]
+    assert "stand-ins" not in tables.build(found)["table1"].caption  # of photographs
 
 @pytest.mark.parametrize(
     "a, b, best",
@@ -135,7 +178,7 @@ def test_bold_is_what_no_interval_reaches(a, b, best):
     table = tables.build(results(*deft(*a, row="a"), *deft(*b, row="b"), *deft(0.99, row="of one seed")))["table1"]
     assert [name for name, cells in lines_of(table).items() if cells[0].best] == ([best] if best else [])
     low = [job(row, seed, scores={"drift": v}) for row, values in (("a", a), ("b", b)) for seed, v in enumerate(values)]
-    lines = {labels[2]: cells for labels, cells in tables.build(results(*low))["scores"].lines}
+    lines = {labels[1]: cells for labels, cells in tables.build(results(*low))["scores"].lines}
     assert [name for name, cells in lines.items() if cells[0].best] == ([{"a": "b", "b": "a"}[best]] if best else [])
 
 
@@ -144,7 +187,7 @@ def test_bold_is_of_a_subject_and_of_rows_to_compare():
     rows = [*deft(0.9, 0.91, row="a", **dog), *deft(0.5, 0.51, row="b", **dog), *deft(0.3, 0.31, row="a", **cat),
             *deft(0.1, 0.11, row="b", **cat)]  # fmt: skip
     built = tables.build(results(*rows, subjects=("dog", "cat")))
-    assert [(*labels[1:3],) for labels, cells in built["scores"].lines if cells[0].best] == [
+    assert [(*labels[:2],) for labels, cells in built["scores"].lines if cells[0].best] == [
         ("all", "a"), ("dog", "a"), ("cat", "a")]  # fmt: skip
     assert [cell.best for cell in lines_of(built["table1"])["a"][:2]] == [True, True]
     plus = {"part": "table2", "subjects": ("dog", "cat"), "protocol": "dreambench++", "scale": 100.0}
@@ -157,39 +200,54 @@ def test_bold_is_of_a_subject_and_of_rows_to_compare():
 def test_subjects_have_their_published_names():
     built = tables.build(results(*deft(0.8, subject="live_00"), *deft(0.7), subjects=("dog",), live_00="Kitten"))
     assert built["table1"].columns[:2] == ["dog", "Kitten"]
-    assert [labels[1] for labels, _ in built["scores"].lines] == ["all", "dog", "Kitten"]
+    assert [labels[0] for labels, _ in built["scores"].lines] == ["all", "dog", "Kitten"]
 
 
 def test_csv_has_numbers_and_reasons():
     found = results(*deft(0.8, 0.9), job("SVDiff", 0, status="failed", said='a "quoted", text', scores={}))
-    rows = {row["method"]: row for row in csv.DictReader(io.StringIO(tables._csv("table1", tables.build(found)["table1"])))}
+    rows = {row["method"]: row for row in csv.DictReader(io.StringIO(one(tables._csv, found, "table1")))}
     assert (rows["DEFT (rank=8)"]["dog"], rows["DEFT (rank=8)"]["dog ±"], rows["DEFT (rank=8)"]["dog n"]) == (
         "0.85",
         "0.63531",
         "2",
     )
+    assert rows["DEFT (rank=8)"]["dog pictures"] == ""  # not known
     assert rows["DEFT (rank=8)"]["printed CAT"] == "0.9504" and rows["SVDiff"]["dog"] == ""
-    nothing = tables._csv("table1", tables.build(results(subjects=("dog",)))["table1"])
+    nothing = one(tables._csv, results(subjects=("dog",)), "table1")
     assert list(csv.DictReader(io.StringIO(nothing)).fieldnames) == list(rows["SVDiff"])  # whatever is there
     assert 'failed: a "quoted", text' in rows["SVDiff"]["notes"]
+    assert [rows["SVDiff"][name] for name in tables.FACTS] == ["a model", "dreambooth", "1.0", "clip a/b_c"]
+
+
+def test_csv_tells_the_scale_of_every_line():
+    plus = {"part": "table2", "protocol": "dreambench++", "scale": 100.0}
+    one, other = results(*deft(0.8)), results(*deft(80.0, part="table2"), **plus)
+    both = one | {"parts": one["parts"] | other["parts"], "rows": one["rows"] + other["rows"]}
+    found = {name: table for name, table in tables.build(both).items() if name.startswith("scores-")}
+    assert [table.facts["scale"] for table in found.values()] == ["1.0", "100.0"]  # never in one table that is sorted
+    rows = csv.DictReader(io.StringIO(tables._csv(found)))
+    found = {row["table"]: (row["protocol"], row["scale"], row["CLIP-I"]) for row in rows}
+    assert found == {"table1": ("dreambooth", "1.0", "0.8"), "table2": ("dreambench++", "100.0", "80")}
 
 
 def test_latex_takes_no_text_for_its_own():
     assert tables.tex("--rank 8 — x") == "-{}-rank 8 --- x"
+    assert tables.tex("45%|████▌ → é") == r"45\%\textbar{}????? $\to$ é"  # pdflatex has no such signs
     assert tables.tex("[a] *") == "{[}a] {*}"  # either may begin a line, after the end of one
 
 
-HOSTILE = r"50 % of a_b & c#1 {x} $y$ ~^\ <“…”> | `é`"
+HOSTILE = r"50 % of a_b & c#1 {x} $y$ ~^\ <“…”> | `é` ██▌ →"
 
 
 def test_latex_is_balanced_and_escaped():
     found = results(
         *deft(0.9, 0.91), *deft(0.1, 0.11, row=HOSTILE), job("SVDiff", 0, status="failed", said=HOSTILE), dog_8=None
     )
-    text = tables._latex("table1", tables.build(found)["table1"])
+    text = one(tables._latex, found, "table1")
     assert re.findall(r"\\(begin|end)\{([a-z*]+)\}", text) == [
         ("begin", "table*"), ("begin", "tabular"), ("end", "tabular"), ("end", "table*")]  # fmt: skip
     scaled = next(line for line in text.splitlines() if line.startswith(r"\resizebox"))
+    text = text.replace(r"\shortstack[r]", "").replace(r"printed\\", "printed ")  # of the columns' heads
     bare = re.sub(r"\\[\\{}$&%#_]", "", text.replace(scaled, "{"))  # without what is escaped
     depth = 0
     for letter in bare:
@@ -207,18 +265,36 @@ def test_latex_is_balanced_and_escaped():
     commands = set(re.findall(r"\\([a-zA-Z]+)", text.replace(scaled, "")))
     assert commands <= {"begin", "end", "centering", "footnotesize", "caption", "label", "hline", "textbf", "pm", "par",
                         "raggedright", "textbackslash", "textasciitilde", "textasciicircum", "textless", "textgreater",
-                        "textbar", "ldots", "textasciigrave"}  # fmt: skip
+                        "textbar", "ldots", "textasciigrave", "to", "setlength", "belowcaptionskip",
+                        "tabcolsep", "noalign", "vskip"}  # fmt: skip
+
+
+def test_latex_is_cut_where_a_page_would_be_too_small():
+    rows = [one for k in range(30) for subject in ("dog", "cat") for one in deft(0.8, 0.6, row=f"row {k}", subject=subject)]
+    found = results(*rows, subjects=("dog", "cat"))
+    built = tables.build(found)
+    for line in built["scores"].lines:
+        line[1][:] = line[1] * 12
+    built["scores"].columns *= 12
+    pieces = tables._latex({"scores": built["scores"]}).split(r"\begin{table*}")[1:]
+    assert len(pieces) == 6  # columns in two pieces, lines in three: all, dog and cat
+    for piece in pieces:
+        assert len(re.search(r"tabular\}\{([lr]+)\}", piece)[1]) == 3 + 6
+        assert piece.count("row ") == 30  # a subject's lines stand together
+    labels = re.findall(r"\\label\{([^}]*)\}", "".join(pieces))
+    assert labels == ["tab:scores", *(f"tab:scores-{k}" for k in range(2, 7))]
+    assert "Piece 1 of 6." in pieces[0] and "see the caption of its first piece. Piece 6 of 6." in pieces[5]
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="no pdflatex")
 def test_latex_compiles_and_fits_the_page(tmp_path):
     found = results(*deft(0.1, 0.11, row=HOSTILE), job("SVDiff", 0, status="failed", said=HOSTILE), dog_8=None)
     for name, table in tables.build(found).items():
-        (tmp_path / f"hostile-{name}.tex").write_text(tables._latex(name, table))
+        (tmp_path / f"hostile-{name}.tex").write_text(tables._latex({name: table}))
     for path in (ROOT / "benchmarks" / "quality" / "toyworld").glob("*.tex"):
         shutil.copy(path, tmp_path)
     inputs = "".join(rf"\input{{{path.stem}}}" for path in sorted(tmp_path.glob("*.tex")))
-    assert inputs.count("input") == 5
+    assert inputs.count("input") == 3 + len(list((ROOT / "benchmarks" / "quality" / "toyworld").glob("*.tex")))
     (tmp_path / "paper.tex").write_text(
         rf"\documentclass[twocolumn]{{article}}\usepackage{{graphicx}}\begin{{document}}{inputs}\end{{document}}"
     )
@@ -233,7 +309,7 @@ def test_files_are_written_for_each_table(tmp_path):
     found = results(*deft(0.8, part=""), part="")
     (tmp_path / "table2.tex").write_text("of another plan")
     assert sorted(path.name for path in tables.write(tmp_path, found)) == sorted(
-        f"{name}.{kind}" for name in ("table1", "scores") for kind in ("md", "csv", "tex"))  # fmt: skip
+        f"{name}.{kind}" for name in ("table1", "scores", "costs") for kind in ("md", "csv", "tex"))  # fmt: skip
     assert (tmp_path / "table1.md").read_text().startswith("**table1.** CLIP-I of “a [V]”")
     assert not (tmp_path / "table2.tex").exists()
     assert "\n| subject | method | n | CLIP-I |" in (tmp_path / "scores.md").read_text()  # there are no parts to tell

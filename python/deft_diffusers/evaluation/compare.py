@@ -4,15 +4,15 @@ Training and drawing are `deft sweep`'s; `results.json` is all that tables, figu
 pictures.
 """
 
+import contextlib
 import dataclasses
-import datetime
 import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .. import UserError, data, read_json, sweep
 from ..options import EvaluateOptions
+from ..origin import origin
 from ..sample import RECORD
 from ..sweep import BASE, CLAIM, SAMPLES, TABLE, claimed, is_done, outcome, status
 from ..toyworld.world import INDIVIDUALS
@@ -141,8 +142,24 @@ def _is_scored(job, plan, root, facts):
         found["protocol"] == _protocol(plan.parts[job.part])
         and found["encoders"] == facts[job.part]
         and which(found["samples"]) == which(_samples_to_score(job, plan, root))
-        and not found["missing"]
+        and (not found["missing"] or found.get("seen") == _seen(job, plan, root))  # nothing that could make it whole
     )
+
+
+def _seen(job, plan, root):
+    """A digest of the files that a job's scores are of, as they are now."""
+    base = _base(job)
+    files = [root / name / SAMPLES / s["file"] for name, own in ((job.name, job), (base.name, base))
+             for s in _read_samples(root / name, own, plan)]  # fmt: skip
+    with contextlib.suppress(UserError):  # there may be no references
+        files += data.find_pictures(job.subject.instance_data_dir)
+    told = [(file.name, *((stat.st_size, stat.st_mtime_ns) if (stat := _stat(file)) else ())) for file in files]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _stat(file):
+    with contextlib.suppress(OSError):
+        return file.stat()
 
 
 def _samples_to_score(job, plan, root):
@@ -154,6 +171,7 @@ def _samples_to_score(job, plan, root):
 def _score(job, plan, root):
     """Scores one job. What cannot be is told in its `scores.json`, and stops nothing else."""
     folder, part, base = root / job.name, plan.parts[job.part], _base(job)
+    made, seen = origin(), _seen(job, plan, root)
     samples, references, missing = _samples_to_score(job, plan, root), [], []
     try:
         references = data.find_pictures(job.subject.instance_data_dir)
@@ -176,7 +194,7 @@ def _score(job, plan, root):
         progress=False,
     )
     result["missing"] = missing + result["missing"]
-    write_scores(folder, result)
+    write_scores(folder, result | {"made": made, "seen": seen})
 
 
 def _base(job):
@@ -222,6 +240,7 @@ def _results(plan, root, options):
     for name, part in plan.parts.items():
         subjects = dict.fromkeys(job.subject for job in plan.jobs if job.part == name)
         parts[name] = {
+            "model": part.model,
             "protocol": _protocol(part),
             "subjects": {s.name: part.published.get(s.name) for s in subjects},
             "prompts": part.prompts,
@@ -240,8 +259,7 @@ def _results(plan, root, options):
         "parts": parts,
         "versions": versions,
         "device": _device(),
-        "commit": _commit(),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "made": _made(rows) | {"tables": [origin()]},
         "rows": rows,
         "published": read_json(PUBLISHED),
     }
@@ -259,6 +277,8 @@ def _row(job, plan, root):
         steps = read_json(folder / SETTINGS)["max_train_steps"]
         if training["steps"] != steps:  # it was stopped and went on, and tells of its last process alone
             training |= {"steps": steps, "seconds": None, "images_per_second": None, "memory_gb": None}
+    made = found.get("made", {}) | ({"scored": scored.get("made")} if scored else {})
+    by_prompt, counts_by_prompt = _by_prompt(scored.get("samples", []))
     row = {
         "job": job.name,
         "part": job.part,
@@ -270,24 +290,43 @@ def _row(job, plan, root):
         "status": state,
         "said": "" if state in ("done", "waiting") else found["said"],
         "scores": scored.get("scores", {}),
-        "by_prompt": _by_prompt(scored.get("samples", [])),
+        "counts": scored.get("counts", {}),  # of pictures, each score's
+        "by_prompt": by_prompt,
+        "counts_by_prompt": counts_by_prompt,
         "missing": scored.get("missing", []),
         "training": training,
         "options": found.get("options", {}),
+        "made": made,
         "folder": job.name,
     }
     return row, scored
 
 
+def _made(rows):
+    """{"trained", "drawn", "scored"}: the commits that have done so, how many jobs of each, and when the first and the last
+    were begun; null where a job has no record of it."""
+    found = {}
+    for step in ("trained", "drawn", "scored"):
+        own = [row for row in rows if row["status"] == "done" and not (step == "trained" and row["method"] == BASE)]
+        own = [row["made"].get(step) or {} for row in own if step != "scored" or row["scores"]]
+        for commit in dict.fromkeys(made.get("commit") for made in own):
+            same = [made for made in own if made.get("commit") == commit]
+            times = sorted(made["time"] for made in same if made) or [None]
+            entry = {"commit": commit, "jobs": len(same), "first": times[0], "last": times[-1]}
+            found.setdefault(step, []).append(entry)
+    return found
+
+
 def _by_prompt(samples):
-    """{template: {score: mean}} of the pictures of the subject."""
+    """{template: {score: mean}} of the pictures of the subject, and {template: {score: number of pictures}}."""
     found = {}
     for sample in samples:
         if not sample.get("unrelated"):
             for name in tables.SIMILARITIES:
                 if name in sample:
                     found.setdefault(sample["template"], {}).setdefault(name, []).append(sample[name])
-    return {t: {name: math.fsum(values) / len(values) for name, values in scores.items()} for t, scores in found.items()}
+    of_each = lambda what: {t: {name: what(values) for name, values in scores.items()} for t, scores in found.items()}
+    return of_each(lambda values: math.fsum(values) / len(values)), of_each(len)
 
 
 def _device():
@@ -297,15 +336,3 @@ def _device():
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{name}, {os.cpu_count()} threads"
-
-
-def _commit():
-    """Of this package, where it is a checkout; ends in -dirty where files have changed."""
-    if not (Path(__file__).parents[3] / ".git").exists():
-        return None  # installed, and git would tell of whatever it lies in
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return git.stdout.strip() or None

@@ -128,8 +128,11 @@ class Encoders:
     @property
     def facts(self):
         """What scores must be told with: of each that makes them."""
-        judge = {"judge": {"id": f"{TOYWORLD}/judge", "revision_or_sha256": self.judge.sha256}} if self.judge else {}
-        return {name: encoder.facts for name, encoder in self.present.items()} | judge
+        facts = {name: encoder.facts for name, encoder in self.present.items()}
+        if self.judge:
+            facts["judge"] = {"id": f"{TOYWORLD}/judge", "revision_or_sha256": self.judge.sha256,
+                              "preprocessing": self.judge.preprocessing}  # fmt: skip
+        return facts
 
 
 def load_encoders(encoders=None, clip=None, dinov1=None, dinov2=None, *, protocol=DREAMBOOTH, device="cpu", batch_size=32,

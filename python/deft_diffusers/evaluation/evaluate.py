@@ -21,9 +21,8 @@ from . import metrics, protocols
 from .encoders import load_encoders
 
 SCORES, TABLE = "scores.json", "scores.md"
-SIMILARITIES = {"clip_i": "clip", "dinov1": "dinov1", "dinov2": "dinov2"}  # of pictures with references: score, encoder
-# What these are made of: DINO's features see another picture where CLIP's see the same thing said.
-FEATURES = {"diversity": "dinov1", "drift": "dinov2"}
+SIMILARITIES = {name: metrics.ENCODER_OF[name] for name in ("clip_i", "dinov1", "dinov2")}  # of pictures with references
+FEATURES = {name: metrics.ENCODER_OF[name] for name in ("diversity", "drift")}
 LABELS = {"clip_i": "CLIP-I", "clip_t": "CLIP-T", "dinov1": "DINOv1", "dinov2": "DINOv2", "diversity": "diversity",
           "drift": "drift", "individual": "this individual", "scene": "the scene asked for"}  # fmt: skip
 COSTS = {"parameters": "parameters", "steps": "steps", "seconds": "seconds", "memory_gb": "memory (GB)"}  # of result.json
@@ -117,7 +116,8 @@ def _look(paths, encoders, miss, progress):
                     read[path] = data.read_image(path)
                     sizes[path] = read[path].size
                 except UserError as error:
-                    miss(path, str(error) if path.is_file() else "there is no such picture")
+                    why = str(error).replace(f" {path}", "")  # which is said already
+                    miss(path, why if path.is_file() else "there is no such picture")
             for name, encoder in encoders.present.items():
                 rows = encoder.images(list(read.values()))
                 finite = [bool(row.isfinite().all()) for row in rows]
@@ -277,11 +277,11 @@ def table(result):
     """The scores in Markdown, with the number of pictures behind each and the encoder that it depends on; and what the
     adapters cost, as far as they tell."""
     lines = ["| score | | pictures | the references themselves | encoder |", "|---|---:|---:|---:|---|"]
-    encoder_of = SIMILARITIES | {"clip_t": "clip"} | FEATURES
     for name, value in result["scores"].items():
         digits = 2 if result["scale"] == 100 and name in (*SIMILARITIES, "clip_t") else 4
         real = f"{result['real'][name]:.{digits}f}" if name in result["real"] else ""
-        encoder = result["encoders"].get(encoder_of.get(name), {}).get("id", "the judge of the drawn world")
+        judged = metrics.ENCODER_OF[name] == "judge"
+        encoder = "the judge of the drawn world" if judged else result["encoders"][metrics.ENCODER_OF[name]]["id"]
         lines.append(f"| {LABELS[name]} | {value:.{digits}f} | {result['counts'][name]} | {real} | {encoder} |")
     lines += ["", f"protocol {result['protocol']}, scale {result['scale']:g}"]
     if costs := result.get("cost"):

@@ -8,7 +8,7 @@ photograph before them (figures 1 to 5 of the supplement to arXiv 2509.22793 are
         title: Fine-tuning strategies in six environments   # optional
         subjects: [dog]                                     # as their folders are called
         rows: [base, LoRA (rank=4), DEFT (rank=8)]          # as `row` in results.json says them
-        prompts: [a photo of {} on the beach]               # as the plan's prompts say them
+        prompts: ["a photo of {} on the beach"]             # as the plan's prompts say them
         seed: 0                                             # of training; else the first that a row has
 
 What a figure asks for and no job has drawn is an empty cell that says so.
@@ -34,7 +34,7 @@ from ..grid import wrap
 from ..sweep import BASE
 from ..writing import replacing
 from .metrics import mean_interval
-from .tables import ALL, OTHERS, SIMILARITIES, names
+from .tables import ALL, OTHERS, SIMILARITIES, names, said_encoder, said_scale
 
 FIGURES = "figures"  # folder in the comparison's, and key of the plan
 SPEC = {"title": str, "subjects": list, "rows": list, "prompts": list, "seed": int}
@@ -43,7 +43,7 @@ NEEDED = ("subjects", "rows", "prompts")
 DPI = 300
 SETTINGS = {  # what the note under a title says
     "pretrained_model_name_or_path": "base model {}",
-    "steps": "{} training steps",
+    "steps": "{} training steps",  # where rows differ, beside each
     "num_inference_steps": "{} denoising steps",
     "guidance_scale": "guidance {}",
     "training": "training seed {}",
@@ -79,7 +79,8 @@ PLOTS = {  # file -> scores to put on x and y, the first that any job has, and t
     "fidelity_drift": (("drift",), FIDELITY, "Fidelity against forgetting"),
     "individual_scene": (("scene",), ("individual",), "Share of pictures that show this individual, and that scene"),
 }
-AXES = {"drift": "drift on unrelated prompts (less is better)"}
+AXES = {"drift": "drift on unrelated prompts, less is better", "individual": "share that shows this individual",
+        "scene": "share that shows that scene"}  # fmt: skip
 COLOURS = {  # of methods: Okabe and Ito's, told apart by colour-blind eyes too
     "deft": "#d55e00",
     "para": "#009e73",
@@ -270,10 +271,15 @@ def draw_figure(root, results, name, spec):
                             for prompt, picture in zip(spec["prompts"], pictures) if picture is None]  # fmt: skip
             else:
                 missing.append(f"{name}: there is no job of {subject}, {label}")
-            rows.append((label, pictures))
+            rows.append((label, pictures, job and job["training"].get("steps")))
         if photograph is None:
             missing.append(f"{name}: there is no photograph of {subject}")
         lines.append((names(results).get(subject, subject), photograph, rows))
+    if differ := len(said["steps"]) > 1:
+        said["steps"].clear()
+    beside = lambda label, steps: f"{label}, {steps} training steps" if differ and steps else label
+    lines = [(name, photograph, [(beside(label, steps), pictures) for label, pictures, steps in rows])
+             for name, photograph, rows in lines]  # fmt: skip
     note = ", ".join(text.format(" and ".join(said[key])) for key, text in SETTINGS.items() if said[key])
     columns = [prompt.replace("{}", "[V]") for prompt in spec["prompts"]]
     return draw_grid(lines, columns, heading(results, name, spec), note), missing
@@ -330,13 +336,23 @@ def points(rows, x, y):
     return found
 
 
-def draw_plot(found, x, y, title):
-    """A matplotlib figure of `points`: colours for rows, shapes for subjects, bars for the intervals.
+def said_axis(score, part):
+    """What stands beside an axis: a part's score, its encoder and, of a similarity, its scale."""
+    encoder = said_encoder(part, score)
+    scale = f", {said_scale(part)}" if score in SIMILARITIES else ""
+    return AXES.get(score, SCORES[score]) + (f" ({encoder})" if encoder else "") + scale
 
-    Of several rows of a method the one of the highest rank is filled, the next hollow. The group id of point k is `point-k`.
+
+def draw_plot(found, x, y, title, part):
+    """A matplotlib figure of `points` of a part of the plan, as `results["parts"]` has it: colours for rows, shapes for
+    subjects, bars for the intervals.
+
+    Of several rows of a method the one of the highest rank is filled, the next hollow, then what it is called otherwise.
+    The group id of point k is `point-k`.
     """
     markers = dict(zip(dict.fromkeys(p["subject"] for p in found), itertools.cycle(MARKERS)))
-    rows = {p["row"]: (p["method"], -(p["rank"] or 0)) for p in found}
+    called = list(dict.fromkeys(p["row"].partition(" (rank=")[0] for p in found))
+    rows = {p["row"]: (p["method"], called.index(p["row"].partition(" (rank=")[0]), -(p["rank"] or 0)) for p in found}
     faces = {}
     for method, labels in itertools.groupby(sorted(rows, key=rows.get), lambda label: rows[label][0]):
         for label, fill in zip(labels, itertools.cycle(FILLS)):
@@ -344,8 +360,8 @@ def draw_plot(found, x, y, title):
     figure = Figure((6.4, 3.6))
     axes = figure.add_axes((0.09, 0.13, 0.6, 0.77))
     axes.set_title(title, loc="left", fontsize=TITLE, weight="bold")
-    axes.set_xlabel(AXES.get(x, SCORES[x]))
-    axes.set_ylabel(AXES.get(y, SCORES[y]))
+    axes.set_xlabel(said_axis(x, part))
+    axes.set_ylabel(said_axis(y, part))
     how = {"markersize": 5.5, "markeredgewidth": 1.2}
     for k, p in enumerate(found):
         bars = axes.errorbar(p["x"], p["y"], p["dy"], p["dx"], marker=markers[p["subject"]], elinewidth=0.7,
@@ -370,16 +386,18 @@ def tip(point, x, y):
 
 
 def plots(results):
-    """What can be plotted: {file's name: (points, score on x, on y, title)}, each part of the plan by itself, since
+    """What can be plotted: {file's name: (points, score on x, on y, title, part)}, each part of the plan by itself, since
     protocols differ in their scale."""
     found, called = {}, names(results)
     for part, (name, (xs, ys, title)) in itertools.product(results["parts"], PLOTS.items()):
         rows = [row for row in results["rows"] if row["part"] == part]
         scored = {key for row in rows for key in row["scores"]}
         x, y = (next((score for score in scores if score in scored), None) for scores in (xs, ys))
-        if x and y and (where := points(rows, x, y)):
+        where = points(rows, x, y) if x and y else []
+        if sum(point["method"] != BASE for point in where) > 1:  # one alone shows nothing
             where = [point | {"subject": called.get(point["subject"], point["subject"])} for point in where]
-            found[f"{part}-{name}" if part else name] = where, x, y, f"{title} ({part})" if part else title
+            title = f"{title} ({part})" if part else title
+            found[f"{part}-{name}" if part else name] = where, x, y, title, results["parts"][part]
     return found
 
 
@@ -395,8 +413,8 @@ def draw_all(root, results, plan):
             figure, lacking = draw_figure(root, results, name, spec)
             missing += lacking
             _save(figure, folder / name, ("png", "pdf"))
-        for name, (found, x, y, title) in plots(results).items():
-            figure = draw_plot(found, x, y, title)
+        for name, (found, x, y, title, part) in plots(results).items():
+            figure = draw_plot(found, x, y, title, part)
             _save(figure, folder / name, ("png", "pdf", "svg"), [tip(point, x, y) for point in found])
     for text in missing:
         print(f"warning: {text}", file=sys.stderr)
@@ -405,7 +423,8 @@ def draw_all(root, results, plan):
 
 def remove_all(root, results):
     """Removes what `draw_all` has written of other results."""
-    for name, kind in itertools.product((*_by_file(results["plan"].get(FIGURES) or {}), *plots(results)), SAVED):
+    drawn = [f"{part}-{name}" if part else name for part, name in itertools.product(results["parts"], PLOTS)]
+    for name, kind in itertools.product((*_by_file(results["plan"].get(FIGURES) or {}), *drawn), SAVED):
         (Path(root) / FIGURES / f"{name}.{kind}").unlink(missing_ok=True)
 
 

@@ -8,6 +8,11 @@ import math
 
 from scipy.special import stdtrit
 
+# The encoder that each score is of, "judge" for the drawn world's. DINO's features see another picture where CLIP's see the
+# same thing said: diversity and drift are of them.
+ENCODER_OF = {"clip_i": "clip", "clip_t": "clip", "dinov1": "dinov1", "dinov2": "dinov2", "diversity": "dinov1",
+              "drift": "dinov2", "individual": "judge", "scene": "judge"}  # fmt: skip
+
 
 def pairwise(generated, references):
     """(n,) float64 for (n, d) and (m, d): each generated picture's mean cosine with all references.
@@ -50,7 +55,7 @@ def drift(base, adapted):
     """(1 − mean cosine) / 2 of the base model's and the adapted model's pictures of unrelated prompts, row by row with the
     same prompt and seed: 0 (nothing was forgotten) to 1. PEFT's harness (`method_comparison/image-gen`), whose features are
     dinov2-base's: figures of another DINOv2 do not compare with its own."""
-    return (1 - paired(base, adapted).mean().item()) / 2
+    return max(0.0, 1 - paired(base, adapted).mean().item()) / 2  # unit rows in float32 may have a cosine just above 1
 
 
 def t_quantile(degrees, probability=0.975):

@@ -3,7 +3,7 @@
 It is made of `results.json`, the figures beside it, and the jobs' folders; `report.html` is its template. A plan may ask for
 the same pictures at several weights of what was learned, as it asks for a figure, one strip for each line and prompt:
 
-    strengths: {subjects: [dog], rows: [DEFT (rank=8), LoRA (rank=8)], prompts: [a photo of {} on the beach]}
+    strengths: {subjects: [dog], rows: [DEFT (rank=8), LoRA (rank=8)], prompts: ["a photo of {} on the beach"]}
 """
 
 import base64
@@ -220,31 +220,21 @@ def _plots(root, results):
     return found
 
 
-def _costs(results):
-    """A line for each row: how many jobs, and the means of all numbers that their trainings have told."""
-    trained = [row for row in results["rows"] if row["training"]]
-    told = [row["training"].items() for row in trained]
-    keys = list(dict.fromkeys(key for items in told for key, value in items if isinstance(value, int | float)))
-    lines = []
-    for label in dict.fromkeys(row["row"] for row in trained):
-        own = [row["training"] for row in trained if row["row"] == label]
-        values = [[one[key] for one in own if one.get(key) is not None] for key in keys]
-        lines.append((label, [len(own), *(fmean(found) if found else None for found in values)]))
-    return {"columns": ["jobs", *(key.replace("_", " ") for key in keys)], "lines": lines}
-
-
 def _settings(results):
     """What everything was made with: (heading, [(name, text) …]) each."""
     say = lambda value: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    made = {key: results[key] for key in ("time", "commit", "device") if results[key]} | results["settings"]
+    told = lambda facts: "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in facts.items())
+    known = lambda entry: {"commit": "not recorded"} | {key: value for key, value in entry.items() if value is not None}
+    made = {name: " · ".join(told(known(entry)) for entry in entries) for name, entries in results["made"].items()}
+    made["tables, figures and this page"] = made.pop("tables")
+    made |= {"device": results["device"]} | results["settings"]
     found = [("This comparison", made), ("Versions", results["versions"])]
     for name, part in results["parts"].items():
         subjects = [f"{shown} ({subject})" if shown else subject for subject, shown in part["subjects"].items()]
-        facts = {"subjects": ", ".join(subjects), "protocol": part["protocol"]}
+        facts = {"subjects": ", ".join(subjects), "base model": part["model"], "protocol": part["protocol"]}
         if "scale" in part:
             facts["similarities"] = f"cosines times {part['scale']:g}"
-        for encoder, told in part.get("encoders", {}).items():
-            facts[encoder] = "; ".join(f"{key.replace('_', ' ')}: {say(value)}" for key, value in told.items())
+        facts |= {encoder: told(about) for encoder, about in part.get("encoders", {}).items()}
         found.append((f"Scores of {name}" if name else "Scores", facts))
     own = {}
     for row in results["rows"]:
@@ -304,7 +294,7 @@ def _embed(shots, missing, budget=BUDGET):
     size = sum(len(shot["uri"]) for shot in there) / 1e6
     return (
         f"So that this page stays small, its pictures are WebP and at most {side} pixels wide and high, {size:.0f} MB in "
-        "all; each has a link to its file, which lies beside the page."
+        "all; each tells its file, which lies beside the page where that was made."
     )
 
 
@@ -315,14 +305,16 @@ def write(root, results):
     jobs, strips, figures = _jobs(root, results, missing), _strips(root, results), _figures(root, results)
     drawn = [shot for job in jobs for shot in job["shots"]]
     embedded = _embed([*drawn, *(shot for strip in strips for shot in strip["shots"]), *figures], missing)
+    made = tables.build(results)
+    costs = made.pop("costs")
     said = {
         "noise": ("How far to trust it", _noise(results)),
-        "tables": ("Tables", tables.build(results)),
+        "tables": ("Tables", made),
         "plots": ("Plots", _plots(root, results)),
         "figures": ("Figures", figures),
         "pictures": ("Pictures", jobs),
         "strength": ("Strength", strips),
-        "costs": ("Costs", _costs(results)),
+        "costs": ("Costs", {"costs": costs}),
         "settings": ("Settings and versions", _settings(results)),
         "missing": (f"What is missing ({len(missing)})", missing),
     }
