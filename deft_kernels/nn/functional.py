@@ -70,38 +70,41 @@ def deft_weight(
 class ActivationLinear(torch.autograd.Function):
     """y = y0 + h B^T with h = x R^T - (y0 - b) K, for a base layer known by its output y0 alone.
 
-    Keeps x and h (T, r). K's gradient, -(y0 - b)^T dh = -W (dh^T x)^T, is taken by passing the r rows of dh^T x through
-    the base layer, so that y0 need not be kept: the base layer (and hooks on it) is called once more in the backward.
+    Keeps x and h (T, r). K's gradient is -(y0 - b)^T dh = -W (dh^T x)^T. Where rows are few, y0 - b is kept for it; where
+    they are not, the r rows of dh^T x pass through the base layer, which (and hooks on it) is called once more for that.
     """
 
     @staticmethod
     def forward(ctx, base, x, y0, bias, B, K, R):
         rows, plain = x.reshape(-1, x.shape[-1]), y0.reshape(-1, y0.shape[-1])
-        h = 0
-        if R is not None:
-            h = rows @ R.t()
-        if K is not None:
-            h = h - plain @ K
+        h, kept = None if R is None else rows @ R.t(), None
+        if K is not None and few_rows(*rows.shape):
+            kept = plain if bias is None else plain - bias.to(K.dtype)
+            h = -(kept @ K) if h is None else h.addmm_(kept, K, alpha=-1)
+        elif K is not None:
+            h = -(plain @ K) if h is None else h - plain @ K
             if bias is not None:
                 h = h + bias.to(K.dtype) @ K
         device = x.device.type
         ctx.base, ctx.autocast = base, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(x, h, bias, B, K, R)
+        ctx.save_for_backward(x, h, kept if ctx.needs_input_grad[5] else None, bias, B, K, R)
         return torch.addmm(plain, h, B.t()).view(y0.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, h, bias, B, K, R = ctx.saved_tensors
+        x, h, kept, bias, B, K, R = ctx.saved_tensors
         _, nx, ny, nb, nB, nK, nR = ctx.needs_input_grad
         rows, g = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]).to(B.dtype)
         dx = dy0 = db = dB = dK = dR = None
         dh = g @ B
         if nB:
             dB = g.t() @ h
-        if nR or nK:
+        if nR or (nK and kept is None):
             dR = dh.t() @ rows
-        if nK:
+        if kept is not None:
+            dK = (kept.t() @ dh).neg_()
+        elif nK:
             # as rows of size one: a gradient is small beside the bias that is added to it and taken off again, and may be
             # too small for a layer that computes in float16
             size = dR.abs().amax(1, keepdim=True).clamp_min(torch.finfo(dR.dtype).tiny)
@@ -115,6 +118,12 @@ class ActivationLinear(torch.autograd.Function):
         if nb and K is not None:
             db = K @ dh.sum(0)
         return None, dx, dy0, db, dB, dK, dR if nR else None
+
+
+def few_rows(rows: int, n: int) -> bool:
+    """Whether an output of so many rows takes at most a quarter of W's memory, W being (m, n): it is kept then, for rows m r
+    multiply-adds in place of m n r."""
+    return 4 * rows <= n
 
 
 class LowRankConv2d(torch.autograd.Function):

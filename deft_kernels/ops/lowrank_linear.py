@@ -4,7 +4,8 @@ Exact forms of one map (T rows of x, W (m, n), rank r), in multiply-adds of a tr
 
     factor      h = x A^T, y = x W^T + h B^T            T r (3n + 3m)   h, dh, dB, dA, and the expansions into y and dx
     merged      W' = W + B A, y = x W'^T                T r (2n + 2m) + 2 m n r     W' made twice, no expansions
-    activation  h = x R^T - (y0 - b) K, y = y0 + h B^T  needs no A, so that the forward spares K^T W (m n r)
+    activation  h = x R^T - (y0 - b) K, y = y0 + h B^T  needs no A, so that the forward spares K^T W (m n r); and the
+                                                        backward W dA^T too, where rows are so few that y0 is kept
     weight      W' of many layers by `merge`, y = x W'^T    T m n + 3 m n r     a gradient of W', but no A, and no call for
                                                         a layer but the library's; on the CPU
 """

@@ -26,7 +26,7 @@ from torch.func import functional_call
 
 import deft_kernels as dk
 from deft_kernels import reference
-from deft_kernels.nn.functional import ActivationLinear
+from deft_kernels.nn.functional import ActivationLinear, few_rows
 from deft_kernels.ops.lowrank_linear import LowRankLinear
 
 
@@ -66,11 +66,12 @@ def test_gradcheck(kind, method, form, monkeypatch):
 
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradcheck_of_the_activation_form(method, bias):
+@pytest.mark.parametrize("rows", [2, 4], ids=["output kept", "output made again"])
+def test_gradcheck_of_the_activation_form(method, bias, rows):
     """A base layer known by its output alone: every gradient, with the base's own trainable weight too."""
-    base = Opaque(6, 5, bias=bias).double().requires_grad_(False)
-    layer, x = adapted("linear", method, base=base), example("linear", 4)
-    assert layer.dense_weight() is None
+    base = Opaque(8, 5, bias=bias).double().requires_grad_(False)
+    layer, x = adapted("linear", method, base=base), torch.randn(rows, 8).double()
+    assert layer.dense_weight() is None and few_rows(rows, 8) == (rows == 2)
     names = [f"deft_{role}.default" for role in layer.adapter_tensors("default")]
     inputs = [x.requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.adapter_tensors("default").values())]
     torch.testing.assert_close(layer(x), reference_output(layer, x))
@@ -201,6 +202,18 @@ def test_saved_bytes_are_loras_plus_the_factors(size, rows, method):
     assert ours.bytes() < 4 * rows * (size[0] + size[1])  # what keeping any T x out would exceed
 
 
+def test_few_rows_keep_an_output_of_at_most_a_quarter_of_the_weight():
+    layer = dk.DeftLinear(nn.Linear(256, 64), dk.DeftConfig(r=16))
+    for rows in (64, 65):
+        with Recorder(layer) as saved:
+            layer(torch.randn(rows, 256, requires_grad=True))
+        kept = [t for t in saved.saved.values() if t.shape == (rows, 64)]
+        assert len(kept) == (rows == 64) and all(4 * t.nbytes <= layer.weight.nbytes for t in kept)
+        with torch.no_grad(), Recorder(layer) as saved:
+            layer(torch.randn(rows, 256))
+        assert not saved.saved
+
+
 @pytest.mark.parametrize("size,rows,keeps_h", [(640, 4096, False), (1280, 1024, True)])
 def test_saved_bytes_at_sdxls_shapes(size, rows, keeps_h):
     """To the byte: x, the factors, two scales, and h = x A^T only in the factor form."""
@@ -213,12 +226,12 @@ def test_saved_bytes_at_sdxls_shapes(size, rows, keeps_h):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "conv1d", "opaque"])
-@pytest.mark.parametrize("form", ["activation", "factor"])
-def test_autocast(kind, dtype, form, monkeypatch):
+@pytest.mark.parametrize("form,rows", [("activation", 1), ("activation", 50), ("factor", 50)])
+def test_autocast(kind, dtype, form, rows, monkeypatch):
     force_form(monkeypatch, form)
     base = Opaque(6, 5).requires_grad_(False) if kind == "opaque" else None
     kind = "linear" if kind == "opaque" else kind
-    layer, x = adapted(kind, "qr", torch.float32, base), example(kind, 50, torch.float32)
+    layer, x = adapted(kind, "qr", torch.float32, base), example(kind, rows, torch.float32)
     exact = copy.deepcopy(layer).double()
     with torch.autocast("cpu", dtype):
         y = layer(x)
