@@ -172,7 +172,7 @@ def through(make: Callable, P, R, W, given=None) -> list[list[Tensor]]:
 def preparing(layers, where: str, draw: Draw, options: Options, backward: bool, r: int = shapes.RANK) -> Bench:
     """P, R and W to B and A, of all layers; and their gradients back to P's and R's. PEFT's own part of that, before it sees
     x, is the QR."""
-    size, some = draw.dtype.itemsize, cases.one_of_each(layers)
+    size, some = draw.dtype.itemsize, cases.some_of_each(layers)
     weights, small = sum(size * m * n for m, n in layers), sum((4 + size) * (m + n) * r for m, n in layers)
     flops = sum(2 * m * n * r + 4 * m * r**2 + backward * (2 * m * n * r + 7 * m * r**2) for m, n in layers)
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import training
-from benchmarks.peers import DEFT, PATCHED, PEFT_DEFT, PEFT_LORA
+from benchmarks.peers import DEFT, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
 from deft_kernels.ops import _dispatch
 from tests.deft_kernels.common import without_native
 
@@ -60,26 +60,36 @@ def test_a_suite_is_gated_measured_and_written(suite, measured, capsys):
 
 @needs_native
 def test_what_is_wrong_is_red_and_never_timed(measured, monkeypatch, capsys):
-    """By one part in a thousand, in one of the layers."""
+    """By one part in a thousand, in the last one of the layers."""
     right, *rest = _dispatch._kernels["project"]["cpp"]
 
     def wrong(*inputs):
-        first, *others = right(*inputs)
-        return [first * 1.001, *others]
+        *others, last = right(*inputs)
+        return [*others, last * 1.001]
 
     monkeypatch.setitem(_dispatch._kernels["project"], "cpp", (wrong, *rest))
     status, found, folder = measured("--suite", "operations")
     assert status == 1
     red = [row for row in found["rows"] if row.get("red")]
     assert {(row["what"], row["who"]) for row in red} == {("project", "deft_kernels (cpp)")}
-    assert all(row["note"].startswith("RED: output 0 is ") and "seconds" not in row for row in red)
+    assert all(row["note"].startswith("RED: output ") and "seconds" not in row for row in red)
     others = [row for row in found["rows"] if row["what"] == "project" and row not in red]
     assert others and all("seconds" in row for row in others)
     assert "RED" in (folder / "figures.md").read_text() and "RED" in capsys.readouterr().out
 
 
+@needs_native
+def test_a_wrong_gradient_of_ours_is_red_whoever_takes_part(measured, monkeypatch):
+    right, *rest = _dispatch._kernels["orthonormalize_backward"]["cpp"]
+    wrong = lambda *inputs: [dP * 1.5 for dP in right(*inputs)]
+    monkeypatch.setitem(_dispatch._kernels["orthonormalize_backward"], "cpp", (wrong, *rest))
+    status, found, _ = measured("--suite", "training", "--peers", "LyCORIS")
+    assert status == 1
+    assert {row["who"] for row in found["rows"] if row.get("red")} == {DEFT, PARA}
+
+
 def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
-    """PEFT's DEFT with twice the gradient from one layer on. DEFT here agrees with it patched, and stands."""
+    """PEFT's DEFT with twice the gradient from one layer on."""
     right = training.adapt
 
     def wrong(model, who, r):
