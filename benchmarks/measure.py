@@ -29,6 +29,8 @@ def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[s
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     found = {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "driver": "none"}
+    if not on_gpu:
+        found["processor"] = _processor()
     found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)
@@ -49,9 +51,22 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def result_file(found: dict[str, str]) -> Path:
-    """Where the results of what `environment` has found belong."""
-    return Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}.json"
+def _processor() -> str:
+    """What tells apart processors that a virtual machine calls by one name."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        about = {name.strip(): value.strip() for name, _, value in lines}
+        numbers = f"family {about['cpu family']} model {about['model']}, "
+    except (OSError, KeyError):
+        numbers = ""
+    return numbers + torch.backends.cpu.get_cpu_capability()
+
+
+def result_file(found: dict) -> Path:
+    """Where results belong: beside those that are committed, where nothing is left out of them."""
+    root = Path(__file__).parent
+    folder = root.parent / "outputs" / "benchmarks" if found["peers"] or found["size"] == "tiny" else root / "results"
+    return folder / file_name(found["device"]) / f"{found['commit']}.json"
 
 
 def file_name(text: str) -> str:

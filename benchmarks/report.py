@@ -13,9 +13,11 @@ from typing import NamedTuple
 from benchmarks import measure
 from benchmarks.cases import LOOP
 from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, QR_ALONE, READY, is_here
+from benchmarks.suite import SUITES
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+PLOTS = "bars-*", "roofline", "curves"
 MARKERS = "os^vDP*X"
 DOES_LESS = FROZEN, MERGED, COPY, QR_ALONE  # than the work whose bytes and flops are counted
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -113,7 +115,7 @@ def markdown(file: Path) -> str:
 
 
 def setting(found: dict) -> str:
-    said = ("device", "driver", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "date", "size")
+    said = ("device", "processor", "driver", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "date", "size")
     return ", ".join(f"{name} {found[name]}" for name in said if found.get(name, "none") != "none")
 
 
@@ -335,12 +337,14 @@ def write_readme() -> int:
 
 
 def newest() -> list[dict]:
-    """Of each device the newest result of whole suites, on a clean tree."""
+    """Of each device the newest result of all suites and peers, on a clean tree."""
     found: dict[str, dict] = {}
     for file in sorted(RESULTS.glob("*/*.json")):
         one = json.loads(file.read_text()) | {"file": f"benchmarks/results/{file.parent.name}/{file.name}"}
-        one["plots"] = sorted(file.parent.glob(f"{file.stem}-*.png"))
-        if one["clean"] and one["size"] != "tiny" and one["date"] > found.get(one["device"], {"date": ""})["date"]:
+        one["plots"] = sorted(plot for name in PLOTS for plot in file.parent.glob(f"{file.stem}-{name}.png"))
+        whole = set(SUITES) <= set(one.get("suites", [row["suite"] for row in one["rows"]])) and not one.get("peers")
+        newer = one["date"] > found.get(one["device"], {"date": ""})["date"]
+        if whole and newer and one["clean"] and one["size"] != "tiny":
             found[one["device"]] = one
     return list(found.values())
 
@@ -409,25 +413,43 @@ def find(name: str, device: str | None = None) -> dict:
     return found[0]
 
 
+def unit(row: dict) -> float:
+    """What a row's seconds are to be multiplied with to be a multiple of the floor's, and the floor's of the limit."""
+    multiple = row.get("limits", row.get("ratio")) if row["who"] == row["floor"] else row.get("ratio")
+    return 1.0 if multiple is None else multiple / row["seconds"]
+
+
+def beyond(low: dict, high: dict, low_unit: float, high_unit: float) -> bool:
+    """Whether all of one's spread lies below all of the other's."""
+    return low["high"] * low_unit < high["low"] * high_unit
+
+
 def compare(names: list[str], device: str) -> int:
-    """Print what changed from the first result to the second, and what of that is beyond noise: on one device, times whose
-    20 % to 80 % do not overlap; between devices nothing is, and the multiples of the limit are shown. 1 where something of
-    ours got slower."""
+    """Print what changed from the first result to the second, and what of that is beyond noise: on one device, what has 20 %
+    to 80 % that do not overlap, as a time and as a multiple of the floor's or the limit's, which the machine's other work
+    moves too; between devices nothing is, and the multiples of the limit are shown. 1 where something of ours got slower,
+    or has no time any more."""
     here = measure.environment(device)["device"]
     before = find(names[0], here)
     after = find(names[1], here) if len(names) > 1 else next((r for r in newest() if r["device"] == here), None)
     if after is None:
         raise SystemExit(f"benchmarks: no result of this device ({here}) to compare with; python -m benchmarks makes one")
-    same = before["device"] == after["device"]
+    same = all(before.get(name) == after.get(name) for name in ("device", "processor"))
     print(f"before: {setting(before)}\nafter:  {setting(after)}\n")
     old = {(*key(row), row["who"]): told(row) for row in before["rows"] if "seconds" in row}
     lines, slower = [], False
     for row in map(told, after["rows"]):
         was = old.get((*key(row), row["who"]))
-        if was is None or "seconds" not in row:
+        if was is None:
+            continue
+        if "seconds" not in row:
+            slower |= is_here(row["who"])
+            lines.append([", ".join(key(row)[1:]), row["who"], seconds(was["seconds"]), "", "", row["note"], "", ""])
             continue
         change = row["seconds"] / was["seconds"]
-        apart = same and (row["low"] > was["high"] or row["high"] < was["low"])
+        apart = same and (beyond(was, row, 1, 1) or beyond(row, was, 1, 1)) and (
+            beyond(was, row, unit(was), unit(row)) or beyond(row, was, unit(row), unit(was))
+        )
         slower |= apart and change > 1 and is_here(row["who"])
         limits = [f"{r['limits']:.2f}" if "limits" in r else "" for r in (was, row)]
         lines.append([", ".join(key(row)[1:]), row["who"], seconds(was["seconds"]), seconds(row["seconds"]), f"{change:.2f}",

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import measure
 
+SUITES = ("operations", "layer", "models", "sampling", "training")
 SIZES = ("tiny", "small", "full")  # seconds, to try the code; minutes on any machine; everything
 TINY_ROUNDS = 3
 COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}

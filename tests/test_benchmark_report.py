@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.peers import DEFT, FROZEN, PEFT_DEFT, PEFT_LORA
+from benchmarks.suite import SUITES
 
 WHERE = "640x640, T 4096, r 16"
 
@@ -17,7 +18,8 @@ def row(who, seconds, what="forward + backward", where=WHERE, **more):
 
 def result(*rows, **more):
     found = {"device": "a CPU, 2 threads", "driver": "none", "torch": "2", "commit": "abc1234", "clean": True}
-    return found | {"size": "small", "date": "2026-01-02T03:04:05+00:00", "rows": list(rows)} | more
+    found |= {"size": "small", "peers": [], "suites": list(SUITES), "date": "2026-01-02T03:04:05+00:00"}
+    return found | {"rows": list(rows)} | more
 
 
 def write(folder, found, device="a_CPU_2_threads"):
@@ -73,6 +75,21 @@ def test_a_comparison_flags_what_is_beyond_noise(tmp_path, capsys, monkeypatch):
     write(tmp_path, result(*slower, commit="0ddba11", device="another CPU"), "another_CPU")
     assert report.compare(["abc1234", "0ddba11"], "cpu") == 0  # of another device nothing is beyond noise
     assert "slower" not in capsys.readouterr().out.split("after:")[-1]
+    write(tmp_path, result(*slower, commit="0ddba11", processor="a newer one of the same name"))
+    assert report.compare(["abc1234", str(tmp_path / "a_CPU_2_threads" / "0ddba11.json")], "cpu") == 0
+
+
+def test_a_comparison_is_not_of_the_machines_other_work_and_tells_what_has_no_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    write(tmp_path, result(*ROWS))
+    loaded = [row(who, 1.7 * r, ratio=r) for who, r in ((FROZEN, 1.0), (DEFT, 1.2), (PEFT_LORA, 1.1))]
+    write(tmp_path, result(*loaded, commit="def5678"))
+    assert report.compare(["abc1234", "def5678"], "cpu") == 0
+    assert not any(word in capsys.readouterr().out for word in ("slower |", "faster |"))
+    red = {k: v for k, v in ROWS[1].items() if k not in ("seconds", "low", "high", "ratio")}
+    write(tmp_path, result(red | {"note": "RED: off", "red": True}, commit="0ddba11"))
+    assert report.compare(["abc1234", "0ddba11"], "cpu") == 1
+    assert f"| {DEFT} | 1.2 s |  |  | RED: off |" in capsys.readouterr().out
 
 
 def test_an_unknown_result_is_refused_with_those_there_are(tmp_path, monkeypatch):
@@ -91,11 +108,15 @@ def test_readme_takes_the_newest_clean_result_of_each_device(tmp_path, monkeypat
     write(tmp_path, result(row(DEFT, 9.0), commit="older", date="2025"))
     write(tmp_path, result(row(DEFT, 8.0), commit="dirty", date="2027", clean=False))
     write(tmp_path, result(row(DEFT, 7.0), commit="tiny", date="2027", size="tiny"))
+    write(tmp_path, result(row(DEFT, 6.0), commit="part", date="2027", suites=["layer"]))
+    write(tmp_path, result(row(DEFT, 55.0), commit="some", date="2027", peers=["LoRA"]))
+    for name in ("abc1234-curves", "abc1234-dirty-curves"):
+        (tmp_path / "a_CPU_2_threads" / f"{name}.png").touch()
     assert report.write_readme() == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old figures" not in text
     assert "### a CPU, 2 threads" in text and "commit abc1234" in text and f"| **{DEFT}** | 1.2 s | 1.20 |" in text
-    assert not any(wrong in text for wrong in ("9 s", "8 s", "7 s"))
+    assert not any(wrong in text for wrong in ("9 s", "8 s", "7 s", "6 s", "55 s", "-dirty"))
     assert "**Not measured on any GPU**" in text
 
 

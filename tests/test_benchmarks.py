@@ -105,6 +105,29 @@ def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
     assert all(by[who]["ratio"] > 0 for who in (DEFT, PEFT_LORA, PATCHED))
 
 
+def test_a_result_of_another_setting_is_not_lost(measured, monkeypatch):
+    monkeypatch.setattr(command, "run", lambda suite, options: iter([[{"suite": suite, "note": "made up"}]]))
+    monkeypatch.setattr(command.report, "markdown", lambda out: "")
+    monkeypatch.setattr(command.report, "plot", lambda out: [])
+    measured("--suite", "layer")
+    _, found, _ = measured("--suite", "models")
+    assert [row["suite"] for row in found["rows"]] == found["suites"] == ["layer", "models"]
+    with pytest.raises(SystemExit, match="2"):
+        measured("--suite", "layer", "--peers", "LoRA")
+
+
+def test_what_stops_a_run_costs_no_figures(measured, monkeypatch):
+    def broken(suite, options):
+        yield [{"suite": suite, "note": "made up"}]
+        raise MemoryError
+
+    monkeypatch.setattr(command, "run", broken)
+    with pytest.raises(MemoryError):
+        measured("--suite", "layer")
+    found = json.loads(Path(sys.argv[sys.argv.index("--output") + 1]).read_text())
+    assert found["rows"] and found["suites"] == []
+
+
 def test_an_unknown_suite_is_refused():
     done = run("benchmarks", "--suite", "operations,layers")
     assert done.returncode == 2 and done.stderr.endswith(
