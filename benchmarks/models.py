@@ -301,7 +301,8 @@ def merging(
             reason = cases.wrong(got, *merged[lora], OURS if ours else PEERS)
             if ours and changed:
                 reason = f"unmerging leaves {changed:.1g} of the weights changed"
-            more = {"changed": changed} if verb == "unmerge" else {}
+            # W + B A: half of DEFT's flops, which projects W first
+            more = {"changed": changed} if verb == "unmerge" else {"flops": case.flops // 2} if lora else {}
             found[who] = peer(reason, [verbs.of(verb)], around=functools.partial(verbs.around, verb), more=more)
         return found
 

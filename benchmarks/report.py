@@ -18,7 +18,7 @@ from benchmarks.suite import SUITES
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 PLOTS = "bars-*", "roofline", "curves"
-MARKERS = "os^vDP*X"
+MARKERS = "os^vDP*X<>hdp"
 DOES_LESS = FROZEN, MERGED, COPY, QR_ALONE  # than the work whose bytes and flops are counted
 TIMES = "\N{MULTIPLICATION SIGN}"
 BEGIN, END = "<!-- written by python -m benchmarks --readme: begin -->", "<!-- end -->"
@@ -270,6 +270,7 @@ def _roofline(figure_class, rows: list[dict]):
             ax.scatter([], [], s=14, color="0.3", marker=MARKERS[works.index(work) % len(MARKERS)], label=work)
         ax.legend(fontsize=6)
         ax.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second")
+        ax.tick_params(which="both", labelsize=6)
         ax.set_title(f"{kind}: copy {copy / 1e9:.0f} GB/s, matrix {matrix / 1e9:.0f} Gflop/s", fontsize=9)
     figure.suptitle("green: here; red: PEFT, LyCORIS; grey: plain torch", fontsize=8)
     return figure
@@ -301,7 +302,10 @@ def _curves(figure_class, curves: dict):
                     alpha=1 - 0.07 * i)  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel=grows, ylabel="seconds")
         ax.set_title(f"{what}, {kind}\n{same}", fontsize=8)
-        ax.tick_params(labelsize=6)
+        values = sorted({value for points in peers.values() for value, _ in points})
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.set_xticks([], minor=True)
+        ax.tick_params(which="both", labelsize=6)
         ax.legend(fontsize=5)
     for ax in axes:
         ax.axis("off")

@@ -41,7 +41,8 @@ class Peer:
     note: str = ""  # why not
     red: bool = False  # because its results are wrong
     around: Callable | None = None  # makes what is entered before each of its turns and left after it, untimed
-    more: dict = field(default_factory=dict)  # what else was measured of it: bytes saved for the backward, memory
+    # what else was measured of it: bytes saved for the backward, memory; and its bytes or flops, where its work is another's
+    more: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
             row["ratio"] = statistics.median(a / b for a, b in zip(mine.device, times[bench.floor].device))
         if rates:
             row |= {"copy_rate": rates["copy"], "matrix_rate": rates["matrix"]}
-            row["limit_seconds"] = max(bench.bytes / rates["copy"], bench.flops / rates["matrix"])
+            row["limit_seconds"] = max(row["bytes"] / rates["copy"], row["flops"] / rates["matrix"])
         yield row
 
 

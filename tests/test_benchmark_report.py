@@ -136,4 +136,5 @@ def test_plots_are_bars_a_roofline_and_curves(tmp_path):
     (((*_, grows), peers),) = report.curves_of(benches).items()
     assert grows == "rank" and peers[DEFT] == [(4, 0.5), (8, 1.0), (16, 2.0)]
     svg = files[-1].read_text()  # in which matplotlib says each text in a comment
+    assert all(f"<!-- {r} -->" in svg for r in (4, 8, 16))
     assert "commit abc1234" in svg

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import training
-from benchmarks.peers import DEFT, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
+from benchmarks import models, training
+from benchmarks.cases import Draw
+from benchmarks.peers import DEFT, LORA, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
+from benchmarks.suite import Options, rows_of
 from deft_kernels.ops import _dispatch
 from tests.deft_kernels.common import without_native
 
@@ -126,6 +128,14 @@ def test_what_stops_a_run_costs_no_figures(measured, monkeypatch):
         measured("--suite", "layer")
     found = json.loads(Path(sys.argv[sys.argv.index("--output") + 1]).read_text())
     assert found["rows"] and found["suites"] == []
+
+
+def test_a_lora_is_not_counted_what_deft_projects():
+    options = Options(torch.device("cpu"), "tiny")
+    bench = models.merging("merge", [(64, 96)], "one layer", Draw(options.device, torch.float32), options)
+    flops = {row["who"]: row["flops"] for row in rows_of(bench, options)}
+    assert flops[DEFT] == flops[PEFT_DEFT] == 4 * 64 * 96 * 16
+    assert flops[LORA] == flops[PEFT_LORA] == 2 * 64 * 96 * 16
 
 
 def test_an_unknown_suite_is_refused():
