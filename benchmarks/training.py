@@ -335,6 +335,7 @@ def memory(who: str, setting: Setting, threads: int) -> int:
     torch.set_num_threads(threads)
     base = base_model(setting)
     batch = make_batch(setting, base)
+    dk.backends()  # csrc's library is loaded, as PEFT is: that is not what a step takes
     gc.collect()
     with measure.peak(setting.device.type) as peak:
         trainee = Trainee(who, base, setting)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import models, training
+from benchmarks import measure, models, training
 from benchmarks.cases import Draw
 from benchmarks.peers import DEFT, LORA, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
 from benchmarks.suite import Options, rows_of
@@ -128,6 +128,18 @@ def test_what_stops_a_run_costs_no_figures(measured, monkeypatch):
         measured("--suite", "layer")
     found = json.loads(Path(sys.argv[sys.argv.index("--output") + 1]).read_text())
     assert found["rows"] and found["suites"] == []
+
+
+def test_what_a_step_takes_is_not_the_library(monkeypatch):
+    class Peak(measure.peak):
+        def __enter__(self):
+            assert _dispatch._without_library.cache_info().currsize
+            return super().__enter__()
+
+    monkeypatch.setattr(measure, "peak", Peak)
+    _dispatch._without_library.cache_clear()
+    setting = training.Setting(torch.device("cpu"), torch.float32)
+    assert training.memory(DEFT, setting, torch.get_num_threads()) >= 0
 
 
 def test_a_lora_is_not_counted_what_deft_projects():
