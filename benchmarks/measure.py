@@ -25,7 +25,8 @@ MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be ma
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
     """Device, driver, versions (those in `also` too), time, and commit, which ends in -dirty where the tree has changes."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]  # no tags
+    git = subprocess.run(describe, capture_output=True, text=True, check=False)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     found = {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "driver": "none"}

@@ -340,15 +340,15 @@ def write_readme() -> int:
     return 0
 
 
-def newest() -> list[dict]:
-    """Of each device the newest result of all suites and peers, on a clean tree."""
+def newest(to_show: bool = True) -> list[dict]:
+    """Of each device the newest result; `to_show`: of all suites and peers, on a clean tree."""
     found: dict[str, dict] = {}
     for file in sorted(RESULTS.glob("*/*.json")):
         one = json.loads(file.read_text()) | {"file": f"benchmarks/results/{file.parent.name}/{file.name}"}
         one["plots"] = sorted(plot for name in PLOTS for plot in file.parent.glob(f"{file.stem}-{name}.png"))
         whole = set(SUITES) <= set(one.get("suites", [row["suite"] for row in one["rows"]])) and not one.get("peers")
         newer = one["date"] > found.get(one["device"], {"date": ""})["date"]
-        if whole and newer and one["clean"] and one["size"] != "tiny":
+        if newer and (not to_show or (whole and one["clean"] and one["size"] != "tiny")):
             found[one["device"]] = one
     return list(found.values())
 
@@ -407,7 +407,8 @@ def find(name: str, device: str | None = None) -> dict:
         return json.loads(Path(name).read_text())
     git = subprocess.run(["git", "rev-parse", name], capture_output=True, text=True, check=False)
     commit = git.stdout.strip() or name
-    files = [file for file in RESULTS.glob("*/*.json") if commit.startswith(file.stem)]
+    files = [file for file in RESULTS.glob("*/*.json") if file.stem == name]
+    files = files or [file for file in RESULTS.glob("*/*.json") if commit.startswith(file.stem)]
     found = [one for one in (json.loads(file.read_text()) for file in files) if device in (None, one["device"])] or [
         json.loads(file.read_text()) for file in files
     ]
@@ -435,9 +436,11 @@ def compare(names: list[str], device: str) -> int:
     or has no time any more."""
     here = measure.environment(device)["device"]
     before = find(names[0], here)
-    after = find(names[1], here) if len(names) > 1 else next((r for r in newest() if r["device"] == here), None)
+    after = find(names[1], here) if len(names) > 1 else next((r for r in newest(to_show=False) if r["device"] == here), None)
     if after is None:
         raise SystemExit(f"benchmarks: no result of this device ({here}) to compare with; python -m benchmarks makes one")
+    if before["rows"] == after["rows"]:
+        raise SystemExit(f"benchmarks: {names[0]} is this device's newest result; python -m benchmarks makes another")
     same = all(before.get(name) == after.get(name) for name in ("device", "processor"))
     print(f"before: {setting(before)}\nafter:  {setting(after)}\n")
     old = {(*key(row), row["who"]): told(row) for row in before["rows"] if "seconds" in row}

@@ -92,6 +92,20 @@ def test_a_comparison_is_not_of_the_machines_other_work_and_tells_what_has_no_ti
     assert f"| {DEFT} | 1.2 s |  |  | RED: off |" in capsys.readouterr().out
 
 
+def test_one_result_is_compared_with_the_newest_there_is(tmp_path, capsys, monkeypatch):
+    """A changed tree's too, and never itself."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    here = report.measure.environment("cpu")["device"]
+    write(tmp_path, result(*ROWS, device=here))
+    with pytest.raises(SystemExit, match="abc1234 is this device's newest"):
+        report.compare(["abc1234"], "cpu")
+    changed = result(row(DEFT, 2.4), device=here, commit="abc1234-dirty", clean=False, date="2027")
+    write(tmp_path, changed)
+    assert report.compare(["abc1234"], "cpu") == 1
+    assert "| 2.00 | slower |" in capsys.readouterr().out
+    assert report.find("abc1234-dirty") == changed
+
+
 def test_an_unknown_result_is_refused_with_those_there_are(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     write(tmp_path, result(*ROWS))
