@@ -198,6 +198,21 @@ def test_a_step_never_waits_for_the_device(options, rows):
     assert waits(lambda: step(model, x)) == {}
 
 
+def test_new_strengths_and_routes_are_written_where_the_old_were():
+    """Or a captured CUDA graph would go on with the old ones."""
+    model = adapted(chain(3, 64), init_weights=False)
+    dk.inject_adapter(model, dk.DeftConfig(r=4, target_modules=["0", "1", "2"]), "other")
+    dk.set_adapters(model, ["default", "other"])
+    scales = [layer._scales for layer in model]
+    dk.set_adapters(model, ["default", "other"], [0.5, -3.0])
+    assert all(layer._scales is kept and kept[1].tolist() == [0.5, -3.0] for layer, kept in zip(model, scales))
+    dk.route_adapters(model, ["default", "other"], [1.0, 2.0])
+    routes = [(layer._route_index, layer._route_weight) for layer in model]
+    dk.route_adapters(model, ["default", "base"], [3.0, 4.0])
+    for layer, (index, weight) in zip(model, routes):
+        assert layer._route_index is index and layer._route_weight is weight and weight.tolist() == [3.0, 4.0]
+
+
 def test_merging_waits_for_the_device_once():
     """To refuse values that are not finite: no model is half merged."""
     model = adapted(chain(5, 64), init_weights=False)
