@@ -5,9 +5,10 @@
     python -m benchmarks --compare 0123abc 4567def        # two commits or devices: what changed beyond noise
     python -m benchmarks --readme                         # README's figures, anew from benchmarks/results
 
-Nothing is timed whose results have not been compared with the reference in float64 first: what is wrong says RED, and the
-exit status is 1. A figure is the median over rounds, each of which times every peer once, in turn, and the machine's own
-copy and matrix product besides; a ratio is the median over the rounds of the ratio in each.
+Nothing is timed whose results have not been compared with the reference first, operations, layers and models' verbs in
+float64, whole denoisers in their own type (OFT's by their start alone): what is wrong says RED, and the exit status is 1.
+A figure is the median over rounds, each of which times every peer once, in turn, and the machine's own copy and matrix
+products besides; a ratio is the median over the rounds of the ratio in each.
 
 Results, tables and plots go to benchmarks/results/<device>/<commit>.{json,md} and <commit>-*.{png,svg}; suites that
 are measured one by one come together there. With some --peers, or in size tiny, they go to outputs/benchmarks.
@@ -46,6 +47,12 @@ def earlier(out: Path, found: dict, suites: list[str]) -> dict:
     rows = [row for row in before["rows"] if row["suite"] not in suites]
     measured = before.get("suites", {row["suite"] for row in rows})
     return {"suites": [suite for suite in SUITES if suite in measured and suite not in suites], "rows": rows}
+
+
+def text(result: dict) -> str:
+    """A result in JSON, a line for each row."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
+    return json.dumps(result | {"rows": ["ROWS"]}, indent=1).replace('  "ROWS"', rows) + "\n"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -104,9 +111,9 @@ def main() -> int:
         for rows in run(suite, options):
             red |= any("red" in row for row in rows)
             result["rows"] += rows
-            out.write_text(json.dumps(result, indent=1) + "\n")  # of each bench: what stops a run costs no figures
+            out.write_text(text(result))  # of each bench: what stops a run costs no figures
         result["suites"].append(suite)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(text(result))
     out.with_suffix(".md").write_text(report.markdown(out))
     report.plot(out)
     print(f"\nwritten to {out}, its tables to {out.with_suffix('.md').name} and its plots beside it")

@@ -100,12 +100,12 @@ def orthonormalize_backward(layers, label: str, draw: Draw, r: int = shapes.RANK
 
 
 def project(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case:
-    ones = torch.ones(len(layers), device=draw.device)
+    ones = functools.partial(torch.ones, len(layers), device=draw.device)
     return Case(
         "project", label, draw.dtype,
         bytes=sum(draw.dtype.itemsize * m * n + 4 * (m + 2 * n) * r for m, n in layers),
         flops=sum(2 * m * n * r for m, n in layers),
-        inputs=lambda: (draw.tall(layers, r), draw.weights(layers), draw.wide(layers, r), ones, ones),
+        inputs=lambda: (draw.tall(layers, r), draw.weights(layers), draw.wide(layers, r), ones(), ones()),
         plain=reference.project, op=deft.project,
         peers={CHAIN: calling(
             lambda K, W, R, *_: [torch.addmm(r, k.mT, w.float(), alpha=-1) for k, w, r in zip(K, W, R)]
@@ -114,12 +114,12 @@ def project(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case:
 
 
 def project_backward(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case:
-    ones = torch.ones(len(layers), device=draw.device)
+    ones = functools.partial(torch.ones, len(layers), device=draw.device)
     return Case(
         "project_backward", label, draw.dtype,
         bytes=sum(draw.dtype.itemsize * m * n + 4 * (m + 2 * n) * r for m, n in layers),
         flops=sum(2 * m * n * r for m, n in layers),
-        inputs=lambda: (draw.wide(layers, r), draw.weights(layers), ones, ones),
+        inputs=lambda: (draw.wide(layers, r), draw.weights(layers), ones(), ones()),
         plain=reference.project_backward, op=deft.project_backward,
         peers={CHAIN: calling(
             lambda dA, W, *_: ([(w.float() @ da.mT).neg_() for da, w in zip(dA, W)], [da.clone() for da in dA])

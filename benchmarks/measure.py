@@ -21,6 +21,8 @@ import torch
 
 DISTRIBUTIONS = {"lycoris": "lycoris-lora"}  # of packages that have another name
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+CACHE = 1 << 25  # bytes, where a CPU does not tell
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
@@ -113,11 +115,20 @@ class peak:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
+def cache_of(device: torch.device) -> int:
+    """Bytes of the last cache before memory: a GPU's L2, a CPU's L3."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        return int(LAST_CACHE.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return CACHE
+
+
 def copies(size: int, device: torch.device) -> int:
-    """How many inputs of `size` bytes to rotate through, so that none is still in the L2 cache when its turn comes."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    """How many inputs of `size` bytes to rotate through, so that none is still in the last cache when its turn comes; of
+    those so small that MOST_COPIES do not fill it twice, MOST_COPIES, which is more than the nearer caches hold."""
+    cache = cache_of(device)
     return 1 if size > 4 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 
@@ -161,8 +172,13 @@ def beside(
                 queued = functools.partial(_queued, host=host[name])
                 times[name].device.append(turn(name, queued) / len(calls))
             if name in graphs:
-                times[name].graph.append(_round([graphs[name].replay], device)[1] / len(calls))
+                times[name].graph.append(queued([graphs[name].replay], device) / len(calls))
     return times if on_gpu else {name: t._replace(device=t.wall) for name, t in times.items()}
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median over rounds of what one takes, over what another does."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def device_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
@@ -184,10 +200,16 @@ def _queued(calls: list[Callable], device: torch.device, host: float) -> float:
 
 
 def _captured(calls: list[Callable]):
-    """A CUDA graph of all calls, or None where one of them cannot be captured, as what waits for the device cannot."""
-    graph = torch.cuda.CUDAGraph()
+    """A CUDA graph of all calls, or None where one of them cannot be captured, as what waits for the device cannot. They are
+    called on the stream of the capture first: what a library keeps for each stream is then there."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
     except RuntimeError:  # which leaves torch's generator in the capture

@@ -2,11 +2,15 @@
 
 A step is forward, backward, gradient clipping and AdamW, the same batch and the same optimizer for every peer, at the same
 rank on the same layers (OFT's rank is, as PEFT has it, the number of its blocks). The peak of memory is what a fresh
-process of each peer takes beside the base model. No peer is timed before
+process of each peer takes beside the base model, the median of three. No peer is timed before
 
 - its prediction at the start is the base model's (but PaRa's, which has no such start);
 - away from the start, its prediction and all its gradients are those of the same model whose adapted layers are
-  reference.py's, whoever else takes part (but OFT's, of which there is no reference).
+  reference.py's, whoever else takes part (but OFT's, whose layer alone is compared, in the suite "layer").
+
+In float32 these agree to AGREE and GRADIENTS. In bfloat16 the truth is that model in float32, and the prediction, and the
+median gradient, may be OWN_ERROR times as far from it as the reference's in bfloat16 is. (One layer's gradient may be all
+rounding there: each layer by itself is compared in the suite "layer".)
 """
 
 import contextlib
@@ -14,10 +18,11 @@ import copy
 import functools
 import gc
 import multiprocessing
+import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +33,7 @@ from tqdm import tqdm
 
 import deft_kernels as dk
 from benchmarks import measure, shapes
-from benchmarks.peers import DEFT, LORA, LYCORIS, LYCORIS_BYPASS, PARA, PATCHED, PEFT_DEFT, PEFT_LORA, PEFT_OFT
+from benchmarks.peers import DEFT, LORA, LYCORIS, LYCORIS_BYPASS, PARA, PATCHED, PEFT_DEFT, PEFT_LORA, PEFT_OFT, is_here
 from benchmarks.suite import Bench, Options, Peer
 from deft_kernels import reference
 from deft_kernels.nn import DeftLayer
@@ -44,10 +49,12 @@ MODELS = {"toyworld": "the embedded UNet", "sdxl": "SDXL's UNet"}
 PER_LATENT = {"toyworld": 4, "sdxl": 8}  # pixels along a side
 TOKENS = {"toyworld": 32, "sdxl": 77}
 # Relative distances that two ways to the same prediction, or gradient of one layer, may have through a whole denoiser
-AGREE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (5e-2, 0.5)}
+AGREE, GRADIENTS = {torch.float32: 1e-4, torch.bfloat16: 5e-2}, 1e-3
+OWN_ERROR = 2  # seen, in ten draws of the embedded UNet's adapters: 1.1 of predictions, 1.7 of gradients
 # Numbers that SDXL's step holds: the weights; what LyCORIS makes of the adapted ones; activations at 512 x 512, by a count
 # at 256 x 256
 WEIGHTS, TRAINED, ACTIVATIONS = 2.57e9, 1e9, 2e9
+PROCESSES = 3  # whose median is the peak of memory
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def benches(options: Options) -> Iterator[Bench]:
             "training", "a training step", str(setting), setting.dtype, floor=PEFT_LORA,
             peers=functools.partial(peers, setting, options),
             at={"rank": setting.rank, "batch": setting.batch_size, "pixels": setting.resolution**2},
-            budget=5.0 if options.size == "full" else 1.5,
+            budget=5.0 if options.size == "full" else 1.5, clock="wall",
         )  # fmt: skip
 
 
@@ -170,10 +177,20 @@ class Trainee:
             self.optimizer.zero_grad()
 
     def gradients(self, batch: dict) -> dict[str, Tensor]:
-        """Those of all that trains, by name; and the prediction."""
+        """Those of all that trains, if anything does, by name; and the prediction."""
         loss, prediction = self.loss(batch)
-        grads = torch.autograd.grad(loss, self.parameters)
+        grads = torch.autograd.grad(loss, self.parameters) if self.parameters else ()
         return {"prediction": prediction} | {twin(name): g for name, g in zip(self.trained, grads)}
+
+    def exact(self, batch: dict) -> dict[str, Tensor]:
+        """`gradients` of the same by the reference in float32."""
+        other = copy.copy(self)
+        other.setting, other.model = replace(self.setting, dtype=torch.float32), copy.deepcopy(self.model).float()
+        other.trained = {name: p for name, p in other.model.named_parameters() if p.requires_grad}
+        other.parameters = list(other.trained.values())
+        wide = {k: v.float() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}
+        with by_reference(other.model):
+            return other.gradients(wide)
 
     @contextlib.contextmanager
     def turn(self, batch: dict):
@@ -250,31 +267,50 @@ def of_reference(layer: DeftLayer, x: Tensor) -> Tensor:
 
 def gate(trainees: dict[str, Trainee], batch: dict) -> dict[str, str]:
     """{peer: why it is not to be timed}."""
-    wrong, (same, similar) = {}, AGREE[trainees[FROZEN].setting.dtype]
-    with torch.no_grad():
-        truth = trainees[FROZEN].loss(batch)[1]
+    wrong, (truth, own) = {}, expected_of(trainees[FROZEN], batch)
     for who, trainee in tqdm(trainees.items(), desc="checks", leave=False, disable=None):
         if who == PARA:
             continue
         with trainee.turn(batch), torch.no_grad():
-            distance = apart(trainee.loss(batch)[1], truth)
-        if not distance <= same:
-            wrong[who] = f"its start is {distance:.1e} away from what it has to be"
+            prediction = trainee.loss(batch)[1]
+        if reason := too_far({"prediction": prediction}, truth, own):
+            wrong[who] = f"at its start {reason}"
     for ours in (DEFT, PARA, LORA):
         for p in trainees[ours].parameters:
             p.data.add_(torch.randn_like(p) * 0.02)
-        with by_reference(trainees[ours].model):
-            expected = trainees[ours].gradients(batch)
+        truth, own = expected_of(trainees[ours], batch)
         for who in (who for who, other in COUNTERPARTS.items() if other == ours and who in trainees):
             for key, p in trainees[who].trained.items():
                 p.data.copy_(trainees[ours].trained[twin(key)])
             with trainees[who].turn(batch):
-                distances = {key: apart(value, expected[key]) for key, value in trainees[who].gradients(batch).items()}
-            first = distances.pop("prediction")
-            worst = max(distances, key=distances.get)
-            if not (first <= same and distances[worst] <= similar):
-                wrong[who] = f"prediction {first:.1e}, gradient of {worst} {distances[worst]:.1e} away from the reference's"
+                found = trainees[who].gradients(batch)
+            if reason := too_far(found, truth, own):
+                wrong[who] = reason
     return wrong
+
+
+def expected_of(trainee: Trainee, batch: dict) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What a model by the reference predicts, and its gradients; in half precision those in float32, and the distances of
+    its own from them."""
+    with by_reference(trainee.model):
+        found = trainee.gradients(batch)
+    if trainee.setting.dtype == torch.float32:
+        return found, {}
+    exact = trainee.exact(batch)
+    return exact, {key: apart(value, exact[key]) for key, value in found.items()}
+
+
+def too_far(found: dict[str, Tensor], truth: dict[str, Tensor], own: dict[str, float]) -> str | None:
+    """Which of the distances is too large, or None."""
+    limits = {key: OWN_ERROR * error for key, error in own.items()}
+    limits = limits or dict.fromkeys(found, GRADIENTS) | {"prediction": AGREE[torch.float32]}
+    excess = {key: apart(value, truth[key]) / limits[key] for key, value in found.items()}
+    if own and len(excess) > 1:
+        excess = {"prediction": excess.pop("prediction"), "the median gradient": statistics.median(excess.values())}
+    worst = max(excess, key=excess.get)
+    if all(value <= 1 for value in excess.values()):
+        return None
+    return f"{worst} is {excess[worst]:.2g} times as far from the reference's as it may be"
 
 
 # Together -------------------------------------------------------------------------------------------------------------
@@ -282,7 +318,7 @@ def gate(trainees: dict[str, Trainee], batch: dict) -> dict[str, str]:
 
 def peers(setting: Setting, options: Options) -> dict[str, Peer]:
     """All of them on the same weights and the same batch."""
-    wanted = [who for who in HERE + OTHERS if who in HERE or who == PEFT_LORA or options.wants(who)]
+    wanted = [who for who in HERE + OTHERS if who in HERE or is_here(who) or who == PEFT_LORA or options.wants(who)]
     if reason := absent("diffusers") or too_large(setting):
         return {who: Peer(note=reason) for who in wanted}
     notes = {who: Peer(note=reason) for who in wanted if (reason := who in NEEDS and absent(NEEDS[who]))}
@@ -290,7 +326,7 @@ def peers(setting: Setting, options: Options) -> dict[str, Peer]:
     measured = [] if options.size == "tiny" else [who for who in wanted if who not in notes]
     for who in tqdm(measured, "memory", leave=False, disable=None):
         try:
-            used[who] = {"memory": in_fresh_process(who, setting)}
+            used[who] = {"memory": statistics.median(in_fresh_process(who, setting) for _ in range(PROCESSES))}
         except (torch.OutOfMemoryError, BrokenProcessPool):  # the second where the system ends what takes too much
             notes[who] = Peer(note="out of memory")
     if FROZEN in notes:

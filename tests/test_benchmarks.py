@@ -87,7 +87,7 @@ def test_a_wrong_gradient_of_ours_is_red_whoever_takes_part(measured, monkeypatc
     monkeypatch.setitem(_dispatch._kernels["orthonormalize_backward"], "cpp", (wrong, *rest))
     status, found, _ = measured("--suite", "training", "--peers", "LyCORIS")
     assert status == 1
-    assert {row["who"] for row in found["rows"] if row.get("red")} == {DEFT, PARA}
+    assert {row["who"] for row in found["rows"] if row.get("red")} == {DEFT, PARA, PATCHED}
 
 
 def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
@@ -103,8 +103,22 @@ def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
     status, found, _ = measured("--suite", "training", "--peers", "DEFT")
     assert status == 1
     by = {row["who"]: row for row in found["rows"]}
-    assert by[PEFT_DEFT]["note"].startswith("RED: prediction ") and "seconds" not in by[PEFT_DEFT]
+    assert by[PEFT_DEFT]["note"].startswith("RED: ") and "seconds" not in by[PEFT_DEFT]
     assert all(by[who]["ratio"] > 0 for who in (DEFT, PEFT_LORA, PATCHED))
+
+
+def test_half_precision_is_compared_with_float32(monkeypatch):
+    """And with how far from it the reference is in half precision."""
+    torch.manual_seed(0)
+    setting = training.Setting(torch.device("cpu"), torch.bfloat16)
+    base = training.base_model(setting)
+    batch = training.make_batch(setting, base)
+    made = lambda: {who: training.Trainee(who, base, setting) for who in (training.FROZEN, DEFT, PARA, LORA, PEFT_LORA)}
+    assert training.gate(made(), batch) == {}
+    trainees, right = made(), training.Trainee.gradients
+    scaled = lambda it, batch: {k: g * (1.2 if it is trainees[PEFT_LORA] else 1) for k, g in right(it, batch).items()}
+    monkeypatch.setattr(training.Trainee, "gradients", scaled)
+    assert set(training.gate(trainees, batch)) == {PEFT_LORA}
 
 
 def test_a_result_of_another_setting_is_not_lost(measured, monkeypatch):
