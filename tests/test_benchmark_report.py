@@ -51,14 +51,42 @@ def test_seconds_are_said_in_their_unit(value, said):
 
 def test_targets_are_met_missed_or_not_measured():
     lines = report.checked([result(*ROWS)]).splitlines()
-    mine = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines if WHERE in line}
-    about = f"forward + backward, {WHERE}, float32: {DEFT} ≤"
-    assert mine[f"{about} 1.25 {report.TIMES} {FROZEN}"] == ["1.20", "met"]
-    assert mine[f"{about} 1 {report.TIMES} {PEFT_DEFT}"] == ["0.80", "met"]
-    assert mine[f"{about} 1 {report.TIMES} {PEFT_LORA}"] == ["1.09", "**missed**"]
+    told = [line for line in lines if line.startswith("| forward") and WHERE in line]
+    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in told]
+    mine, times = {what: rest for what, *rest in cells}, report.TIMES
+    about = f"forward + backward, {WHERE}, float32: {DEFT} against"
+    assert mine[f"{about} {FROZEN}"] == [f"≤ 1.25 {times}", f"1.20 {times}", "met"]
+    assert mine[f"{about} {PEFT_DEFT}"] == [f"≤ 1.00 {times}", f"0.80 {times}", "met"]
+    assert mine[f"{about} {PEFT_LORA}"] == [f"≤ 1.00 {times}", f"1.09 {times}", "**missed**"]
+    assert f"- Missed, {about} {PEFT_LORA}: not known; next: a profile." in lines
     assert any(line.endswith("| not measured |") for line in lines)
     assert report.checked([result(*ROWS, driver="580")]).count("not measured") > 0
     assert WHERE not in report.checked([result(*ROWS, driver="580")])  # which asks a CPU
+
+
+def test_a_target_is_the_median_of_each_rounds_ratio_and_says_how_much_faster():
+    merge = next(t for t in report.TARGETS if t.bench[1] == "merge" and t.over == PEFT_DEFT and t.device == "cpu")
+    shared = dict(zip(("suite", "what", "where", "type"), merge.bench))
+    rows = [row(DEFT, 1.0, times=[1.0, 1.0, 4.0]) | shared, row(PEFT_DEFT, 6.0, times=[6.0, 7.0, 8.0]) | shared]
+    assert merge.value(rows) == 1 / 6 <= merge.most
+    assert merge.said(1 / 6) == f"6 {report.TIMES} faster"
+    why = merge.why
+    assert why.startswith("PEFT takes less") and why in report.checked([result(*[r | {"times": [1.0]} for r in rows])])
+
+
+def test_a_summary_says_where_ours_is_faster_and_slower():
+    more = [row(DEFT, 1.0, where="T 77"), row(PEFT_DEFT, 0.5, where="T 77"), row(PEFT_LORA, 1.01, where="T 77")]
+    text = report.summary([ROWS, more])
+    what, times = "a layer's forward + backward", report.TIMES
+    assert f"**{PEFT_DEFT}**: faster in {what} (1.25 {times}); slower in {what} at T 77 (2.00 {times}).\n" in text
+    assert f"**{PEFT_LORA}**: as fast in {what}; slower in {what} at {WHERE} (1.09 {times}).\n" in text
+
+
+def test_what_only_size_full_has_is_listed(monkeypatch):
+    monkeypatch.delenv("DEFT_KERNELS_BACKEND", raising=False)
+    for driver in ("none", "580"):
+        text = "; ".join(report.unmeasured(result(*ROWS, driver=driver)))
+        assert all(name in text for name in ("SD 1.5", "FLUX.1", "FLUX.2 klein", "OmniGen", "SDXL's UNet"))
 
 
 def test_a_comparison_flags_what_is_beyond_noise(tmp_path, capsys, monkeypatch):
