@@ -24,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -350,20 +349,14 @@ def absent(library: str) -> str:
     return "" if find_spec(library) else f"{library} is not installed"
 
 
-def too_large(setting: Setting) -> str:
-    """Why a setting is left out on this machine, or nothing."""
+def too_large(setting: Setting) -> str | None:
+    """Why a setting is left out on this machine, or None."""
     gc.collect()  # the last one's models
     if setting.model != "sdxl":
-        return ""
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
-        free = torch.cuda.mem_get_info(setting.device)[0]
-    else:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        return None
     activations = ACTIVATIONS / (3 if setting.gradient_checkpointing else 1) * (setting.resolution / 512) ** 2
-    needed = setting.dtype.itemsize * (WEIGHTS + TRAINED + activations * setting.batch_size)
-    return "" if needed <= free else f"needs some {needed / 1e9:.0f} GB; {free / 1e9:.0f} GB are free"
+    size = setting.dtype.itemsize + 4 * (setting.dtype != torch.float32)  # half precision is compared with float32
+    return measure.lacking(int(size * (WEIGHTS + TRAINED + activations * setting.batch_size)), setting.device)
 
 
 def memory(who: str, setting: Setting, threads: int) -> int:

@@ -12,8 +12,8 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import measure, models, training
 from benchmarks.cases import Draw
-from benchmarks.peers import DEFT, LORA, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
-from benchmarks.suite import Options, rows_of
+from benchmarks.peers import DEFT, FROZEN, LORA, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
+from benchmarks.suite import Bench, Options, Peer, rows_of
 from deft_kernels.ops import _dispatch
 from tests.deft_kernels.common import without_native
 
@@ -162,6 +162,36 @@ def test_a_lora_is_not_counted_what_deft_projects():
     flops = {row["who"]: row["flops"] for row in rows_of(bench, options)}
     assert flops[DEFT] == flops[PEFT_DEFT] == 4 * 64 * 96 * 16
     assert flops[LORA] == flops[PEFT_LORA] == 2 * 64 * 96 * 16
+
+
+@pytest.mark.parametrize(("kind", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_is_kept_while_merged_is_counted(kind, size):
+    options = Options(torch.device("cpu"), "tiny")
+    for verb in ("merge", "hot-swap"):
+        bench = models.merging(verb, [(64, 96)] * 2, "two layers", Draw(options.device, kind), options)
+        kept = {row["who"]: row["kept"] for row in rows_of(bench, options) if "kept" in row}
+        assert kept[DEFT] == kept[LORA] == 2 * 64 * 96 * size
+        assert kept[PEFT_DEFT] == 2 * 16 * 96 * 4 and kept[PEFT_LORA] == 0  # PEFT's DEFT keeps a factor, to unmerge by
+
+
+def test_a_ratio_is_of_the_rounds_that_are_kept_and_the_limit_of_the_best_product(monkeypatch):
+    calls = {"copy": (10, lambda: None), "slow": (100, lambda: None), "fast": (100, lambda: None)}
+    seconds = {FROZEN: [1.0, 2.0, 4.0], DEFT: [2.0, 6.0, 9.0], "copy": [1.0] * 3, "slow": [10.0] * 3, "fast": [5.0] * 3}
+    monkeypatch.setattr("benchmarks.suite.machine", lambda *args: calls)
+    monkeypatch.setattr(measure, "beside", lambda *args: {who: measure.Times(t, t, []) for who, t in seconds.items()})
+    work = {who: Peer([lambda: None]) for who in (FROZEN, DEFT)}
+    bench = Bench("layer", "forward", "somewhere", torch.float32, FROZEN, lambda: work, bytes=5, flops=60)
+    _, row = rows_of(bench, Options(torch.device("cpu")))
+    assert row["times"] == [2.0, 6.0, 9.0] and row["seconds"] == 6.0 and row["ratio"] == 2.25
+    assert row["matrix_rate"] == 20.0 and row["limit_seconds"] == 3.0
+
+
+def test_inputs_rotate_beyond_a_cpus_cache(tmp_path, monkeypatch):
+    cpu, size = torch.device("cpu"), tmp_path / "size"
+    monkeypatch.setattr(measure, "LAST_CACHE", size)
+    assert measure.cache_of(cpu) == measure.CACHE
+    size.write_text("1024K\n")
+    assert [measure.copies(n, cpu) for n in (1 << 19, (1 << 22) + 1, 100)] == [5, 1, measure.MOST_COPIES]
 
 
 def test_an_unknown_suite_is_refused():
