@@ -105,9 +105,11 @@ def peers(setting: Setting, options: Options, work: Callable) -> dict[str, Peer]
     truths = {lora: by_reference(plain, W, kept, P, R, lora) for lora in (False, True)}
     none = None if work is predicting else contextlib.nullcontext  # a pipeline waits for the device: no CUDA graph of that
     found = {BASE: Peer([plain], around=none)}
+    slow = work is not predicting and setting.device.type == "cpu" and options.size != "full"  # another minute each
+    later = "in a draw: --size full" if slow else None
     compiled = (BASE_COMPILED, MERGED_COMPILED) if options.size != "tiny" else ()
     for who in taking_part((MERGED, DEFT, LORA, PEFT_DEFT, PATCHED, PEFT_LORA, *compiled), options, found):
-        if who in compiled and (reason := cannot_compile(setting.device)):
+        if who in compiled and (reason := cannot_compile(setting.device) or later):
             found[who] = Peer(note=reason)
             continue
         unet = with_adapter(base, names, who, P, R)
