@@ -57,8 +57,10 @@ class Draw:
         return [self(rank, n, scale=0.02, dtype=torch.float32) for _, n in layers]
 
 
-def one_of_each(layers) -> list[int]:
-    return [layers.index(shape) for shape in dict.fromkeys(layers)]
+def some_of_each(layers) -> list[int]:
+    """The first and the last layer of every shape."""
+    last = {shape: i for i, shape in enumerate(layers)}
+    return sorted({layers.index(shape) for shape in last} | set(last.values()))
 
 
 def calling(function: Callable) -> Callable:
@@ -75,7 +77,7 @@ def orthonormalize(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case
         bytes=sum(4 * 2 * m * r for m, _ in layers), flops=sum(4 * m * r**2 - 4 * r**3 // 3 for m, _ in layers),
         inputs=lambda: (draw.tall(layers, r),),
         plain=reference.orthonormalize, op=deft.orthonormalize,
-        peers={LOOP: calling(lambda P: [torch.linalg.qr(p).Q for p in P])}, floor=LOOP, members=one_of_each(layers),
+        peers={LOOP: calling(lambda P: [torch.linalg.qr(p).Q for p in P])}, floor=LOOP, members=some_of_each(layers),
     )  # fmt: skip
 
 
@@ -93,35 +95,35 @@ def orthonormalize_backward(layers, label: str, draw: Draw, r: int = shapes.RANK
         "orthonormalize_backward", label, torch.float32,
         bytes=sum(4 * 4 * m * r for m, _ in layers), flops=sum(7 * m * r**2 for m, _ in layers),
         inputs=inputs, plain=reference.orthonormalize_backward, op=deft.orthonormalize_backward,
-        peers={f"{LOOP}, autograd": autograd}, floor=f"{LOOP}, autograd", members=one_of_each(layers),
+        peers={f"{LOOP}, autograd": autograd}, floor=f"{LOOP}, autograd", members=some_of_each(layers),
     )  # fmt: skip
 
 
 def project(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case:
-    ones = torch.ones(len(layers), device=draw.device)
+    ones = functools.partial(torch.ones, len(layers), device=draw.device)
     return Case(
         "project", label, draw.dtype,
         bytes=sum(draw.dtype.itemsize * m * n + 4 * (m + 2 * n) * r for m, n in layers),
         flops=sum(2 * m * n * r for m, n in layers),
-        inputs=lambda: (draw.tall(layers, r), draw.weights(layers), draw.wide(layers, r), ones, ones),
+        inputs=lambda: (draw.tall(layers, r), draw.weights(layers), draw.wide(layers, r), ones(), ones()),
         plain=reference.project, op=deft.project,
         peers={CHAIN: calling(
             lambda K, W, R, *_: [torch.addmm(r, k.mT, w.float(), alpha=-1) for k, w, r in zip(K, W, R)]
-        )}, floor=PLAIN, members=one_of_each(layers),
+        )}, floor=PLAIN, members=some_of_each(layers),
     )  # fmt: skip
 
 
 def project_backward(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case:
-    ones = torch.ones(len(layers), device=draw.device)
+    ones = functools.partial(torch.ones, len(layers), device=draw.device)
     return Case(
         "project_backward", label, draw.dtype,
         bytes=sum(draw.dtype.itemsize * m * n + 4 * (m + 2 * n) * r for m, n in layers),
         flops=sum(2 * m * n * r for m, n in layers),
-        inputs=lambda: (draw.wide(layers, r), draw.weights(layers), ones, ones),
+        inputs=lambda: (draw.wide(layers, r), draw.weights(layers), ones(), ones()),
         plain=reference.project_backward, op=deft.project_backward,
         peers={CHAIN: calling(
             lambda dA, W, *_: ([(w.float() @ da.mT).neg_() for da, w in zip(dA, W)], [da.clone() for da in dA])
-        )}, floor=PLAIN, members=one_of_each(layers),
+        )}, floor=PLAIN, members=some_of_each(layers),
     )  # fmt: skip
 
 
@@ -149,7 +151,7 @@ def merge(layers, label: str, draw: Draw, r: int = shapes.RANK) -> Case:
         bytes=sum(2 * draw.dtype.itemsize * m * n + 4 * (m + n) * r for m, n in layers),
         flops=sum(4 * m * n * r for m, n in layers),
         inputs=inputs, plain=lambda W, P, Q, R, out: reference.merge(W, Q, Q, R), op=op,
-        peers={COPY: copy, CHAIN: chain}, floor=COPY, members=one_of_each(layers),
+        peers={COPY: copy, CHAIN: chain}, floor=COPY, members=some_of_each(layers),
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import copy
 import functools
 import itertools
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -34,7 +35,7 @@ from deft_kernels.ops.lowrank_linear import activation_is_cheaper
 HERE = (peers.DEFT, peers.PARA, peers.LORA)
 ON_CURVES = (peers.FROZEN, peers.DEFT, peers.LORA, peers.FACTORS,
              peers.PEFT_DEFT, peers.PEFT_LORA, peers.PEFT_OFT, peers.LYCORIS)  # fmt: skip
-LONG = 1.0  # seconds for each peer where all are measured on a CPU
+LONG = 2.5  # seconds for each peer where all are measured on a CPU
 
 
 class Place(NamedTuple):
@@ -108,10 +109,9 @@ def places(options: Options) -> dict[Place, tuple[str, ...]]:
     if full:
         layers = layers + [Place(*shape) for shape in (*shapes.PROJECTIONS, *shapes.MORE_PROJECTIONS)]
         ranks, tokens = shapes.RANKS, shapes.TOKENS
-    compiled = full or options.device.type == "cuda"
-    crowd = tuple(who for who in MAKERS if compiled or who != peers.PEFT_COMPILED)
     most = max(place.T for place in layers if place.m == side)
     curves = [Place(most, side, side, r) for r in ranks] + [Place(T, side, side) for T in tokens]
+    crowd = tuple(who for who in MAKERS if options.size != "tiny" or who != peers.PEFT_COMPILED)
     return dict.fromkeys(layers, crowd) | {place: ON_CURVES for place in curves if place not in layers}
 
 
@@ -191,10 +191,7 @@ def peft_deft(it: Given, **compiled):
     config = peft.DeftConfig(r=r, decomposition_method="qr", init_weights=False)
     layer = DeftLinear(it.base, "default", config, r=r)
     parameters = put((layer.deft_P["default"], layer.deft_R["default"]), (it.P, it.R))
-    if compiled:
-        torch.compiler.reset()  # or it would stop compiling after eight shapes
-        return torch.compile(layer, **compiled), parameters
-    return layer, parameters
+    return torch.compile(layer, **compiled) if compiled else layer, parameters
 
 
 def peft_lora(it: Given):
@@ -300,7 +297,7 @@ def peers_at(place: Place, dtype: torch.dtype, backward: bool, names: tuple[str,
             for parameters, x, dy, W, bias in (inputs, double(inputs))
         )
 
-    chosen = [who for who in names if who in (peers.FROZEN, *HERE) or options.wants(who)]
+    chosen = [who for who in names if who == peers.FROZEN or peers.is_here(who) or options.wants(who)]
     return {who: peer_of(who, place, sets, compared) for who in chosen}
 
 
@@ -310,6 +307,10 @@ def peer_of(who: str, place: Place, sets: list[Given], compared: Callable[[str],
     x = sets[0].x
     if library and find_spec(library) is None:
         return Peer(note=f"{library} is not installed")
+    if who == peers.PEFT_COMPILED:
+        torch.compiler.reset()  # or it would stop compiling after eight shapes
+        if reason := cannot_compile(x.device):
+            return Peer(note=reason)
     squares = 4 * x.itemsize * place.m * (place.m + place.n)  # two of m x m, two of W's size, and their gradients
     if who == peers.PROJECTOR and squares > memory_of(x.device) / 2:
         return Peer(note=f"its m x m matrices need some {squares / 1e9:.0f} GB")
@@ -319,7 +320,9 @@ def peer_of(who: str, place: Place, sets: list[Given], compared: Callable[[str],
     with around():
         outputs, more = calls[0](), figures(sets[0], *layers[0], calls[0])
     if formula:
-        pair = (some[: len(outputs)] for some in compared(formula))  # a merged weight has no gradients of P and R
+        pair = compared(formula)
+        if who == peers.MERGED:  # which has no gradients of P and R
+            pair = [some[: len(outputs)] for some in pair]
         if reason := wrong(outputs, *pair, OURS if who in HERE else PEERS):
             return Peer(note=f"RED: {reason}", red=True)
     if who in (peers.DEFT, peers.PARA) and x.requires_grad:
@@ -383,6 +386,12 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cannot_compile(device: torch.device) -> str | None:
+    """Why `torch.compile` makes no code here, or None."""
+    compiler = os.environ.get("CXX", "g++")
+    return None if device.type == "cuda" or shutil.which(compiler) else f"torch.compile needs a C++ compiler: no {compiler}"
 
 
 def graphs_fit(place: Place, device: torch.device) -> bool:

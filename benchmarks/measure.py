@@ -21,14 +21,19 @@ import torch
 
 DISTRIBUTIONS = {"lycoris": "lycoris-lora"}  # of packages that have another name
 MOST_COPIES = 32  # of the inputs of one small call, which would otherwise be many thousands
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+CACHE = 1 << 25  # bytes, where a CPU does not tell
 
 
 def environment(device: str | None = None, also: tuple[str, ...] = ()) -> dict[str, str]:
     """Device, driver, versions (those in `also` too), time, and commit, which ends in -dirty where the tree has changes."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]  # no tags
+    git = subprocess.run(describe, capture_output=True, text=True, check=False)
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else f"{_cpu_name()}, {torch.get_num_threads()} threads"
     found = {"device": name, "torch": torch.__version__, "commit": git.stdout.strip() or "unknown", "driver": "none"}
+    if not on_gpu:
+        found["processor"] = _processor()
     found["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     for package in ("triton", *also):
         installed = importlib.util.find_spec(package)
@@ -49,9 +54,22 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def result_file(found: dict[str, str]) -> Path:
-    """Where the results of what `environment` has found belong."""
-    return Path(__file__).parent / "results" / file_name(found["device"]) / f"{found['commit']}.json"
+def _processor() -> str:
+    """What tells apart processors that a virtual machine calls by one name."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        about = {name.strip(): value.strip() for name, _, value in lines}
+        numbers = f"family {about['cpu family']} model {about['model']}, "
+    except (OSError, KeyError):
+        numbers = ""
+    return numbers + torch.backends.cpu.get_cpu_capability()
+
+
+def result_file(found: dict) -> Path:
+    """Where results belong: beside those that are committed, where nothing is left out of them."""
+    root = Path(__file__).parent
+    folder = root.parent / "outputs" / "benchmarks" if found["peers"] or found["size"] == "tiny" else root / "results"
+    return folder / file_name(found["device"]) / f"{found['commit']}.json"
 
 
 def file_name(text: str) -> str:
@@ -97,11 +115,20 @@ class peak:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
+def cache_of(device: torch.device) -> int:
+    """Bytes of the last cache before memory: a GPU's L2, a CPU's L3."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    try:
+        return int(LAST_CACHE.read_text().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return CACHE
+
+
 def copies(size: int, device: torch.device) -> int:
-    """How many inputs of `size` bytes to rotate through, so that none is still in the L2 cache when its turn comes."""
-    if device.type != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    """How many inputs of `size` bytes to rotate through, so that none is still in the last cache when its turn comes; of
+    those so small that MOST_COPIES do not fill it twice, MOST_COPIES, which is more than the nearer caches hold."""
+    cache = cache_of(device)
     return 1 if size > 4 * cache else min(MOST_COPIES, 1 + -(-2 * cache // size))
 
 
@@ -145,8 +172,13 @@ def beside(
                 queued = functools.partial(_queued, host=host[name])
                 times[name].device.append(turn(name, queued) / len(calls))
             if name in graphs:
-                times[name].graph.append(_round([graphs[name].replay], device)[1] / len(calls))
+                times[name].graph.append(queued([graphs[name].replay], device) / len(calls))
     return times if on_gpu else {name: t._replace(device=t.wall) for name, t in times.items()}
+
+
+def ratio(times: list[float], others: list[float]) -> float:
+    """The median over rounds of what one takes, over what another does."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def device_seconds(calls: list[Callable], device: torch.device, budget: float = 0.3) -> float:
@@ -168,10 +200,16 @@ def _queued(calls: list[Callable], device: torch.device, host: float) -> float:
 
 
 def _captured(calls: list[Callable]):
-    """A CUDA graph of all calls, or None where one of them cannot be captured, as what waits for the device cannot."""
-    graph = torch.cuda.CUDAGraph()
+    """A CUDA graph of all calls, or None where one of them cannot be captured, as what waits for the device cannot. They are
+    called on the stream of the capture first: what a library keeps for each stream is then there."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
     except RuntimeError:  # which leaves torch's generator in the capture

@@ -172,7 +172,7 @@ def through(make: Callable, P, R, W, given=None) -> list[list[Tensor]]:
 def preparing(layers, where: str, draw: Draw, options: Options, backward: bool, r: int = shapes.RANK) -> Bench:
     """P, R and W to B and A, of all layers; and their gradients back to P's and R's. PEFT's own part of that, before it sees
     x, is the QR."""
-    size, some = draw.dtype.itemsize, cases.one_of_each(layers)
+    size, some = draw.dtype.itemsize, cases.some_of_each(layers)
     weights, small = sum(size * m * n for m, n in layers), sum((4 + size) * (m + n) * r for m, n in layers)
     flops = sum(2 * m * n * r + 4 * m * r**2 + backward * (2 * m * n * r + 7 * m * r**2) for m, n in layers)
 
@@ -227,6 +227,7 @@ class Verbs(NamedTuple):
     swap: Callable[[], None]
     weights: list[nn.Parameter]  # that it merges into
     reset: Callable[[], None]  # the pristine weights are back, whatever unmerging left
+    base: nn.Module  # the layers
 
     def of(self, verb: str) -> Callable[[], None]:
         return {"merge": self.merge, "unmerge": self.unmerge, "hot-swap": self.swap}[verb]
@@ -265,13 +266,14 @@ def verbs_of(who: str, W: list[Tensor], place: list[Tensor], P: list[Tensor], R:
                 home.copy_(w)
 
     swap = functools.partial(dk.hotswap, model, "default") if who in (DEFT, LORA) else again
-    return Verbs(merge, unmerge, swap, weights, reset)
+    return Verbs(merge, unmerge, swap, weights, reset, base)
 
 
 def merging(
-    verb, layers, where: str, draw: Draw, options: Options, r=shapes.RANK, at: dict | None = None, budget=0.3
+    verb, layers, where: str, draw: Draw, options: Options, r=shapes.RANK, at: dict | None = None, budget=1.0
 ) -> Bench:
-    """All layers' W to W' = W + B A, or back. Unmerging tells which share of the weights it does not bring back."""
+    """All layers' W to W' = W + B A, or back. Unmerging tells which share of the weights it does not bring back, the others
+    what more is kept as long as something is merged."""
     case, weights = cases.merge(layers, where, draw, r), sum(m * n for m, n in layers)
 
     def made() -> dict[str, Peer]:
@@ -291,9 +293,11 @@ def merging(
             found[who] = peer(reason, [call])
         for who in taking_part((DEFT, LORA, PEFT_DEFT, PEFT_LORA, LYCORIS), options, found):
             verbs, ours, lora = verbs_of(who, W, place, P, R), who in (DEFT, LORA), who in (LORA, PEFT_LORA, LYCORIS)
+            before = held(verbs.base)
             verbs.merge()
             if verb == "hot-swap":
                 verbs.swap()
+            kept = held(verbs.base) - before
             got = [verbs.weights[i].detach().clone() for i in case.members]
             verbs.unmerge()
             changed = share_changed(verbs.weights, W)
@@ -301,12 +305,14 @@ def merging(
             reason = cases.wrong(got, *merged[lora], OURS if ours else PEERS)
             if ours and changed:
                 reason = f"unmerging leaves {changed:.1g} of the weights changed"
-            more = {"changed": changed} if verb == "unmerge" else {}
+            more = {"changed": changed} if verb == "unmerge" else {"kept": kept}
+            if lora and verb != "unmerge":
+                more["flops"] = case.flops // 2  # of W + B A: DEFT's projects W first
             found[who] = peer(reason, [verbs.of(verb)], around=functools.partial(verbs.around, verb), more=more)
         return found
 
     moved = {"bytes": 2 * draw.dtype.itemsize * weights} if verb == "unmerge" else {"bytes": case.bytes, "flops": case.flops}
-    return Bench("models", verb, where, draw.dtype, COPY, made, at=at or {}, budget=budget, **moved)
+    return Bench("models", verb, where, draw.dtype, COPY, made, at=at or {}, budget=budget, clock="wall", **moved)
 
 
 def flat(W: list[Tensor]) -> Tensor:
@@ -322,6 +328,18 @@ def whole(W, P, R, lora: bool) -> list[Tensor]:
     """W' of every layer by the reference."""
     Q = P if lora else reference.orthonormalize(P)
     return reference.merge(W, Q, [None] * len(P) if lora else Q, R)
+
+
+def held(model: nn.Module) -> int:
+    """Bytes of all tensors that its modules hold, by whatever names."""
+    storages, values = {}, [vars(module) for module in model.modules()]
+    while values:
+        value = values.pop()
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (dict, list, tuple)):
+            values += value.values() if isinstance(value, dict) else value
+    return sum(storages.values())
 
 
 def share_changed(after: list[Tensor], before: list[Tensor]) -> float:

@@ -13,12 +13,13 @@ from benchmarks.suite import Bench, Options, Peer
 
 
 def benches(options: Options) -> Iterator[Bench]:
+    before = os.environ.get("DEFT_KERNELS_BACKEND", "auto")
     for case in every_case(options):
         yield Bench(
             "operations", case.operation, case.layers, case.dtype, case.floor,
             peers=lambda case=case: made(case, options), bytes=case.bytes, flops=case.flops, at=case.at or {},
         )  # fmt: skip
-    os.environ["DEFT_KERNELS_BACKEND"] = "auto"  # for the suites that come next
+    os.environ["DEFT_KERNELS_BACKEND"] = before  # for the suites that come next
 
 
 def every_case(options: Options) -> Iterator[Case]:

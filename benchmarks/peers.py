@@ -15,4 +15,4 @@ LYCORIS, LYCORIS_BYPASS = "LoCon, LyCORIS", "LoCon, LyCORIS bypass"  # W + BA ma
 
 def is_here(who: str) -> bool:
     """Whether a peer is measured here: one of this project's own."""
-    return who.endswith("here") or who.startswith("deft_kernels")
+    return who.endswith("here") or who.startswith("deft_kernels") or who == PATCHED

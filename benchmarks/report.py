@@ -3,6 +3,7 @@
 All of it comes from the rows of benchmarks/results/<device>/<commit>.json and from nothing else.
 """
 
+import importlib
 import json
 import statistics
 import subprocess
@@ -10,19 +11,27 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from benchmarks import measure
 from benchmarks.cases import LOOP
-from benchmarks.peers import COPY, DEFT, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, QR_ALONE, READY, is_here
+from benchmarks.peers import COPY, DEFT, FACTORS, FROZEN, MERGED, PEFT_DEFT, PEFT_LORA, QR_ALONE, READY, is_here
+from benchmarks.shapes import RANK
+from benchmarks.suite import SUITES, Options
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-MARKERS = "os^vDP*X"
+PLOTS = "bars-*", "roofline", "curves"
+SAME = 0.03  # so much faster or slower is neither
+MARKERS = "os^vDP*X<>hdp"
 DOES_LESS = FROZEN, MERGED, COPY, QR_ALONE  # than the work whose bytes and flops are counted
 TIMES = "\N{MULTIPLICATION SIGN}"
+MERGE_TOO = "`DEFT here` merges as PEFT does, from P and R, and keeps the pristine weights besides"
 BEGIN, END = "<!-- written by python -m benchmarks --readme: begin -->", "<!-- end -->"
-METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn. {TIMES} limit: the time as a
-multiple of what the bytes take at the copy rate or the flops at the matrix rate, whichever is more, both from
-the same rounds.
+METHOD = f"""Times are medians over rounds, each of which times every peer once, in turn; ratios the medians of those in each
+round. {TIMES} limit: the time as a multiple of what the bytes take at the copy rate or the flops at the matrix rate,
+whichever is more, both from the same rounds; the matrix rate is the best of some products'. On a GPU, training steps, draws
+and what is done to whole models are timed with the host.
 """
 
 
@@ -46,6 +55,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "spread": ("20 % to 80 %", lambda pair: f"{seconds(pair[0])} to {seconds(pair[1])}"),
     "wall_seconds": ("with the host", seconds),
     "graph_seconds": ("in a CUDA graph", seconds),
+    "device_seconds": ("without the host", seconds),
     "ratio": (TIMES + " {floor}", lambda v: f"{v:.2f}"),
     "limits": (TIMES + " limit", lambda v: f"{v:.2f}"),
     "images_per_second": ("images/s", lambda v: f"{v:.3g}"),
@@ -53,6 +63,7 @@ COLUMNS: dict[str, tuple[str, Callable]] = {
     "memory": ("peak memory", size),
     "trained": ("parameters", "{:,}".format),
     "changed": ("weights changed by a cycle", lambda v: f"{v:.2%}"),
+    "kept": ("kept while merged", size),
 }
 
 
@@ -113,7 +124,7 @@ def markdown(file: Path) -> str:
 
 
 def setting(found: dict) -> str:
-    said = ("device", "driver", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "date", "size")
+    said = ("device", "processor", "driver", "torch", "triton", "peft", "lycoris", "diffusers", "commit", "date", "size")
     return ", ".join(f"{name} {found[name]}" for name in said if found.get(name, "none") != "none")
 
 
@@ -121,31 +132,53 @@ def setting(found: dict) -> str:
 
 
 class Target(NamedTuple):
-    """A figure that design asks for: what `who` takes, as a multiple of what `over` takes ("limit": the machine's), is at
-    most `most`."""
+    """A figure that design asks for: what `who` takes, as a multiple of what `over` takes ("limit": the machine's; "":
+    nothing's), is at most `most`."""
 
     device: str  # cpu or cuda
     bench: tuple[str, str, str, str]  # suite, what, where, type
     who: str
     over: str
     most: float
-    of: str = "seconds"  # or "saved", less the factors, or "memory"
+    of: str = "seconds"  # or "device_seconds", "saved", less the factors, "memory", "changed"
 
     def told(self) -> str:
         _, what, where, kind = self.bench
-        of = {"seconds": "", "saved": ", saved but for the factors", "memory": ", memory"}[self.of]
-        return f"{what}, {where}, {kind}{of}: {self.who} ≤ {self.most:.3g} {TIMES} {self.over}"
+        more = {"saved": ", saved but for the factors", "memory": ", memory", "changed": ", weights changed by a cycle"}
+        against = f" against {self.over}" if self.over else ""
+        return f"{what}, {where}, {kind}{more.get(self.of, '')}: {self.who}{against}"
+
+    def said(self, value: float) -> str:
+        """A multiple, or where a good part of the time is to go, how much faster that is."""
+        if not self.over:
+            return f"{value:.2%}"
+        return f"{1 / value:.3g} {TIMES} faster" if self.most < 0.5 else f"{value:.2f} {TIMES}"
 
     def value(self, rows: Iterable[dict]) -> float | None:
         by = {row["who"]: told(row) for row in rows if key(row) == self.bench and self.of in row}
-        if self.who not in by or (self.over != "limit" and self.over not in by):
+        if self.who not in by or (self.over not in ("limit", "") and self.over not in by):
             return None
         mine = by[self.who]
         if self.over == "limit":
             return mine.get("limits")
+        if not self.over:
+            return mine[self.of]
         if self.of == "seconds":
-            return mine["ratio"] / by[self.over]["ratio"]
+            return ratio(mine, by[self.over])
         return (mine[self.of] - (mine["factors"] if self.of == "saved" else 0)) / by[self.over][self.of]
+
+    @property
+    def why(self) -> str:
+        """Why it is missed, where that is known, and what to try next."""
+        mine = {self.device, *self.bench, self.over, self.of}
+        return next((why for about, why in MISSED.items() if mine.issuperset(about)), "not known; next: a profile")
+
+
+def ratio(row: dict, other: dict) -> float:
+    """What one takes over what another of the same bench does: round by round, where they were kept."""
+    if "times" in row and "times" in other:
+        return measure.ratio(row["times"], other["times"])
+    return row["ratio"] / other["ratio"]
 
 
 def _targets() -> Iterator[Target]:
@@ -164,9 +197,11 @@ def _targets() -> Iterator[Target]:
     ):
         yield Target(device, ("operations", "orthonormalize", many, "float32"), f"deft_kernels ({backend})", LOOP, 1 / loop)
         for kind, peft in (("bfloat16", 6), ("float32", 4)):
-            bench = "models", "merge", many, kind
-            yield Target(device, bench, READY, "limit" if device == "cpu" else COPY, 2 if device == "cpu" else 1.2)
-            yield Target(device, bench, READY, PEFT_DEFT, 1 / peft)
+            merge = "models", "merge", many, kind
+            limit = ("limit", 2, "seconds") if device == "cpu" else (COPY, 1.2, "device_seconds")
+            yield Target(device, merge, READY, *limit)
+            yield Target(device, merge, DEFT, PEFT_DEFT, 1 / peft)
+            yield Target(device, ("models", "unmerge", many, kind), DEFT, "", 0, "changed")
     for device, where, kind in (
         ("cpu", "the embedded UNet, 64 x 64, batch 1", "float32"),
         ("cuda", "SDXL's UNet, 1024 x 1024, batch 1", "bfloat16"),
@@ -177,18 +212,34 @@ def _targets() -> Iterator[Target]:
 
 TARGETS = list(_targets())
 
+# What names a target -> why it is missed, and what is next
+MISSED = {
+    ("cpu", "forward + backward", "1280x1280, T 1024, r 16", PEFT_LORA): "DEFT makes its factors anew in every step, which "
+    "LoRA has: two passes over W, and r/T of the layer's own flops; next: QᵀW in the pass that reads W for y",
+    ("cpu", "merge", PEFT_DEFT): "PEFT takes less than that many times the limit, which is the flops' here; the pristine "
+    "weights are copied besides; next: that copy while W is read for A; products in bfloat16 on CPUs that have them",
+    ("cpu", "orthonormalize", LOOP): "56 small layers on two cores, one job each; next: several layers of one shape side by "
+    "side in a vector",
+}
+
 
 def checked(results: list[dict]) -> str:
-    """Each target, the figure, and whether it is met."""
-    lines = []
+    """Each target, the figure, and whether it is met; and of each that is missed, why."""
+    lines, missed = [], {}
     for target in TARGETS:
         values = [target.value(found["rows"]) for found in results if on(found) == target.device]
-        values = [value for value in values if value is not None]
-        if any(on(found) == target.device for found in results):
-            value = values[-1] if values else None
+        if values:
+            value = next((value for value in reversed(values) if value is not None), None)
             verdict = "not measured" if value is None else "met" if value <= target.most else "**missed**"
-            lines.append([target.told(), "" if value is None else f"{value:.2f}", verdict])
-    return f"Asked of this device:\n\n{markdown_table(['', 'seen', ''], lines)}" if lines else ""
+            if verdict == "**missed**":
+                missed[target.told()] = target.why
+            asked = "≤ " * (target.most >= 0.5) + target.said(target.most)
+            lines.append([target.told(), asked, "" if value is None else target.said(value), verdict])
+    if not lines:
+        return ""
+    said = markdown_table(["", "asked", "seen", ""], lines)
+    said += "".join(f"\n- Missed, {what}: {why}." for what, why in missed.items()) + "\n" * bool(missed)
+    return f"Asked of this device ({MERGE_TOO}):\n\n{said}"
 
 
 def on(found: dict) -> str:
@@ -268,6 +319,7 @@ def _roofline(figure_class, rows: list[dict]):
             ax.scatter([], [], s=14, color="0.3", marker=MARKERS[works.index(work) % len(MARKERS)], label=work)
         ax.legend(fontsize=6)
         ax.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="flops per second")
+        ax.tick_params(which="both", labelsize=6)
         ax.set_title(f"{kind}: copy {copy / 1e9:.0f} GB/s, matrix {matrix / 1e9:.0f} Gflop/s", fontsize=9)
     figure.suptitle("green: here; red: PEFT, LyCORIS; grey: plain torch", fontsize=8)
     return figure
@@ -299,7 +351,10 @@ def _curves(figure_class, curves: dict):
                     alpha=1 - 0.07 * i)  # fmt: skip
         ax.set(xscale="log", yscale="log", xlabel=grows, ylabel="seconds")
         ax.set_title(f"{what}, {kind}\n{same}", fontsize=8)
-        ax.tick_params(labelsize=6)
+        values = sorted({value for points in peers.values() for value, _ in points})
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.set_xticks([], minor=True)
+        ax.tick_params(which="both", labelsize=6)
         ax.legend(fontsize=5)
     for ax in axes:
         ax.axis("off")
@@ -308,9 +363,11 @@ def _curves(figure_class, curves: dict):
 
 # README ---------------------------------------------------------------------------------------------------------------
 
-# (suite, what, at most so many columns): what README shows, a table each; all the rest stands in the results
+# (suite, what, at most so many places, or at how many tokens): what README shows, a table each; all the rest stands in
+# the results
 SHOWN = [
     ("layer", "forward + backward", 2),
+    ("layer", "forward + backward", (77, 1024)),
     ("layer", "forward", 2),
     ("models", "prepare, forward + backward", 1),
     ("models", "merge", 1),
@@ -321,6 +378,7 @@ SHOWN = [
     ("models", "a training step of layers", 2),
     ("models", "a forward of layers", 2),
     ("sampling", "a denoiser's forward", 2),
+    ("sampling", "a draw", 1),
     ("operations", "orthonormalize", 1),
 ]
 
@@ -334,13 +392,15 @@ def write_readme() -> int:
     return 0
 
 
-def newest() -> list[dict]:
-    """Of each device the newest result of whole suites, on a clean tree."""
+def newest(to_show: bool = True) -> list[dict]:
+    """Of each device the newest result; `to_show`: of all suites and peers, on a clean tree."""
     found: dict[str, dict] = {}
     for file in sorted(RESULTS.glob("*/*.json")):
         one = json.loads(file.read_text()) | {"file": f"benchmarks/results/{file.parent.name}/{file.name}"}
-        one["plots"] = sorted(file.parent.glob(f"{file.stem}-*.png"))
-        if one["clean"] and one["size"] != "tiny" and one["date"] > found.get(one["device"], {"date": ""})["date"]:
+        one["plots"] = sorted(plot for name in PLOTS for plot in file.parent.glob(f"{file.stem}-{name}.png"))
+        whole = set(SUITES) <= set(one.get("suites", [row["suite"] for row in one["rows"]])) and not one.get("peers")
+        newer = one["date"] > found.get(one["device"], {"date": ""})["date"]
+        if newer and (not to_show or (whole and one["clean"] and one["size"] != "tiny")):
             found[one["device"]] = one
     return list(found.values())
 
@@ -355,24 +415,78 @@ def section(results: list[dict]) -> str:
         versions = setting({k: v for k, v in found.items() if k not in ("device", "commit", "date", "size")})
         text.append(f"### {found['device']}\n\n`{command}` at commit {found['commit']}, {found['date'][:10]}: {versions}. "
                     f"{', '.join(f'[{name}]({where})' for name, where in links.items())}.\n")  # fmt: skip
-        benches = by_bench(told(row) for row in found["rows"])
-        for suite, what, most in SHOWN:
-            for kind in dict.fromkeys(k[3] for k in benches if k[:2] == (suite, what)):
-                some = {k[2]: rows for k, rows in benches.items() if (k[0], k[1], k[3]) == (suite, what, kind)}
-                text.append(pivot(what, kind, dict(list(some.items())[:most])))
+        tables = shown(by_bench(told(row) for row in found["rows"]))
+        text.append(summary([rows for _, some in tables for rows in some.values()]))
+        text += [pivot(what, kind, some) for (what, kind), some in tables]
         text.append(checked([found]))
         absent = {row["who"]: row["note"] for row in found["rows"] if "note" in row}
         if absent:
             text.append("Not measured there: " + "; ".join(f"{who} ({why})" for who, why in absent.items()) + ".\n")
+        if lacking := unmeasured(found):
+            text.append(f"Not measured there, but by `--size full`, in some way: {'; '.join(lacking)}.\n")
     unseen = [name for name, kind in (("CPU", "cpu"), ("GPU", "cuda")) if kind not in map(on, results)]
     text += [f"**Not measured on any {name}**: nothing is claimed of it.\n" for name in unseen]
     return "\n".join(text)
 
 
+def shown(benches: dict[tuple, list[dict]]) -> list[tuple[tuple[str, str], dict[str, list[dict]]]]:
+    """README's tables: ((what, type), {where: rows})."""
+    tables = []
+    for suite, what, places in SHOWN:
+        those = {k: rows for k, rows in benches.items() if k[0] == suite and f"{k[1]},".startswith(f"{what},")}
+        for named, kind in dict.fromkeys((k[1], k[3]) for k in those):
+            some = {k[2]: rows for k, rows in those.items() if (k[1], k[3]) == (named, kind)}
+            if isinstance(places, int):
+                some = dict(list(some.items())[:places])
+            else:
+                at = {where: rows[0]["at"] for where, rows in some.items()}
+                some = {w: some[w] for w, a in at.items() if a.get("rank") == RANK and a.get("tokens") in places}
+            tables.append(((named, kind), some))
+    return tables
+
+
+def summary(benches: list[list[dict]]) -> str:
+    """In words: in what DEFT here is faster than a rival, as fast, and slower, of all that README shows."""
+    text = []
+    for rival in (PEFT_DEFT, PEFT_LORA, FACTORS):
+        said: dict[str, dict[str, list[tuple[float, str]]]] = {"faster": {}, "as fast": {}, "slower": {}}
+        for rows in benches:
+            by = {row["who"]: row for row in rows if "seconds" in row}
+            if DEFT in by and rival in by:
+                row, times = by[DEFT], ratio(by[rival], by[DEFT])
+                verdict = "faster" if times > 1 + SAME else "slower" if times < 1 - SAME else "as fast"
+                work = "a layer's " * (row["suite"] == "layer") + row["what"]
+                said[verdict].setdefault(work, []).append((times if times > 1 else 1 / times, row["where"]))
+        parts = [f"{verdict} in {', '.join(in_words(verdict, *work) for work in works.items())}"
+                 for verdict, works in said.items() if works]  # fmt: skip
+        if parts:
+            text.append(f"- {DEFT} against **{rival}**: {'; '.join(parts)}.")
+    return f"What is within {SAME:.0%} is called as fast.\n\n{chr(10).join(text)}\n" if text else ""
+
+
+def in_words(verdict: str, what: str, found: list[tuple[float, str]]) -> str:
+    """By how much, from the least to the most; and where, if it is slower."""
+    times = list(dict.fromkeys(f"{value:.2f}" for value, _ in sorted(found)))
+    often = "" if verdict == "as fast" else f" ({' to '.join(dict.fromkeys((times[0], times[-1])))} {TIMES})"
+    where = f" at {' and '.join(dict.fromkeys(where for _, where in found))}" if verdict == "slower" else ""
+    return f"{what}{where}{often}"
+
+
+def unmeasured(found: dict) -> list[str]:
+    """What size full has on this kind of device and a result lacks: of each suite the models, or the layers' shapes."""
+    there = {key(row)[:3] for row in found["rows"]}
+    options, more = Options(torch.device(on(found)), "full"), []
+    for suite in SUITES:
+        benches = importlib.import_module(f"benchmarks.{suite}").benches(options)
+        lacking = dict.fromkeys(b.where.partition(",")[0] for b in benches if (suite, b.what, b.where) not in there)
+        more += [f"{suite}: {', '.join(lacking)}"] if lacking else []
+    return more
+
+
 def pivot(what: str, kind: str, benches: dict[str, list[dict]]) -> str:
     """A line for each peer, a column for each place."""
     whos = dict.fromkeys(row["who"] for rows in benches.values() for row in rows)
-    shown = [name for name in ("seconds", "ratio", "limits", "memory", "saved", "changed")
+    shown = [name for name in ("seconds", "ratio", "limits", "memory", "saved", "changed", "kept")
              if any(name in row for rows in benches.values() for row in rows)]  # fmt: skip
     lines = []
     for who in whos:
@@ -399,7 +513,8 @@ def find(name: str, device: str | None = None) -> dict:
         return json.loads(Path(name).read_text())
     git = subprocess.run(["git", "rev-parse", name], capture_output=True, text=True, check=False)
     commit = git.stdout.strip() or name
-    files = [file for file in RESULTS.glob("*/*.json") if commit.startswith(file.stem)]
+    files = [file for file in RESULTS.glob("*/*.json") if file.stem == name]
+    files = files or [file for file in RESULTS.glob("*/*.json") if commit.startswith(file.stem)]
     found = [one for one in (json.loads(file.read_text()) for file in files) if device in (None, one["device"])] or [
         json.loads(file.read_text()) for file in files
     ]
@@ -409,25 +524,45 @@ def find(name: str, device: str | None = None) -> dict:
     return found[0]
 
 
+def unit(row: dict) -> float:
+    """What a row's seconds are to be multiplied with to be a multiple of the floor's, and the floor's of the limit."""
+    multiple = row.get("limits", row.get("ratio")) if row["who"] == row["floor"] else row.get("ratio")
+    return 1.0 if multiple is None else multiple / row["seconds"]
+
+
+def beyond(low: dict, high: dict, low_unit: float, high_unit: float) -> bool:
+    """Whether all of one's spread lies below all of the other's."""
+    return low["high"] * low_unit < high["low"] * high_unit
+
+
 def compare(names: list[str], device: str) -> int:
-    """Print what changed from the first result to the second, and what of that is beyond noise: on one device, times whose
-    20 % to 80 % do not overlap; between devices nothing is, and the multiples of the limit are shown. 1 where something of
-    ours got slower."""
+    """Print what changed from the first result to the second, and what of that is beyond noise: on one device, what has 20 %
+    to 80 % that do not overlap, as a time and as a multiple of the floor's or the limit's, which the machine's other work
+    moves too; between devices nothing is, and the multiples of the limit are shown. 1 where something of ours got slower,
+    or has no time any more."""
     here = measure.environment(device)["device"]
     before = find(names[0], here)
-    after = find(names[1], here) if len(names) > 1 else next((r for r in newest() if r["device"] == here), None)
+    after = find(names[1], here) if len(names) > 1 else next((r for r in newest(to_show=False) if r["device"] == here), None)
     if after is None:
         raise SystemExit(f"benchmarks: no result of this device ({here}) to compare with; python -m benchmarks makes one")
-    same = before["device"] == after["device"]
+    if before["rows"] == after["rows"]:
+        raise SystemExit(f"benchmarks: {names[0]} is this device's newest result; python -m benchmarks makes another")
+    same = all(before.get(name) == after.get(name) for name in ("device", "processor"))
     print(f"before: {setting(before)}\nafter:  {setting(after)}\n")
     old = {(*key(row), row["who"]): told(row) for row in before["rows"] if "seconds" in row}
     lines, slower = [], False
     for row in map(told, after["rows"]):
         was = old.get((*key(row), row["who"]))
-        if was is None or "seconds" not in row:
+        if was is None:
+            continue
+        if "seconds" not in row:
+            slower |= is_here(row["who"])
+            lines.append([", ".join(key(row)[1:]), row["who"], seconds(was["seconds"]), "", "", row["note"], "", ""])
             continue
         change = row["seconds"] / was["seconds"]
-        apart = same and (row["low"] > was["high"] or row["high"] < was["low"])
+        apart = same and (beyond(was, row, 1, 1) or beyond(row, was, 1, 1)) and (
+            beyond(was, row, unit(was), unit(row)) or beyond(row, was, unit(row), unit(was))
+        )
         slower |= apart and change > 1 and is_here(row["who"])
         limits = [f"{r['limits']:.2f}" if "limits" in r else "" for r in (was, row)]
         lines.append([", ".join(key(row)[1:]), row["who"], seconds(was["seconds"]), seconds(row["seconds"]), f"{change:.2f}",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import deft_kernels as dk
 from benchmarks import measure
 from benchmarks.cases import Draw, double
-from benchmarks.layer import patched
+from benchmarks.layer import cannot_compile, patched
 from benchmarks.models import adapt, factors, peer, put, share_changed, taking_part, whole
 from benchmarks.peers import DEFT, LORA, PATCHED, PEFT_DEFT, PEFT_LORA
 from benchmarks.suite import Bench, Options, Peer
@@ -42,8 +42,9 @@ def benches(options: Options) -> Iterator[Bench]:
 
 def bench(what: str, setting: Setting, options: Options, work: Callable) -> Bench:
     made = functools.partial(peers, setting, options, work)
+    clock = "device" if work is predicting else "wall"
     few = 3 if setting.model == "sdxl" and options.device.type == "cpu" else None
-    return Bench("sampling", what, str(setting), setting.dtype, BASE, made, budget=1.0, rounds=few)
+    return Bench("sampling", what, str(setting), setting.dtype, BASE, made, budget=1.0, rounds=few, clock=clock)
 
 
 def kind(options: Options) -> torch.dtype:
@@ -104,8 +105,13 @@ def peers(setting: Setting, options: Options, work: Callable) -> dict[str, Peer]
     truths = {lora: by_reference(plain, W, kept, P, R, lora) for lora in (False, True)}
     none = None if work is predicting else contextlib.nullcontext  # a pipeline waits for the device: no CUDA graph of that
     found = {BASE: Peer([plain], around=none)}
-    compiled = (BASE_COMPILED, MERGED_COMPILED) if options.size == "full" or setting.device.type == "cuda" else ()
+    slow = work is not predicting and setting.device.type == "cpu" and options.size != "full"  # another minute each
+    later = "in a draw: --size full" if slow else None
+    compiled = (BASE_COMPILED, MERGED_COMPILED) if options.size != "tiny" else ()
     for who in taking_part((MERGED, DEFT, LORA, PEFT_DEFT, PATCHED, PEFT_LORA, *compiled), options, found):
+        if who in compiled and (reason := cannot_compile(setting.device) or later):
+            found[who] = Peer(note=reason)
+            continue
         unet = with_adapter(base, names, who, P, R)
         run = functools.partial(call, does, torch.compile(unet, dynamic=False) if who in compiled else unet)
         around = none
@@ -116,7 +122,7 @@ def peers(setting: Setting, options: Options, work: Callable) -> dict[str, Peer]
         with (around or contextlib.nullcontext)():
             distance = apart(run(), plain() if unet is base else truths[who in (LORA, PEFT_LORA)])
         changed = share_changed(W, kept)
-        reason = None if distance <= AGREE[setting.dtype][0] else f"{distance:.1e} away from the reference's"
+        reason = None if distance <= AGREE[setting.dtype] else f"{distance:.1e} away from the reference's"
         if changed:
             reason = f"{changed:.1%} of the weights are not what they were before its turn"
         found[who] = peer(reason, [run], around=around)

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 import torch
 
 from benchmarks import measure
+from deft_kernels.ops import _dispatch
 
+SUITES = ("operations", "layer", "models", "sampling", "training")
 SIZES = ("tiny", "small", "full")  # seconds, to try the code; minutes on any machine; everything
 TINY_ROUNDS = 3
-COPY_BYTES = {"cpu": 1 << 26, "cuda": 1 << 30}
-MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}
+COPY_BYTES = 1 << 26  # at least, and twice the last cache
+PRODUCTS = {"cpu": [(1024, 1024, 1024), (4096, 640, 640)], "cuda": [(8192, 8192, 8192), (4096, 8192, 4096)]}  # m, k, n
+MERGED, MERGED_RANK = 768, 128  # the layer, which the caches hold, that csrc merges for its rate
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Peer:
     note: str = ""  # why not
     red: bool = False  # because its results are wrong
     around: Callable | None = None  # makes what is entered before each of its turns and left after it, untimed
-    more: dict = field(default_factory=dict)  # what else was measured of it: bytes saved for the backward, memory
+    # what else was measured of it: bytes saved for the backward, memory; and its bytes or flops, where its work is another's
+    more: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,7 @@ class Bench:
     flops: int = 0
     at: dict = field(default_factory=dict)  # numbers along which costs are plotted: rank, tokens, layers
     budget: float = 0.3  # seconds for each peer
+    clock: str = "device"  # of Times; "wall" where a user waits for the host too
     rounds: int | None = None  # or so many rounds
 
 
@@ -76,39 +81,44 @@ def rows_of(bench: Bench, options: Options) -> Iterator[dict]:
     rounds = TINY_ROUNDS if options.size == "tiny" else bench.rounds
     times = measure.beside(calls, options.device, bench.budget, rounds, around) if running else {}
     rates = {who: amount / statistics.median(times[who].device) for who, amount in amounts.items()}
+    copy, matrix = rates.pop("copy", None), max(rates.values(), default=None)
+    taken = {who: getattr(times[who], bench.clock) for who in running}
     for who, peer in peers.items():
         row = shared | {"who": who} | peer.more
         if not peer.calls:
             yield row | {"note": peer.note} | ({"red": True} if peer.red else {})
             continue
-        mine = times[who]
-        low, *_, high = statistics.quantiles(mine.device, n=5, method="inclusive")
-        row |= {"seconds": statistics.median(mine.device), "low": low, "high": high, "rounds": len(mine.device)}
-        if mine.graph:
-            row["graph_seconds"] = statistics.median(mine.graph)
-        if mine.wall is not mine.device:
-            row["wall_seconds"] = statistics.median(mine.wall)
-        if bench.floor in times:  # round by round
-            row["ratio"] = statistics.median(a / b for a, b in zip(mine.device, times[bench.floor].device))
-        if rates:
-            row |= {"copy_rate": rates["copy"], "matrix_rate": rates["matrix"]}
-            row["limit_seconds"] = max(bench.bytes / rates["copy"], bench.flops / rates["matrix"])
+        mine = taken[who]
+        low, *_, high = statistics.quantiles(mine, n=5, method="inclusive")
+        row |= {"seconds": statistics.median(mine), "low": low, "high": high, "rounds": len(mine)}
+        row["times"] = [float(f"{t:.4g}") for t in mine]  # round by round, so that any two can be divided
+        for clock, other in times[who]._asdict().items():
+            if other and other is not mine:
+                row[f"{clock}_seconds"] = statistics.median(other)
+        if bench.floor in taken:
+            row["ratio"] = measure.ratio(mine, taken[bench.floor])
+        if limits:
+            row |= {"copy_rate": copy, "matrix_rate": matrix}
+            row["limit_seconds"] = max(row["bytes"] / copy, row["flops"] / matrix)
         yield row
 
 
 @functools.lru_cache
 def machine(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[int, Callable]]:
-    """{"copy": (bytes read and written, call), "matrix": (flops, call)}: what a machine can do at best. On a CPU the matrix
-    rate is that of float32, whatever the type: libraries multiply halves no faster there."""
-    size, side = COPY_BYTES[device.type], MATRIX_SIDE[device.type]
+    """{"copy": (bytes read and written, call), one product: (flops, call), another ...}: what a machine can do. The best of
+    the products counts, one of which on a CPU is csrc's own merge: a library may use half of a processor's vectors. Types
+    there are float32, whatever is asked for: halves are multiplied no faster."""
+    size = max(COPY_BYTES, 2 * measure.cache_of(device))
     source = torch.ones(size, dtype=torch.uint8, device=device)
-    kind = dtype if device.type == "cuda" else torch.float32
-    left = torch.randn(side, side, device=device).to(kind)
-    out = torch.empty_like(left)
-    return {
-        "copy": (2 * size, functools.partial(torch.empty_like(source).copy_, source)),
-        "matrix": (2 * side**3, functools.partial(torch.mm, left, left, out=out)),
-    }
+    found = {"copy": (2 * size, functools.partial(torch.empty_like(source).copy_, source))}
+    draw = functools.partial(torch.randn, device=device, dtype=dtype if device.type == "cuda" else torch.float32)
+    for m, k, n in PRODUCTS[device.type]:
+        found[f"{m}x{k}x{n}"] = 2 * m * k * n, functools.partial(torch.mm, draw(m, k), draw(k, n), out=draw(m, n))
+    if device.type == "cpu" and _dispatch._without_library() is None:
+        W, out, B, A = draw(MERGED, MERGED), draw(MERGED, MERGED), draw(MERGED, MERGED_RANK), draw(MERGED_RANK, MERGED)
+        merge = functools.partial(_dispatch.native.merge, [out], [W], [B], [B], [A])
+        found["csrc's merge"] = 4 * MERGED**2 * MERGED_RANK, merge
+    return found
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from benchmarks import measure, peers
-from benchmarks.__main__ import SUITES
-from benchmarks.suite import Options, name_of, rows_of
+from benchmarks.suite import SUITES, Options, name_of, rows_of
 
 
 def options_of(config) -> Options:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import report
 from benchmarks.peers import DEFT, FROZEN, PEFT_DEFT, PEFT_LORA
+from benchmarks.suite import SUITES
 
 WHERE = "640x640, T 4096, r 16"
 
@@ -17,7 +18,8 @@ def row(who, seconds, what="forward + backward", where=WHERE, **more):
 
 def result(*rows, **more):
     found = {"device": "a CPU, 2 threads", "driver": "none", "torch": "2", "commit": "abc1234", "clean": True}
-    return found | {"size": "small", "date": "2026-01-02T03:04:05+00:00", "rows": list(rows)} | more
+    found |= {"size": "small", "peers": [], "suites": list(SUITES), "date": "2026-01-02T03:04:05+00:00"}
+    return found | {"rows": list(rows)} | more
 
 
 def write(folder, found, device="a_CPU_2_threads"):
@@ -49,14 +51,42 @@ def test_seconds_are_said_in_their_unit(value, said):
 
 def test_targets_are_met_missed_or_not_measured():
     lines = report.checked([result(*ROWS)]).splitlines()
-    mine = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:4]] for line in lines if WHERE in line}
-    about = f"forward + backward, {WHERE}, float32: {DEFT} ≤"
-    assert mine[f"{about} 1.25 {report.TIMES} {FROZEN}"] == ["1.20", "met"]
-    assert mine[f"{about} 1 {report.TIMES} {PEFT_DEFT}"] == ["0.80", "met"]
-    assert mine[f"{about} 1 {report.TIMES} {PEFT_LORA}"] == ["1.09", "**missed**"]
+    told = [line for line in lines if line.startswith("| forward") and WHERE in line]
+    cells = [[cell.strip() for cell in line.split("|")[1:5]] for line in told]
+    mine, times = {what: rest for what, *rest in cells}, report.TIMES
+    about = f"forward + backward, {WHERE}, float32: {DEFT} against"
+    assert mine[f"{about} {FROZEN}"] == [f"≤ 1.25 {times}", f"1.20 {times}", "met"]
+    assert mine[f"{about} {PEFT_DEFT}"] == [f"≤ 1.00 {times}", f"0.80 {times}", "met"]
+    assert mine[f"{about} {PEFT_LORA}"] == [f"≤ 1.00 {times}", f"1.09 {times}", "**missed**"]
+    assert f"- Missed, {about} {PEFT_LORA}: not known; next: a profile." in lines
     assert any(line.endswith("| not measured |") for line in lines)
     assert report.checked([result(*ROWS, driver="580")]).count("not measured") > 0
     assert WHERE not in report.checked([result(*ROWS, driver="580")])  # which asks a CPU
+
+
+def test_a_target_is_the_median_of_each_rounds_ratio_and_says_how_much_faster():
+    merge = next(t for t in report.TARGETS if t.bench[1] == "merge" and t.over == PEFT_DEFT and t.device == "cpu")
+    shared = dict(zip(("suite", "what", "where", "type"), merge.bench))
+    rows = [row(DEFT, 1.0, times=[1.0, 1.0, 4.0]) | shared, row(PEFT_DEFT, 6.0, times=[6.0, 7.0, 8.0]) | shared]
+    assert merge.value(rows) == 1 / 6 <= merge.most
+    assert merge.said(1 / 6) == f"6 {report.TIMES} faster"
+    why = merge.why
+    assert why.startswith("PEFT takes less") and why in report.checked([result(*[r | {"times": [1.0]} for r in rows])])
+
+
+def test_a_summary_says_where_ours_is_faster_and_slower():
+    more = [row(DEFT, 1.0, where="T 77"), row(PEFT_DEFT, 0.5, where="T 77"), row(PEFT_LORA, 1.01, where="T 77")]
+    text = report.summary([ROWS, more])
+    what, times = "a layer's forward + backward", report.TIMES
+    assert f"**{PEFT_DEFT}**: faster in {what} (1.25 {times}); slower in {what} at T 77 (2.00 {times}).\n" in text
+    assert f"**{PEFT_LORA}**: as fast in {what}; slower in {what} at {WHERE} (1.09 {times}).\n" in text
+
+
+def test_what_only_size_full_has_is_listed(monkeypatch):
+    monkeypatch.delenv("DEFT_KERNELS_BACKEND", raising=False)
+    for driver in ("none", "580"):
+        text = "; ".join(report.unmeasured(result(*ROWS, driver=driver)))
+        assert all(name in text for name in ("SD 1.5", "FLUX.1", "FLUX.2 klein", "OmniGen", "SDXL's UNet"))
 
 
 def test_a_comparison_flags_what_is_beyond_noise(tmp_path, capsys, monkeypatch):
@@ -73,6 +103,35 @@ def test_a_comparison_flags_what_is_beyond_noise(tmp_path, capsys, monkeypatch):
     write(tmp_path, result(*slower, commit="0ddba11", device="another CPU"), "another_CPU")
     assert report.compare(["abc1234", "0ddba11"], "cpu") == 0  # of another device nothing is beyond noise
     assert "slower" not in capsys.readouterr().out.split("after:")[-1]
+    write(tmp_path, result(*slower, commit="0ddba11", processor="a newer one of the same name"))
+    assert report.compare(["abc1234", str(tmp_path / "a_CPU_2_threads" / "0ddba11.json")], "cpu") == 0
+
+
+def test_a_comparison_is_not_of_the_machines_other_work_and_tells_what_has_no_time(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    write(tmp_path, result(*ROWS))
+    loaded = [row(who, 1.7 * r, ratio=r) for who, r in ((FROZEN, 1.0), (DEFT, 1.2), (PEFT_LORA, 1.1))]
+    write(tmp_path, result(*loaded, commit="def5678"))
+    assert report.compare(["abc1234", "def5678"], "cpu") == 0
+    assert not any(word in capsys.readouterr().out for word in ("slower |", "faster |"))
+    red = {k: v for k, v in ROWS[1].items() if k not in ("seconds", "low", "high", "ratio")}
+    write(tmp_path, result(red | {"note": "RED: off", "red": True}, commit="0ddba11"))
+    assert report.compare(["abc1234", "0ddba11"], "cpu") == 1
+    assert f"| {DEFT} | 1.2 s |  |  | RED: off |" in capsys.readouterr().out
+
+
+def test_one_result_is_compared_with_the_newest_there_is(tmp_path, capsys, monkeypatch):
+    """A changed tree's too, and never itself."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    here = report.measure.environment("cpu")["device"]
+    write(tmp_path, result(*ROWS, device=here))
+    with pytest.raises(SystemExit, match="abc1234 is this device's newest"):
+        report.compare(["abc1234"], "cpu")
+    changed = result(row(DEFT, 2.4), device=here, commit="abc1234-dirty", clean=False, date="2027")
+    write(tmp_path, changed)
+    assert report.compare(["abc1234"], "cpu") == 1
+    assert "| 2.00 | slower |" in capsys.readouterr().out
+    assert report.find("abc1234-dirty") == changed
 
 
 def test_an_unknown_result_is_refused_with_those_there_are(tmp_path, monkeypatch):
@@ -91,11 +150,15 @@ def test_readme_takes_the_newest_clean_result_of_each_device(tmp_path, monkeypat
     write(tmp_path, result(row(DEFT, 9.0), commit="older", date="2025"))
     write(tmp_path, result(row(DEFT, 8.0), commit="dirty", date="2027", clean=False))
     write(tmp_path, result(row(DEFT, 7.0), commit="tiny", date="2027", size="tiny"))
+    write(tmp_path, result(row(DEFT, 6.0), commit="part", date="2027", suites=["layer"]))
+    write(tmp_path, result(row(DEFT, 55.0), commit="some", date="2027", peers=["LoRA"]))
+    for name in ("abc1234-curves", "abc1234-dirty-curves"):
+        (tmp_path / "a_CPU_2_threads" / f"{name}.png").touch()
     assert report.write_readme() == 0
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old figures" not in text
     assert "### a CPU, 2 threads" in text and "commit abc1234" in text and f"| **{DEFT}** | 1.2 s | 1.20 |" in text
-    assert not any(wrong in text for wrong in ("9 s", "8 s", "7 s"))
+    assert not any(wrong in text for wrong in ("9 s", "8 s", "7 s", "6 s", "55 s", "-dirty"))
     assert "**Not measured on any GPU**" in text
 
 
@@ -115,4 +178,5 @@ def test_plots_are_bars_a_roofline_and_curves(tmp_path):
     (((*_, grows), peers),) = report.curves_of(benches).items()
     assert grows == "rank" and peers[DEFT] == [(4, 0.5), (8, 1.0), (16, 2.0)]
     svg = files[-1].read_text()  # in which matplotlib says each text in a comment
+    assert all(f"<!-- {r} -->" in svg for r in (4, 8, 16))
     assert "commit abc1234" in svg

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import training
-from benchmarks.peers import DEFT, PATCHED, PEFT_DEFT, PEFT_LORA
+from benchmarks import measure, models, training
+from benchmarks.cases import Draw
+from benchmarks.peers import DEFT, FROZEN, LORA, PARA, PATCHED, PEFT_DEFT, PEFT_LORA
+from benchmarks.suite import Bench, Options, Peer, rows_of
 from deft_kernels.ops import _dispatch
 from tests.deft_kernels.common import without_native
 
@@ -60,26 +62,36 @@ def test_a_suite_is_gated_measured_and_written(suite, measured, capsys):
 
 @needs_native
 def test_what_is_wrong_is_red_and_never_timed(measured, monkeypatch, capsys):
-    """By one part in a thousand, in one of the layers."""
+    """By one part in a thousand, in the last one of the layers."""
     right, *rest = _dispatch._kernels["project"]["cpp"]
 
     def wrong(*inputs):
-        first, *others = right(*inputs)
-        return [first * 1.001, *others]
+        *others, last = right(*inputs)
+        return [*others, last * 1.001]
 
     monkeypatch.setitem(_dispatch._kernels["project"], "cpp", (wrong, *rest))
     status, found, folder = measured("--suite", "operations")
     assert status == 1
     red = [row for row in found["rows"] if row.get("red")]
     assert {(row["what"], row["who"]) for row in red} == {("project", "deft_kernels (cpp)")}
-    assert all(row["note"].startswith("RED: output 0 is ") and "seconds" not in row for row in red)
+    assert all(row["note"].startswith("RED: output ") and "seconds" not in row for row in red)
     others = [row for row in found["rows"] if row["what"] == "project" and row not in red]
     assert others and all("seconds" in row for row in others)
     assert "RED" in (folder / "figures.md").read_text() and "RED" in capsys.readouterr().out
 
 
+@needs_native
+def test_a_wrong_gradient_of_ours_is_red_whoever_takes_part(measured, monkeypatch):
+    right, *rest = _dispatch._kernels["orthonormalize_backward"]["cpp"]
+    wrong = lambda *inputs: [dP * 1.5 for dP in right(*inputs)]
+    monkeypatch.setitem(_dispatch._kernels["orthonormalize_backward"], "cpp", (wrong, *rest))
+    status, found, _ = measured("--suite", "training", "--peers", "LyCORIS")
+    assert status == 1
+    assert {row["who"] for row in found["rows"] if row.get("red")} == {DEFT, PARA, PATCHED}
+
+
 def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
-    """PEFT's DEFT with twice the gradient from one layer on. DEFT here agrees with it patched, and stands."""
+    """PEFT's DEFT with twice the gradient from one layer on."""
     right = training.adapt
 
     def wrong(model, who, r):
@@ -91,8 +103,95 @@ def test_peers_whose_gradients_are_wrong_are_red(measured, monkeypatch):
     status, found, _ = measured("--suite", "training", "--peers", "DEFT")
     assert status == 1
     by = {row["who"]: row for row in found["rows"]}
-    assert by[PEFT_DEFT]["note"].startswith("RED: prediction ") and "seconds" not in by[PEFT_DEFT]
+    assert by[PEFT_DEFT]["note"].startswith("RED: ") and "seconds" not in by[PEFT_DEFT]
     assert all(by[who]["ratio"] > 0 for who in (DEFT, PEFT_LORA, PATCHED))
+
+
+def test_half_precision_is_compared_with_float32(monkeypatch):
+    """And with how far from it the reference is in half precision."""
+    torch.manual_seed(0)
+    setting = training.Setting(torch.device("cpu"), torch.bfloat16)
+    base = training.base_model(setting)
+    batch = training.make_batch(setting, base)
+    made = lambda: {who: training.Trainee(who, base, setting) for who in (training.FROZEN, DEFT, PARA, LORA, PEFT_LORA)}
+    assert training.gate(made(), batch) == {}
+    trainees, right = made(), training.Trainee.gradients
+    scaled = lambda it, batch: {k: g * (1.2 if it is trainees[PEFT_LORA] else 1) for k, g in right(it, batch).items()}
+    monkeypatch.setattr(training.Trainee, "gradients", scaled)
+    assert set(training.gate(trainees, batch)) == {PEFT_LORA}
+
+
+def test_a_result_of_another_setting_is_not_lost(measured, monkeypatch):
+    monkeypatch.setattr(command, "run", lambda suite, options: iter([[{"suite": suite, "note": "made up"}]]))
+    monkeypatch.setattr(command.report, "markdown", lambda out: "")
+    monkeypatch.setattr(command.report, "plot", lambda out: [])
+    measured("--suite", "layer")
+    _, found, _ = measured("--suite", "models")
+    assert [row["suite"] for row in found["rows"]] == found["suites"] == ["layer", "models"]
+    with pytest.raises(SystemExit, match="2"):
+        measured("--suite", "layer", "--peers", "LoRA")
+
+
+def test_what_stops_a_run_costs_no_figures(measured, monkeypatch):
+    def broken(suite, options):
+        yield [{"suite": suite, "note": "made up"}]
+        raise MemoryError
+
+    monkeypatch.setattr(command, "run", broken)
+    with pytest.raises(MemoryError):
+        measured("--suite", "layer")
+    found = json.loads(Path(sys.argv[sys.argv.index("--output") + 1]).read_text())
+    assert found["rows"] and found["suites"] == []
+
+
+def test_what_a_step_takes_is_not_the_library(monkeypatch):
+    class Peak(measure.peak):
+        def __enter__(self):
+            assert _dispatch._without_library.cache_info().currsize
+            return super().__enter__()
+
+    monkeypatch.setattr(measure, "peak", Peak)
+    _dispatch._without_library.cache_clear()
+    setting = training.Setting(torch.device("cpu"), torch.float32)
+    assert training.memory(DEFT, setting, torch.get_num_threads()) >= 0
+
+
+def test_a_lora_is_not_counted_what_deft_projects():
+    options = Options(torch.device("cpu"), "tiny")
+    bench = models.merging("merge", [(64, 96)], "one layer", Draw(options.device, torch.float32), options)
+    flops = {row["who"]: row["flops"] for row in rows_of(bench, options)}
+    assert flops[DEFT] == flops[PEFT_DEFT] == 4 * 64 * 96 * 16
+    assert flops[LORA] == flops[PEFT_LORA] == 2 * 64 * 96 * 16
+
+
+@pytest.mark.parametrize(("kind", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_what_is_kept_while_merged_is_counted(kind, size):
+    options = Options(torch.device("cpu"), "tiny")
+    for verb in ("merge", "hot-swap"):
+        bench = models.merging(verb, [(64, 96)] * 2, "two layers", Draw(options.device, kind), options)
+        kept = {row["who"]: row["kept"] for row in rows_of(bench, options) if "kept" in row}
+        assert kept[DEFT] == kept[LORA] == 2 * 64 * 96 * size
+        assert kept[PEFT_DEFT] == 2 * 16 * 96 * 4 and kept[PEFT_LORA] == 0  # PEFT's DEFT keeps a factor, to unmerge by
+
+
+def test_a_ratio_is_of_the_rounds_that_are_kept_and_the_limit_of_the_best_product(monkeypatch):
+    calls = {"copy": (10, lambda: None), "slow": (100, lambda: None), "fast": (100, lambda: None)}
+    seconds = {FROZEN: [1.0, 2.0, 4.0], DEFT: [2.0, 6.0, 9.0], "copy": [1.0] * 3, "slow": [10.0] * 3, "fast": [5.0] * 3}
+    monkeypatch.setattr("benchmarks.suite.machine", lambda *args: calls)
+    monkeypatch.setattr(measure, "beside", lambda *args: {who: measure.Times(t, t, []) for who, t in seconds.items()})
+    work = {who: Peer([lambda: None]) for who in (FROZEN, DEFT)}
+    bench = Bench("layer", "forward", "somewhere", torch.float32, FROZEN, lambda: work, bytes=5, flops=60)
+    _, row = rows_of(bench, Options(torch.device("cpu")))
+    assert row["times"] == [2.0, 6.0, 9.0] and row["seconds"] == 6.0 and row["ratio"] == 2.25
+    assert row["matrix_rate"] == 20.0 and row["limit_seconds"] == 3.0
+
+
+def test_inputs_rotate_beyond_a_cpus_cache(tmp_path, monkeypatch):
+    cpu, size = torch.device("cpu"), tmp_path / "size"
+    monkeypatch.setattr(measure, "LAST_CACHE", size)
+    assert measure.cache_of(cpu) == measure.CACHE
+    size.write_text("1024K\n")
+    assert [measure.copies(n, cpu) for n in (1 << 19, (1 << 22) + 1, 100)] == [5, 1, measure.MOST_COPIES]
 
 
 def test_an_unknown_suite_is_refused():

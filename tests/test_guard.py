@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deft_kernels as dk
 from deft_kernels import reference
 from deft_kernels.nn.prepare import Spec, prepare
+from deft_kernels.ops import _dispatch
 from tests.deft_kernels.common import Recorder, without_native
 
 deft = torch.ops.deft_kernels
@@ -106,6 +107,46 @@ def test_calls_of_a_step(form):
     assert (others[9] - others[3]) / 6 <= most
 
 
+@needs_native
+@pytest.mark.parametrize("form", FORMS)
+def test_products_and_copies_within_a_step(form):
+    """Those inside this library's operations too, which `Calls` does not see; those of a layer's bias are counted."""
+    width, rows, *_ = FORMS[form]
+    copies, products = {"weight": (1, 3), "factor": (1, 2), "merged": (3, 4), "activation": (4, 12)}[form]  # seen
+    counts = {}
+    for layers in (3, 9):
+        model, x = adapted(chain(layers, width)), torch.randn(rows, width)
+        step(model, x)
+        with profile() as seen:
+            step(model, x)
+        events = {e.key.removeprefix("aten::"): e.count for e in seen.key_averages()}
+        counts[layers] = [sum(events.get(k, 0) for k in kinds) for kinds in (("copy_",), ("mm", "addmm", "bmm", "baddbmm"))]
+    few, many = counts[3], counts[9]
+    assert (many[0] - few[0]) / 6 <= copies and (many[1] - few[1]) / 6 <= products
+
+
+@needs_native
+@pytest.mark.parametrize("form", FORMS)
+def test_csrc_serves_all_of_a_step(form, monkeypatch):
+    """No kernel is lost in silence: that of `lowrank_linear_backward` is worth less than the ratios' margins."""
+    width, rows, *_ = FORMS[form]
+    model, x = adapted(chain(3, width)), torch.randn(rows, width)
+    step(model, x)
+    served = collections.Counter()
+
+    def counted(name, function):
+        return lambda *args: served.update([name]) or function(*args)
+
+    for name, kernels in _dispatch._kernels.items():
+        if "cpp" in kernels:
+            function, *rest = kernels["cpp"]
+            monkeypatch.setitem(kernels, "cpp", (counted(name, function), *rest))
+    with Calls() as calls:
+        step(model, x)
+        dk.merge(model)
+    assert served == calls.ours and served["merge_into"] == 1
+
+
 def test_calls_of_merging():
     others = collections.defaultdict(list)  # so much is seen
     for layers in (3, 9):
@@ -155,6 +196,21 @@ def test_a_step_never_waits_for_the_device(options, rows):
     assert waits(lambda: step(model, x)) == {}
     assert waits(lambda: dk.set_adapters(model, "default", 0.5)) == {}
     assert waits(lambda: step(model, x)) == {}
+
+
+def test_new_strengths_and_routes_are_written_where_the_old_were():
+    """Or a captured CUDA graph would go on with the old ones."""
+    model = adapted(chain(3, 64), init_weights=False)
+    dk.inject_adapter(model, dk.DeftConfig(r=4, target_modules=["0", "1", "2"]), "other")
+    dk.set_adapters(model, ["default", "other"])
+    scales = [layer._scales for layer in model]
+    dk.set_adapters(model, ["default", "other"], [0.5, -3.0])
+    assert all(layer._scales is kept and kept[1].tolist() == [0.5, -3.0] for layer, kept in zip(model, scales))
+    dk.route_adapters(model, ["default", "other"], [1.0, 2.0])
+    routes = [(layer._route_index, layer._route_weight) for layer in model]
+    dk.route_adapters(model, ["default", "base"], [3.0, 4.0])
+    for layer, (index, weight) in zip(model, routes):
+        assert layer._route_index is index and layer._route_weight is weight and weight.tolist() == [3.0, 4.0]
 
 
 def test_merging_waits_for_the_device_once():
