@@ -89,7 +89,8 @@ FORMS = {  # width, rows, what is called once, what once a layer, all else a lay
     "weight": (64, 40, (*ONCE, "merge", "merge_backward"), (), 3),
     "factor": (256, 128, (*ONCE, "project", "project_backward"), EACH, 0),
     "merged": (256, 512, (*ONCE, "project", "project_backward"), EACH, 0),
-    "activation": (256, 20, ONCE, (), 25),
+    "activation": (256, 80, ONCE, (), 25),
+    "activation, few rows": (256, 20, ONCE, (), 16),
 }
 
 
@@ -112,7 +113,9 @@ def test_calls_of_a_step(form):
 def test_products_and_copies_within_a_step(form):
     """Those inside this library's operations too, which `Calls` does not see; those of a layer's bias are counted."""
     width, rows, *_ = FORMS[form]
-    copies, products = {"weight": (1, 3), "factor": (1, 2), "merged": (3, 4), "activation": (4, 12)}[form]  # seen
+    copies, products = {  # seen
+        "weight": (1, 3), "factor": (1, 2), "merged": (3, 4), "activation": (4, 12), "activation, few rows": (3, 10),
+    }[form]  # fmt: skip
     counts = {}
     for layers in (3, 9):
         model, x = adapted(chain(layers, width)), torch.randn(rows, width)
