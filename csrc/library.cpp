@@ -9,6 +9,6 @@ STABLE_TORCH_LIBRARY(deft_kernels_native, m) {
   m.def("project_backward(Tensor(a!)?[] dK, Tensor(b!)[] dR, Tensor[] dA, Tensor?[] W, Tensor injection, Tensor removal) -> ()");
   m.def("merge(Tensor(a!)[] out, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()");
   m.def("merge_backward(Tensor(a!)[] dB, Tensor(b!)?[] dK, Tensor(c!)?[] dR, Tensor[] dW, Tensor[] W, Tensor[] B, Tensor?[] K, Tensor?[] R) -> ()");
-  m.def("lowrank_linear_forward(Tensor(a!)? y, Tensor(b!) h, Tensor x, Tensor B, Tensor A) -> ()");
+  m.def("lowrank_linear_forward(Tensor(a!)? y, Tensor(b!) h, Tensor x, Tensor? bias, Tensor B, Tensor A) -> ()");
   m.def("lowrank_linear_backward(Tensor(a!)? dx, Tensor(b!)? dB, Tensor(c!)? dA, Tensor dy, Tensor x, Tensor? h, Tensor B, Tensor A) -> ()");
 }

@@ -47,16 +47,17 @@ struct OrthonormalizeBackward {
   int64_t m, r;
 };
 
-struct LowRankForward {  // h = x A^T, y += h B^T
+struct LowRankForward {  // h = x A^T, y = b + h B^T
   const float* x; int64_t ldx;  // (T, n)
   float* y; int64_t ldy;        // (T, m), null: h alone
   float* h;                     // (T, r)
+  const float* bias;            // (m), null: none
   const float* packed_A;        // A^T (n, padded r)
   const float* Bt; int64_t ldb; // B^T (r, m)
   int64_t T, m, n, r;
 };
 
-struct LowRankBackward {  // dh = dy B, dx += dh A, dB^T = h^T dy, dA = dh^T x
+struct LowRankBackward {  // dh = dy B, dx = dh A, dB^T = h^T dy, dA = dh^T x
   const float* dy; int64_t lddy;  // (T, m)
   const float* x; int64_t ldx;    // (T, n); null: neither dB nor dA
   const float* h;                 // (T, r); null: made again from x

@@ -7,37 +7,42 @@ namespace {
 
 constexpr ScalarType F32 = ScalarType::Float;
 
-// h = x A^T; where y is given, which holds the base product, y += h B^T
-void lowrank_linear_forward(std::optional<Tensor> y, Tensor h, Tensor x, Tensor B, Tensor A) {
+// h = x A^T; where y is given, y = bias + h B^T, to which the base product is to be added. bias (1, m)
+void lowrank_linear_forward(std::optional<Tensor> y, Tensor h, Tensor x, std::optional<Tensor> bias, Tensor B, Tensor A) {
   constexpr int64_t ROWS = 32;  // of x in a job
   const char* op = "lowrank_linear_forward";
-  const Argument y_arg{op, "y"}, h_arg{op, "h"}, x_arg{op, "x"}, B_arg{op, "B"}, A_arg{op, "A"};
+  const Argument y_arg{op, "y"}, h_arg{op, "h"}, x_arg{op, "x"}, bias_arg{op, "bias"}, B_arg{op, "B"}, A_arg{op, "A"};
   const Matrix given = matrix(x, x_arg, F32, Rows::apart), b = matrix(B, B_arg), a = matrix(A, A_arg), out = matrix(h, h_arg);
   const int64_t T = given.rows, n = given.columns, m = b.rows, r = b.columns;
   check_shape(a, A_arg, r, n), check_shape(out, h_arg, T, r);
   Writes writes;
   writes.add(out, h_arg);
-  Matrix sum{};
+  Matrix sum{}, added{};
   if (y) {
     sum = matrix(*y, y_arg, F32, Rows::apart);
     check_shape(sum, y_arg, T, m);
     writes.add(sum, y_arg);
   }
+  if (bias) {
+    added = matrix(*bias, bias_arg);
+    check_shape(added, bias_arg, 1, m);
+  }
   writes.done();
   writes.check(given, x_arg), writes.check(b, B_arg), writes.check(a, A_arg);
+  if (bias) writes.check(added, bias_arg);
 
   const Kernels& best = kernels();
   const int64_t padded_m = best.padded(m);
   const Memory packed_A = floats(n * best.padded(r)), Bt = floats(r * padded_m);
   best.pack(a.as<float>(), n, r, n, 1, packed_A.get());
   if (y) best.pack(b.as<float>(), r, m, r, 1, Bt.get());
-  const LowRankForward p{given.as<float>(), given.ld, sum.as<float>(), sum.ld, out.as<float>(), packed_A.get(), Bt.get(), padded_m, T, m, n, r};
+  const LowRankForward p{given.as<float>(), given.ld, sum.as<float>(), sum.ld, out.as<float>(), added.as<float>(), packed_A.get(), Bt.get(), padded_m, T, m, n, r};
   run((T + ROWS - 1) / ROWS, 0, double(T) * r * (n + (y ? m : 0)), [&](int64_t job, float*) {
     best.lowrank_forward(p, job * ROWS, std::min(ROWS, T - job * ROWS));
   });
 }
 
-// dB = dy^T h and dA = (dy B)^T x, where given; where dx is given, which holds dy W, dx += (dy B) A. h None: made from x.
+// dB = dy^T h and dA = (dy B)^T x, where given; where dx is given, dx = (dy B) A, to which dy W is to be added. h None: made from x.
 void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB, std::optional<Tensor> dA, Tensor dy,
                              Tensor x, std::optional<Tensor> h, Tensor B, Tensor A) {
   const char* op = "lowrank_linear_backward";
@@ -94,7 +99,7 @@ void lowrank_linear_backward(std::optional<Tensor> dx, std::optional<Tensor> dB,
   // Each part of the rows has sums of its own, added up in their order.
   constexpr int64_t ROWS = 128;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t rows = std::max<int64_t>(1, (T + 4 * threads * ROWS - 1) / (4 * threads * ROWS)) * ROWS;
+  const int64_t rows = std::max<int64_t>(1, (T + 2 * threads * ROWS - 1) / (2 * threads * ROWS)) * ROWS;
   const int64_t parts = std::max<int64_t>(1, (T + rows - 1) / rows), size_B = r * best.padded(m), size_A = r * best.padded(n);
   const Memory sums = floats(parts * (size_B + size_A));
   const double work = double(T) * r * (m * (1 + p.dB) + n * (p.dA + (p.dx != nullptr) + again));

@@ -1,5 +1,5 @@
-// What a rank-r addition costs beside the base product, some rows of x at a time: each is read once and is still in the
-// cache for its second use.
+// What a rank-r addition costs beside the base product, which is added to its outputs afterwards: some rows of x at a time,
+// each of which is read once and is still in the cache for its second use.
 
 inline void lowrank_forward(const LowRankForward& p, int64_t first, int64_t rows) {
   constexpr int64_t BITE = 16;
@@ -8,7 +8,7 @@ inline void lowrank_forward(const LowRankForward& p, int64_t first, int64_t rows
     float* h = p.h + i * p.r;
     across<float>({p.x + i * p.ldx, p.ldx}, here, p.n, {p.packed_A, whole(p.r)}, p.r, {h, p.r});
     float* y = p.y + i * p.ldy;
-    if (p.y) up<false, float>({h, p.r}, {p.Bt, p.ldb}, {y, p.ldy}, {y, p.ldy}, here, p.m, p.r);
+    if (p.y) up<false, float>({h, p.r}, {p.Bt, p.ldb}, {p.bias, 0}, {y, p.ldy}, here, p.m, p.r);  // the bias as every row
   }
 }
 
@@ -26,6 +26,6 @@ inline void lowrank_backward(const LowRankBackward& p, int64_t first, int64_t ro
     if (p.dB) down<float>(kept, dy, here, p.m, r, {dBt, whole(p.m)}, nullptr, p.dA ? x : Floats{nullptr, 0});
     if (p.dA) down<float>({dh, r}, x, here, p.n, r, {dA, whole(p.n)}, nullptr, Floats{p.dx, p.lddx}.from(i));
     float* dx = p.dx + i * p.lddx;
-    if (p.dx) up<false, float>({dh, r}, {p.A, p.n}, {dx, p.lddx}, {dx, p.lddx}, here, p.n, r);
+    if (p.dx) up<false, float>({dh, r}, {p.A, p.n}, {nullptr, 0}, {dx, p.lddx}, here, p.n, r);
   }
 }

@@ -124,26 +124,29 @@ def _(dy, x, h, W, B, A, merged, needs):
 
 @cpp_kernel("lowrank_linear_forward", x="float32", W="", bias="", B="float32", A="float32")
 def _(x, W, bias, B, A, merged):
-    """The base product by the library; h and its expansion together, some rows at a time."""
+    """h and its expansion together, some rows at a time, with the bias; the base product, by the library, onto that."""
     rows, W = rows_of(x), W.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    y = torch.nn.functional.linear(rows, torch.addmm(W, B, A) if merged else W, bias)
     h = x.new_empty(0 if merged else rows.shape[0], A.shape[0])
-    if not merged:
-        native.lowrank_linear_forward(y, h, rows, B.contiguous(), A.contiguous())
+    if merged:
+        y = torch.nn.functional.linear(rows, torch.addmm(W, B, A), bias)
+    else:
+        y = x.new_empty(rows.shape[0], W.shape[0])
+        native.lowrank_linear_forward(y, h, rows, bias if bias is None else bias[None], B.contiguous(), A.contiguous())
+        y.addmm_(rows, W.t())
     return y.view(*x.shape[:-1], W.shape[0]), h
 
 
 @cpp_kernel("lowrank_linear_backward", dy="float32", x="float32", h="float32", W="", B="float32", A="float32")
 def _(dy, x, h, W, B, A, merged, needs):
-    """The large product by the library; the four thin ones together, in one pass over dy, x and dx."""
+    """The four thin products together, in one pass over dy, x and dx; the large one, by the library, onto dx."""
     g, W = rows_of(dy), W.to(dy.dtype)
-    dx = (g @ (torch.addmm(W, B, A) if merged else W)) if needs[0] else dy.new_empty(0)
+    dx = dy.new_empty(g.shape[0], W.shape[1]) if needs[0] and not merged else None
     dB = torch.empty_like(B, memory_format=torch.contiguous_format) if needs[1] else None
     dA = torch.empty_like(A, memory_format=torch.contiguous_format) if needs[2] else None
     rows = rows_of(x) if needs[1] or needs[2] else x
     native.lowrank_linear_backward(
-        None if merged or not needs[0] else dx,
+        dx,
         dB,
         dA,
         g,
@@ -152,7 +155,9 @@ def _(dy, x, h, W, B, A, merged, needs):
         B.contiguous(),
         A.contiguous(),
     )
-    dx = dx.view(*dy.shape[:-1], W.shape[1]) if needs[0] else dx
+    if needs[0]:
+        dx = g @ torch.addmm(W, B, A) if merged else dx.addmm_(g, W)
+        dx = dx.view(*dy.shape[:-1], W.shape[1])
     dbias = g.sum(0) if needs[3] else None
     return tuple(dy.new_empty(0) if t is None else t for t in (dx, dB, dA, dbias))
 

@@ -182,7 +182,8 @@ def test_borders_name_argument_and_index():
         [B[0], torch.randn(2, 6)],
     )
     refused(r"lowrank_linear_forward: A has shape \(2, 4\), expected \(2, 5\)",
-            native.lowrank_linear_forward, None, torch.empty(3, 2), torch.randn(3, 5), B[0], torch.randn(2, 4))  # fmt: skip
+            native.lowrank_linear_forward, None, torch.empty(3, 2), torch.randn(3, 5), None, B[0],
+            torch.randn(2, 4))  # fmt: skip
     refused(r"lowrank_linear_backward: h has shape \(4, 2\), expected \(3, 2\)", native.lowrank_linear_backward, None,
             torch.empty_like(B[0]), None, torch.randn(3, 6), torch.randn(3, 5), torch.randn(4, 2), B[0], R[0])  # fmt: skip
 
@@ -314,14 +315,15 @@ def test_a_thousand_malformed_calls():
         native.merge: ("out", "W", "B", "K?", "R?"), native.project: ("A", "K?", "W", "R?", ":s", ":s"),
         native.merge_backward: ("B", "K?", "R?", "out", "W", "B", "K?", "R?"),
         native.project_backward: ("K?", "A", "R", "W?", ":s", ":s"), native.orthonormalize: ("Q", "P"),
-        native.orthonormalize_backward: ("Q", "P", "P", "P"), native.lowrank_linear_forward: (":y?", ":h", ":x", ":b", ":a"),
+        native.orthonormalize_backward: ("Q", "P", "P", "P"),
+        native.lowrank_linear_forward: (":y?", ":h", ":x", ":v?", ":b", ":a"),
         native.lowrank_linear_backward: (":x?", ":b?", ":a?", ":y", ":x", ":h?", ":b", ":a"),
     }  # fmt: skip
     guards = []
 
     def tensor(m, n, r, role):
         shape = {"out": (m, n), "W": (m, n), "B": (m, r), "K": (m, r), "R": (r, n), "A": (r, n), "P": (m, r), "Q": (m, r),
-                 "s": (2,), "y": (7, m), "h": (7, r), "x": (7, n), "b": (m, r), "a": (r, n)}[role]  # fmt: skip
+                 "s": (2,), "y": (7, m), "h": (7, r), "x": (7, n), "v": (1, m), "b": (m, r), "a": (r, n)}[role]  # fmt: skip
         if wrong := chance.random() < 0.1:
             where = chance.randrange(len(shape))
             shape = chance.choice(
