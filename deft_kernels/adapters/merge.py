@@ -1,6 +1,5 @@
 """merge, unmerge, hot-swap: adapters into the weights, in the storage that the weights have, from a pristine snapshot."""
 
-import mmap
 import warnings
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from .files import Adapter, attach_adapter, read_adapter
 from .inject import check_combination, named_weights, outer_modules, require_layers, wrap
 
 SNAPSHOTS = ("device", "host")
-HUGE_PAGE, ALIGNMENT = 1 << 21, 64  # bytes; of a cache line
 NO_UPDATE = 1e-5  # share of W' that rounding in float32 alone may make of W' - W: an adapter at its start
 
 
@@ -201,11 +199,10 @@ def _write(layers: dict[str, DeftLayer], chosen: dict[str, dict[str, float]], sn
     check_finite(targets, chosen)
     B, K, R = factors_of(targets, chosen, how)
     pristine = {name: layer._pristine for name, layer in targets.items()}
-    stored = {name: _stored(layer) for name, layer in targets.items() if layer._pristine is None}
-    kept = iter(_snapshots([t for tensors in stored.values() for t in tensors], snapshot))
-    for name, tensors in stored.items():
-        own = [next(kept) for _ in tensors]
-        pristine[name] = own if quantised(targets[name].base_layer) else own[0]
+    for name, layer in targets.items():
+        if pristine[name] is None:
+            kept = [_snapshot(t, snapshot) for t in _stored(layer)]
+            pristine[name] = kept if quantised(layer.base_layer) else kept[0]
     try:
         losses = _write_from(pristine, targets, B, K, R)
     except BaseException:  # out of memory, an interrupt: no half-merged model
@@ -333,20 +330,6 @@ def _stored(layer: DeftLayer) -> list[Tensor]:
 def _kept(layer: DeftLayer) -> list[Tensor]:
     """What `_stored` was before the merge."""
     return [layer._pristine] if isinstance(layer._pristine, Tensor) else layer._pristine
-
-
-def _snapshots(tensors: list[Tensor], where: str) -> list[Tensor]:
-    """A copy of each. In main memory the large ones share one mapping of huge pages: to touch hundreds of new megabytes for
-    the first time takes several times as long as to copy them, and goes by the page."""
-    kept = {}
-    plain = [i for i, t in enumerate(tensors) if t.is_cpu and type(t) is Tensor and t.is_contiguous()]
-    sizes = [tensors[i].nbytes + -tensors[i].nbytes % ALIGNMENT for i in plain]
-    if sum(sizes) >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-        for i, room in zip(plain, torch.frombuffer(mapping, dtype=torch.uint8).split(sizes)):
-            kept[i] = room[: tensors[i].nbytes].view(tensors[i].dtype).view(tensors[i].shape).copy_(tensors[i])
-    return [kept[i] if i in kept else _snapshot(t, where) for i, t in enumerate(tensors)]
 
 
 def _snapshot(weight: Tensor, where: str) -> Tensor:

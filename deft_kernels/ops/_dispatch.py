@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("cuda", "triton", "cpp", "reference")  # order of preference under `auto`
+ON_CPU = ("cpp", "reference")  # those that then serve tensors on a CPU: to ask the others too takes as long as a kernel
 
 library = torch.library.Library("deft_kernels", "DEF")
 _kernels: dict[str, dict[str, tuple[Callable, Callable | None, Callable[[], str | None] | None]]] = {}
@@ -34,8 +35,8 @@ def define(schema: str, check: Callable | None = None, writes: int | None = None
 
     def kernel(*args):
         check(*args)
-        serve = _pick(name, args)
         device = _device(args)
+        serve = _pick(name, args, device)
         if torch.is_autocast_enabled(device):  # the caller has chosen dtypes; matmuls in here must not be recast
             with torch.autocast(device, enabled=False):
                 result = serve(*args)
@@ -216,9 +217,9 @@ def requested() -> str:
     return backend
 
 
-def _pick(name: str, args: tuple) -> Callable:
+def _pick(name: str, args: tuple, device: str) -> Callable:
     forced = requested()
-    for backend in BACKENDS if forced == "auto" else (forced,):
+    for backend in (forced,) if forced != "auto" else ON_CPU if device == "cpu" else BACKENDS:
         reason = _why_not(name, backend, args)
         if reason is None:
             return _kernels[name][backend][0]

@@ -1,7 +1,6 @@
 """merge, unmerge, hot-swap: in the same storage, from the pristine weights, back to the bit."""
 
 import copy
-import mmap
 import sys
 
 import pytest
@@ -13,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 import deft_kernels as dk
 from deft_kernels.adapters.inject import adapted_layers
-from deft_kernels.adapters.merge import HUGE_PAGE, _snapshots
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv_in"]
 
@@ -329,21 +327,3 @@ def test_parts_on_several_devices():
         assert same_bits(models[part], bits(model))
     dk.unmerge(models)
     assert all(same_bits(model, before[part]) for part, model in models.items())
-
-
-def test_snapshots_are_copies_of_anything():
-    """Large ones in main memory lie in one mapping; others, and those of other strides, by themselves."""
-    several = [torch.randn(HUGE_PAGE // 8, 2), torch.randn(3, 5, dtype=torch.float64), torch.randn(0, 4), torch.tensor(2.0),
-               torch.randn(7, 9).bfloat16(), torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last),
-               torch.randn(6, 8).t(), nn.Parameter(torch.randn(2, 2))]  # fmt: skip
-    for tensors in (several, several[1:]):
-        kept = _snapshots(tensors, "device")
-        for t, copy_ in zip(tensors, kept):
-            assert torch.equal(t, copy_) and (t.dtype, t.stride()) == (copy_.dtype, copy_.stride())
-            assert not copy_.requires_grad and (t.data_ptr() != copy_.data_ptr() or not t.numel())
-    homes = [t.untyped_storage().data_ptr() for t in _snapshots(several, "device")]
-    mapped = len({homes[i] for i in (0, 1, 3, 4)}) == 1
-    assert mapped == hasattr(mmap, "MADV_HUGEPAGE") and len(set(homes[4:])) == 4
-    before, kept = [t.clone() for t in several], _snapshots(several, "device")
-    kept[0].fill_(7)  # nobody's neighbour is written to
-    assert all(torch.equal(a, b) for a, b in zip(before[1:], kept[1:]))
