@@ -216,7 +216,7 @@ TARGETS = list(_targets())
 MISSED = {
     ("cpu", "forward + backward", "1280x1280, T 1024, r 16"): "DEFT makes its factors anew in every step, which LoRA has: "
     "two passes over W, r/T of the layer's own flops, and some 0.2 ms of calls; next: QᵀW in the pass that reads W for y",
-    ("cpu", "merge", PEFT_DEFT): "the flops of the merge alone are a good part of PEFT's time (x limit), and the pristine "
+    ("cpu", "merge", PEFT_DEFT): "the flops alone are a good part of PEFT's time, and the pristine "
     "weights are copied besides, to memory that is new, where PEFT reuses that of the layer before (a hot-swap, which has "
     "the copy, shows by how much); next: that copy in the pass that reads W for A",
     ("cpu", "orthonormalize", LOOP): "56 small layers on two cores, one job each; next: several layers of one shape side by "
