@@ -23,8 +23,8 @@ inline void lowrank_backward(const LowRankBackward& p, int64_t first, int64_t ro
     const Floats dy{p.dy + i * p.lddy, p.lddy}, x = Floats{p.x, p.ldx}.from(i), kept{p.h ? p.h + i * r : h, r};
     if (p.dB && !p.h) across(x, here, p.n, {p.packed_A, whole(r)}, r, {h, r});
     if (p.dA || p.dx) across(dy, here, p.m, {p.packed_B, whole(r)}, r, {dh, r});
-    if (p.dB) down<float>(kept, dy, here, p.m, r, {dBt, whole(p.m)}, nullptr, p.dA ? x : Floats{nullptr, 0});
-    if (p.dA) down<float>({dh, r}, x, here, p.n, r, {dA, whole(p.n)}, nullptr, Floats{p.dx, p.lddx}.from(i));
+    if (p.dB) down<float>(kept, dy, here, p.m, r, {dBt, whole(p.m)}, nullptr, p.dA ? x : Floats{nullptr, 0}, p.n);
+    if (p.dA) down<float>({dh, r}, x, here, p.n, r, {dA, whole(p.n)}, nullptr, Floats{p.dx, p.lddx}.from(i), p.n);
     float* dx = p.dx + i * p.lddx;
     if (p.dx) up<false, float>({dh, r}, {p.A, p.n}, {nullptr, 0}, {dx, p.lddx}, here, p.n, r);
   }

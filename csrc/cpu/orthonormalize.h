@@ -1,5 +1,5 @@
 // orthonormalize, with LAPACK's signs: by P's Gram matrix where that shows its columns to be far from dependent, as random
-// ones and what training makes of them are; by Householder's reflections for every other P.
+// ones are, if they are many times longer than many; by Householder's reflections for every other P.
 
 // By the Gram matrix: Q = P S with the inverse S of the Cholesky factor of P^T P, two products that read P in place.
 

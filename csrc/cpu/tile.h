@@ -37,7 +37,8 @@ struct Fetch {
   int lines, passes, line = 0, due = 0;
 
   void some() {
-    for (due += lines; due >= passes && row; due -= passes) {
+    if (!row) return;
+    for (due += lines; due >= passes; due -= passes) {
       __builtin_prefetch(row + 64 * line, 0, 2);
       if (++line == lines) line = 0, row += step;
     }
@@ -91,15 +92,16 @@ inline void down_ranks(Floats k, Rows<const T> w, T* kept, int64_t rows, int64_t
 
 // Rows of `a` hold width rounded up to whole vectors: the lanes beside the last column receive zeros. Where `packed` is
 // given, W's strip is copied there on the way, rows of STRIP after one another: in W itself, rows that lie a power of two
-// apart push one another out of the cache. `after`: what is used after W, to be fetched meanwhile.
+// apart push one another out of the cache. `after`: what is used after W, to be fetched meanwhile, and how wide that is.
 template <class T>
 void down(Floats k, Rows<const T> w, int64_t rows, int64_t width, int64_t r, Rows<float> a, T* packed = nullptr,
-          Rows<const T> after = {nullptr, 0}) {
+          Rows<const T> after = {nullptr, 0}, int64_t after_width = 0) {
   const int passes = int((width + WIDE<T> * LANES - 1) / (WIDE<T> * LANES) * ((r + RANKS - 1) / RANKS));
   for (int64_t i = 0; i < rows; i += BLOCK) {
     const int64_t here = least(BLOCK, rows - i);
-    const Rows<const T> next = i + BLOCK < rows ? w.from(i + BLOCK) : after;
-    Fetch fetch{(const char*)next.p, next.ld * int64_t(sizeof(T)), int(width * sizeof(T) + 63) / 64, passes};
+    const bool more = i + BLOCK < rows;
+    const Rows<const T> next = more ? w.from(i + BLOCK) : after;
+    Fetch fetch{(const char*)next.p, next.ld * int64_t(sizeof(T)), int((more ? width : after_width) * sizeof(T) + 63) / 64, passes};
     columns<T>(width, [&]<int V, bool PART>(int64_t c, int part) {
       if (packed) down_ranks<RANKS, V, PART, true>(k.from(i), w.from(i, c), packed + i * STRIP<T> + c, here, r, a.from(0, c), part, fetch);
       else down_ranks<RANKS, V, PART, false>(k.from(i), w.from(i, c), packed, here, r, a.from(0, c), part, fetch);

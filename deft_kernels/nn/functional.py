@@ -80,7 +80,7 @@ class ActivationLinear(torch.autograd.Function):
         h, kept = None if R is None else rows @ R.t(), None
         if K is not None and few_rows(*rows.shape):
             kept = plain if bias is None else plain - bias.to(K.dtype)
-            h = -(kept @ K) if h is None else h.addmm_(kept, K, alpha=-1)
+            h = -(kept @ K) if h is None else torch.addmm(h, kept, K, alpha=-1)  # in place, autocast would not cast
         elif K is not None:
             h = -(plain @ K) if h is None else h - plain @ K
             if bias is not None:
@@ -121,7 +121,7 @@ class ActivationLinear(torch.autograd.Function):
 
 
 def few_rows(rows: int, n: int) -> bool:
-    """Whether an output of so many rows takes at most a quarter of W's memory, W being (m, n): it is kept then, for rows m r
+    """Whether an output of so many rows has at most a quarter of the elements of W (m, n): it is kept then, for rows m r
     multiply-adds in place of m n r."""
     return 4 * rows <= n
 

@@ -132,7 +132,8 @@ def _(x, W, bias, B, A, merged):
         y = torch.nn.functional.linear(rows, torch.addmm(W, B, A), bias)
     else:
         y = x.new_empty(rows.shape[0], W.shape[0])
-        native.lowrank_linear_forward(y, h, rows, bias if bias is None else bias[None], B.contiguous(), A.contiguous())
+        row = None if bias is None else bias.contiguous()[None]
+        native.lowrank_linear_forward(y, h, rows, row, B.contiguous(), A.contiguous())
         y.addmm_(rows, W.t())
     return y.view(*x.shape[:-1], W.shape[0]), h
 

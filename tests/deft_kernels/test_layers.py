@@ -248,6 +248,22 @@ def test_autocast(kind, dtype, form, rows, monkeypatch):
         assert (g.double() - gradients(exact)[name]).norm() <= 4 * eps * gradients(exact)[name].norm(), name
 
 
+@pytest.mark.parametrize("rows", [1, 50])
+def test_a_base_layer_that_leaves_autocast(rows):
+    """Its output is float32 where x's products are bfloat16."""
+
+    class Wide(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    layer = adapted("linear", "qr", torch.float32, Wide(6, 5).requires_grad_(False))
+    x = example("linear", rows, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.05)
+
+
 def test_float64_stays_float64_under_autocast():
     layer, x = adapted("linear", "qr"), example("linear")
     with torch.autocast("cpu", torch.bfloat16):

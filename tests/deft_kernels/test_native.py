@@ -78,6 +78,13 @@ def test_rows_apart_and_ranks_without_a_limit(dtype, r):
     torch.testing.assert_close(A, R - K.T @ W.float(), rtol=1e-4, atol=1e-3)
 
 
+def test_a_bias_of_any_stride():
+    x, W, B, A = torch.randn(9, 7), torch.randn(6, 7), torch.randn(6, 2), torch.randn(2, 7)
+    for bias in (torch.randn(12)[::2], torch.ones(1).expand(6)):
+        y = deft.lowrank_linear(x, W, bias, B, A)
+        torch.testing.assert_close(y, reference.lowrank_linear(x, W, bias, B, A))
+
+
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_large_layers(monkeypatch, isa, dtype):
